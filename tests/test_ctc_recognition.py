@@ -31,9 +31,9 @@ from lora_cli.preprocessing.encode import load_data
 from lora_cli.recipe import load_adapter_recipe, load_recipe
 from lora_cli.recipe_draft import draft_recipe, write_recipe
 from lora_cli.tasks import build_task
+from lora_cli.tasks.speech.ctc_output_length import ctc_output_length
 from lora_cli.tasks.speech.ctc_recognition import CTCRecognition
 from lora_cli.tasks.speech.letters import Letters
-from lora_cli.tasks.speech.moments import moments_of
 from lora_cli.training import train
 
 Json = dict[str, Any]
@@ -153,7 +153,7 @@ def test_equal_letters_with_a_blank_between_them_are_two(
     ids = torch.tensor(task.tokenizer.convert_tokens_to_ids(letters.split()))
     assert letters.split() == task.tokenizer.convert_ids_to_tokens(ids)
     scores = F.one_hot(ids, len(task.tokenizer)).float()
-    assert task._texts(scores[None], [len(ids)]) == [wanted]
+    assert task._decode(scores[None], [len(ids)]) == [wanted]
     processor = Wav2Vec2Processor.from_pretrained(tmp_path / "base")
     assert heard_by(processor, ids) == wanted
 
@@ -168,8 +168,8 @@ def test_moments_are_those_of_transformers(changes: Json) -> None:
         model = AutoModelForCTC.from_config(config)
     for n_samples in (400, 719, 720, 5_000, 16_000, 16_001, 123_457):
         wanted = int(model._get_feat_extract_output_lengths(torch.tensor(n_samples)))
-        assert moments_of(config, n_samples) == wanted
-    assert moments_of(config, 20) == 0
+        assert ctc_output_length(config, n_samples) == wanted
+    assert ctc_output_length(config, 20) == 0
 
 
 # ------------------------------------------------------------------------------------- transcripts
@@ -197,8 +197,8 @@ VOCABULARY = {"<pad>": 0, "|": 1, "A": 2, "B": 3, "'": 4, "É": 5}
 )
 def test_a_transcript_is_written_with_the_letters_of_the_vocabulary(text: str, wanted: str) -> None:
     letters = Letters(VOCABULARY, "|", {"<pad>"})
-    assert letters.written(text) == wanted
-    assert letters.unknown(text) is None
+    assert letters.normalise(text) == wanted
+    assert letters.first_unknown(text) is None
     assert letters.tokens_of(text) == [
         VOCABULARY["|" if letter == " " else letter] for letter in wanted
     ]
@@ -206,7 +206,7 @@ def test_a_transcript_is_written_with_the_letters_of_the_vocabulary(text: str, w
 
 def test_a_typographic_apostrophe_that_is_a_letter_of_the_vocabulary_stays() -> None:
     letters = Letters({**VOCABULARY, "\u2019": 99}, "|", {"<pad>"})
-    assert letters.written("a\u2019a a\u02bca") == "A\u2019A A'A"
+    assert letters.normalise("a\u2019a a\u02bca") == "A\u2019A A'A"
 
 
 TURKISH = "abcçdefgğhıijklmnoöprsştuüvyz"
@@ -227,8 +227,8 @@ TURKISH = "abcçdefgğhıijklmnoöprsştuüvyz"
 def test_the_capital_i_is_that_of_the_vocabulary(letters: str, text: str, wanted: str) -> None:
     names = {name: i for i, name in enumerate(["|", *letters])}
     found = Letters(names, "|", set())
-    assert found.written(text) == wanted
-    assert found.unknown(text) is None
+    assert found.normalise(text) == wanted
+    assert found.first_unknown(text) is None
 
 
 @pytest.mark.parametrize("delimiter", ["|", " "])
@@ -248,13 +248,13 @@ def test_words_are_divided_by_what_the_vocabulary_has(delimiter: str, tmp_path: 
         letters = task.tokens_of(text)
         assert letters == theirs(text).input_ids
         scores = F.one_hot(torch.tensor([letters]), model.config.vocab_size)
-        (said,) = task._texts(scores, [len(letters)])
+        (said,) = task._decode(scores, [len(letters)])
         assert said == text
 
 
 def test_tokens_of_several_letters_are_named() -> None:
     names = {name: i for i, name in enumerate(["|", "[UNK]", "<pad>", "C", "H", "CH", "SCH"])}
-    assert Letters(names, "|", {"<pad>"}).longer == ["CH", "SCH"]
+    assert Letters(names, "|", {"<pad>"}).multi_letter_tokens == ["CH", "SCH"]
 
 
 def test_a_vocabulary_of_both_cases_keeps_the_case() -> None:
@@ -263,7 +263,7 @@ def test_a_vocabulary_of_both_cases_keeps_the_case() -> None:
     small = Letters({"<pad>": 0, "|": 1, "a": 2}, "|", {"<pad>"})
     assert small.tokens_of("Aa") == [2, 2]
     none = Letters({"<pad>": 0, "|": 1, "あ": 2}, "|", {"<pad>"})
-    assert none.unknown("あA") == "A"
+    assert none.first_unknown("あA") == "A"
 
 
 def test_a_text_may_have_as_many_letters_as_there_are_moments(tmp_path: Path) -> None:
@@ -271,19 +271,19 @@ def test_a_text_may_have_as_many_letters_as_there_are_moments(tmp_path: Path) ->
     tiny_speech.write_folder(tmp_path / "speech", {"train": 1, "validation": 1, "test": 1})
     task: Any = build_task(load_recipe(write_recipe_of(tmp_path)))
     task.load_processor()
-    length = next(n for n in range(10, 100_000) if task._moments_in(n) == 1)
+    length = next(n for n in range(10, 100_000) if task._output_length_of(n) == 1)
     assert task.waits_for_device, "steps would be recorded, and CTC's gradients differ each time"
     assert task.length_error(length, [5]) is None
     assert task.length_error(length, [5, 6]) is not None
     assert task.length_error(length, []) is None
     assert task.length_error(length - 1, []) is not None
     read: list[int] = []
-    task._read = lambda part: read.append(len(part))
+    task._extract_features = lambda part: read.append(len(part))
 
     def stop(examples: Any) -> None:
         raise InterruptedError
 
-    task._filled = stop
+    task._pad = stop
     model = torch.nn.Linear(1, 1)
     with pytest.raises(InterruptedError):  # it is given to the model
         task.transcripts(model, [np.zeros(length, np.float32)], None)
@@ -342,7 +342,7 @@ def test_what_is_left_out_is_said(tmp_path: Path) -> None:
 def test_parts_of_a_long_recording_are_answered_one_by_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lora_cli.tasks.speech.ctc_recognition.LONGEST", 1.0)
+    monkeypatch.setattr("lora_cli.tasks.speech.ctc_recognition.MAX_SECONDS", 1.0)
     path = write_recipe_of(tmp_path, task={"long_audio": "windows"})
     samples = tiny_speech.sound(40, 1.8)
     file = tiny_speech.write(tmp_path / "speech/test/9.wav", samples)

@@ -38,7 +38,12 @@ from lora_cli.preprocessing.encode import load_data
 from lora_cli.recipe import load_adapter_recipe, load_recipe
 from lora_cli.recipe_draft import draft_recipe
 from lora_cli.tasks import build_task
-from lora_cli.tasks.speech.new_vocabulary import has_tokenizer, heard, letters_of, tokenizer_of
+from lora_cli.tasks.speech.new_vocabulary import (
+    build_tokenizer,
+    has_tokenizer,
+    letters_of,
+    normalise_transcript,
+)
 from lora_cli.training import train
 
 TEXTS = ("A warm film!", "Great.", "the plot is dull", "what a story", "it's warm")
@@ -175,15 +180,15 @@ def test_a_run_from_training_to_the_merged_model(
     ],
 )
 def test_what_a_new_vocabulary_writes(text: str, wanted: str) -> None:
-    assert heard(text) == wanted
+    assert normalise_transcript(text) == wanted
 
 
 def test_letters_are_in_order_and_the_blank_is_the_last() -> None:
     letters = letters_of(["Ba b", "c'"])
     assert letters == "'abc"
-    vocabulary = {name: i for name, i in tokenizer_of("cb'a").get_vocab().items() if i < 7}
+    vocabulary = {name: i for name, i in build_tokenizer("cb'a").get_vocab().items() if i < 7}
     assert vocabulary == {"|": 0, "'": 1, "a": 2, "b": 3, "c": 4, "[UNK]": 5, "[PAD]": 6}
-    assert tokenizer_of("e\u0301").get_vocab() == tokenizer_of("é").get_vocab()
+    assert build_tokenizer("e\u0301").get_vocab() == build_tokenizer("é").get_vocab()
 
 
 def test_the_letters_of_turkish_have_no_mark_and_both_i() -> None:
@@ -229,7 +234,7 @@ def test_letters_of_the_recipe_replace_those_of_the_base(tmp_path: Path) -> None
 
 def test_letters_that_the_base_has_are_no_new_vocabulary(tmp_path: Path) -> None:
     letters = "abcdefghilmnoprstuwy"
-    own = tokenizer_of(letters)
+    own = build_tokenizer(letters)
     base = tiny_ctc.save(tmp_path / "base", vocab_size=len(own), pad_token_id=own.pad_token_id)
     own.save_pretrained(base)
     for given, is_new in ((letters[::-1], False), (letters[1:], True), ("z", True)):

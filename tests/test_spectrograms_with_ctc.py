@@ -22,7 +22,7 @@ from lora_cli.evaluation.open_adapter import open_adapter
 from lora_cli.evaluation.predict import answer
 from lora_cli.export.merge import merge_adapter
 from lora_cli.recipe import load_adapter_recipe
-from lora_cli.tasks.speech.moments import frames_in, moments_of
+from lora_cli.tasks.speech.ctc_output_length import count_frames, ctc_output_length
 
 
 @pytest.fixture(autouse=True)
@@ -35,8 +35,8 @@ def test_frames_are_those_of_the_feature_extractor() -> None:
     for n_samples in (560, 719, 720, 879, 880, 5_000, 16_000, 16_123):
         noise = np.random.default_rng(0).standard_normal(n_samples).astype(np.float32)
         found = extractor(noise, sampling_rate=16_000, return_tensors="np")
-        assert frames_in(n_samples) == int(found["attention_mask"].sum()), n_samples
-    assert frames_in(100) == 0
+        assert count_frames(n_samples) == int(found["attention_mask"].sum()), n_samples
+    assert count_frames(100) == 0
 
 
 @pytest.mark.slow_after(1)
@@ -72,8 +72,8 @@ def test_losses_and_answers_are_those_of_transformers(has_adapter: bool, tmp_pat
         inputs["input_features"] = inputs["input_features"].double()
         wanted = reference(**inputs, labels=labels)
         assert_close(found[i], wanted.loss.detach(), 1e-5)
-        n_moments = moments_of(model.config, int(inputs["attention_mask"].sum()))
-        assert int(batch.targets["moments"][i]) == n_moments
+        n_moments = ctc_output_length(model.config, int(inputs["attention_mask"].sum()))
+        assert int(batch.targets["output_lengths"][i]) == n_moments
         assert_close(output[i, :n_moments], wanted.logits[0, :n_moments].detach(), 1e-5)
         text = heard_by(processor, wanted.logits[0, :n_moments].argmax(-1))
         assert said[i].prediction == text

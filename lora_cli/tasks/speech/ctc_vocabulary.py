@@ -1,7 +1,7 @@
-"""The letters that a model writes by CTC: those of its tokenizer, or a new vocabulary.
+"""The vocabulary of a CTC model: its tokenizer's, or a new one.
 
-Transcripts are read in these letters. A new vocabulary comes from the recipe or from the
-transcripts of train, and gets an output layer of its own.
+A new vocabulary comes from the recipe or from the transcripts of the train split, and gets a new
+output layer.
 """
 
 from __future__ import annotations
@@ -21,42 +21,42 @@ from transformers import (
 from lora_cli.data.load_rows import Rows
 from lora_cli.errors import LoraError, counted
 from lora_cli.models.base_model import load_tokenizer
-from lora_cli.tasks.speech.decoders import SPECTROGRAMS, require_decoder
+from lora_cli.tasks.speech.decoders import SPECTROGRAM_MODEL, require_decoder
 from lora_cli.tasks.speech.letters import DOTLESS, Letters
 from lora_cli.tasks.speech.new_vocabulary import (
     UNKNOWN,
+    build_tokenizer,
     has_tokenizer,
-    heard,
     lacks_vocabulary,
     letters_of,
-    letters_to_continue,
-    tokenizer_of,
+    normalise_transcript,
+    previous_letters,
 )
 from lora_cli.tasks.speech.speech_rows import RecordedTask
 from lora_cli.tasks.texts.control_tokens import ControlTokens
 from lora_cli.tasks.texts.marked_tokens import GREEN, PLAIN
 
-SHOWN = 20  # characters that are left out
+MAX_SHOWN = 20  # removed characters and tokens in a note
 SPACE = " "
-FRAMES = "input_features"  # of a spectrogram
+FRAMES = "input_features"  # the model's argument for spectrograms
 
 
 class CTCVocabulary(RecordedTask):
-    """What a task that writes by CTC has to do with letters."""
+    """The part of a CTC task that handles the vocabulary."""
 
     is_new = False
-    """Whether the letters are those of the recipe or of train, and not of the base."""
+    """Whether the vocabulary is that of the recipe or the train split, not that of the base."""
 
     # --------------------------------------------------------------------- the processor
 
     def load_processor(self) -> None:
         """Load the tokenizer, the feature extractor and the configuration."""
         require_decoder(self.recipe, "ctc")
-        self._reject_keys_of_others()
+        self._reject_attention_keys()
         super().load_processor()
         self.learned.task["decoder"] = "ctc"
         if self.is_new:
-            self._use(self._known_letters or "")
+            self._set_vocabulary(self._known_letters or "")
             return
         tokenizer, at, name = self.tokenizer, self.recipe.at("model.name"), self.recipe.model.name
         if getattr(self.config, "adapter_attn_dim", None):
@@ -76,13 +76,13 @@ class CTCVocabulary(RecordedTask):
             hint = "the tokenizer and the model do not belong together: copy or download both again"
             raise LoraError(what, at, hint)
         words, special = tokenizer.word_delimiter_token, set(tokenizer.all_special_tokens)
-        # a model that was trained in full has the recipe's letters as its own
+        # a fully fine-tuned model's own vocabulary is that of the recipe, with an unknown token
         unknown = None if self.spec.letters is None else int(tokenizer.unk_token_id)
         self.letters = Letters(tokenizer.get_vocab(), words, special - {words, SPACE}, unknown)
 
     def read_tokenizer(self) -> PreTrainedTokenizerBase:
-        """Return the base's tokenizer; or that of a new vocabulary, as far as it is known."""
-        self.is_new = self.has_head = self._has_new_letters()
+        """Return the base's tokenizer, or that of the new vocabulary as far as it is known."""
+        self.is_new = self.has_head = self._needs_new_vocabulary()
         if not self.is_new:
             return super().read_tokenizer()
         if self._known_letters is None and self.recipe.data.streaming:
@@ -90,32 +90,32 @@ class CTCVocabulary(RecordedTask):
             what += "`data.streaming` does not have them together"
             hint = "name them: `task.letters: abcdefghijklmnopqrstuvwxyz`"
             raise LoraError(what, self.recipe.at("data.streaming"), hint)
-        return tokenizer_of(self._known_letters or "")
+        return build_tokenizer(self._known_letters or "")
 
     def read_config(self) -> None:
-        """Read the model's configuration, to which a new vocabulary belongs."""
+        """Read the model's configuration, and adapt it to a new vocabulary."""
         super().read_config()
-        self.is_new = self.has_head = self._has_new_letters()
+        self.is_new = self.has_head = self._needs_new_vocabulary()
         if self.is_new:
-            self._use(self._known_letters or "")
+            self._set_vocabulary(self._known_letters or "")
 
     @property
     def _known_letters(self) -> str | None:
-        known: str | None = self.learned.task.get("letters", self.spec.letters)
-        return known
+        letters: str | None = self.learned.task.get("letters", self.spec.letters)
+        return letters
 
-    def _has_new_letters(self) -> bool:
-        """Return whether the vocabulary is another than the base's own."""
+    def _needs_new_vocabulary(self) -> bool:
+        """Return whether the vocabulary differs from the base's."""
         if self.spec.letters is None:
             return lacks_vocabulary(self.recipe)
         if not has_tokenizer(self.recipe):
             return True
-        wanted = tokenizer_of(self.spec.letters).get_vocab()
-        return bool(load_tokenizer(self.recipe).get_vocab() != wanted)
+        expected = build_tokenizer(self.spec.letters).get_vocab()
+        return bool(load_tokenizer(self.recipe).get_vocab() != expected)
 
-    def _use(self, letters: str) -> None:
-        """Take these letters as the vocabulary; none, as long as they are not known."""
-        self.tokenizer = tokenizer = tokenizer_of(letters)
+    def _set_vocabulary(self, letters: str) -> None:
+        """Set the letters of the new vocabulary; an empty string while they are unknown."""
+        self.tokenizer = tokenizer = build_tokenizer(letters)
         self.control_tokens = ControlTokens(tokenizer)
         self.blank = int(tokenizer.pad_token_id)
         self.config.pad_token_id, self.config.vocab_size = self.blank, len(tokenizer)
@@ -126,25 +126,25 @@ class CTCVocabulary(RecordedTask):
 
     @property
     def knows_labels(self) -> bool:
-        """Whether the letters are known; those of a new vocabulary may be still to be learnt."""
+        """Whether the vocabulary is known; a new one may yet have to be read from the data."""
         if self._known_letters is not None:
             return True
-        with suppress(LoraError):  # what is wrong with the base is said when it is loaded
+        with suppress(LoraError):  # loading the base reports what is wrong with it
             return not lacks_vocabulary(self.recipe)
         return True
 
     def save_processor(self, folder: Path, facts: dict[str, Any] | None = None) -> None:
-        """Write the tokenizer and the feature extractor into a folder; new ones as a processor."""
+        """Save the tokenizer and feature extractor; with a new vocabulary, also as a processor."""
         super().save_processor(folder, facts)
         if self.is_new:
             kind = Wav2Vec2BertProcessor if self.input_key == FRAMES else Wav2Vec2Processor
             kind(self.extractor, self.tokenizer).save_pretrained(folder)
 
-    def _reject_keys_of_others(self) -> None:
-        """Reject what the recipe says of a model that writes one token after the other.
+    def _reject_attention_keys(self) -> None:
+        """Reject keys that apply to models with an autoregressive decoder only.
 
         Raises:
-            LoraError: If it says something.
+            LoraError: If the recipe sets such a key.
         """
         for key, value in {"language": self.spec.language, "task": self.spec.task}.items():
             if value is not None:
@@ -156,94 +156,94 @@ class CTCVocabulary(RecordedTask):
 
     @property
     def input_key(self) -> str:
-        """What the model calls that which it reads."""
-        return FRAMES if self.config.model_type == SPECTROGRAMS else "input_values"
+        """The name of the model's input."""
+        return FRAMES if self.config.model_type == SPECTROGRAM_MODEL else "input_values"
 
     # ------------------------------------------------------------------------------ rows
 
     def target_error(self, row: dict[str, Any]) -> str:
-        """Return what is wrong with the transcript, or nothing."""
+        """Return what is wrong with the transcript, or an empty string."""
         if error := super().target_error(row):
             return error
         text = str(row[self.spec.text_column])
         if not hasattr(self, "letters"):
-            lacks_letters = self.is_new and not heard(text)
+            lacks_letters = self.is_new and not normalise_transcript(text)
             return f"`{self.spec.text_column}` has no letter" if lacks_letters else ""
-        unknown = self.letters.unknown(text) if self.letters.unknown_id is None else None
+        unknown = self.letters.first_unknown(text) if self.letters.unknown_id is None else None
         if unknown is not None:
             return f"`{unknown}` in `{self.spec.text_column}` is not in the model's vocabulary"
-        if not self.letters.written(text):
+        if not self.letters.normalise(text):
             return f"`{self.spec.text_column}` has no letter that the model can write"
         return ""
 
     def learn_from(self, splits: dict[str, Rows]) -> None:
-        """Say what of the transcripts the model cannot write, and is left out."""
+        """Determine a new vocabulary, and add notes about how transcripts are normalised."""
         super().learn_from(splits)
         if self.is_new:
             self._learn_letters(splits)
-        if not hasattr(self, "letters"):  # the model could not be read, which is said elsewhere
+        if not hasattr(self, "letters"):  # loading the model reports why it cannot be read
             return
-        left_out, n_rows = set[str](), 0
+        removed_symbols, n_rows = set[str](), 0
         for rows in splits.values():
             for row in rows:
-                found = self.letters.left_out(str(row[self.spec.text_column]))
-                left_out |= found
-                n_rows += bool(found)
-        if left_out:
-            shown = " ".join(sorted(left_out)[:SHOWN])
+                symbols = self.letters.removed_symbols(str(row[self.spec.text_column]))
+                removed_symbols |= symbols
+                n_rows += bool(symbols)
+        if removed_symbols:
+            shown = " ".join(sorted(removed_symbols)[:MAX_SHOWN])
             where = counted(n_rows, "transcript")
             self.notes.append(f"the model's vocabulary has no {shown}: left out of {where}")
-        if self.letters.only_capitals:
+        if self.letters.is_upper_case:
             self.notes.append("transcripts are read in capital letters, as the model writes them")
-        if self.letters.has_dotless and self.letters.only_small:
+        if self.letters.has_dotless and self.letters.is_lower_case:
             what = f"`I` is read as `{DOTLESS[0]}`, as the vocabulary has the letters of Turkish"
             self.notes.append(what)
-        if self.letters.longer:
-            shown = ", ".join(f"`{name}`" for name in self.letters.longer[:SHOWN])
+        if self.letters.multi_letter_tokens:
+            shown = ", ".join(f"`{name}`" for name in self.letters.multi_letter_tokens[:MAX_SHOWN])
             what = (
                 "the vocabulary has tokens of several letters, which transcripts are not divided "
             )
             self.notes.append(f"{what}into: {shown}")
 
     def _learn_letters(self, splits: dict[str, Rows]) -> None:
-        """Take the letters of train as the vocabulary, and say which those of others lack."""
+        """Take the vocabulary from the train split, and note letters of any split that it lacks."""
         column = self.spec.text_column
         if self._known_letters is None:
-            if "train" not in splits:  # it is streamed, which is an error of its own
+            if "train" not in splits:  # a streamed data set, which `read_tokenizer` rejects
                 return
-            letters = letters_to_continue(self.recipe) or letters_of(
+            letters = previous_letters(self.recipe) or letters_of(
                 str(row[column]) for row in splits["train"]
             )
             self.learned.task["letters"] = letters
-            self._use(letters)
+            self._set_vocabulary(letters)
         known = str(self._known_letters)
         self.notes.append(
             f"a new vocabulary of {counted(len(known), 'letter')}, `{known}`, and an output layer "
             "for it, which is trained in full"
         )
-        if self.letters.only_small:
+        if self.letters.is_lower_case:
             self.notes.append("transcripts are read in lower case, as the model will write them")
         for name, rows in splits.items():
-            texts = [self.letters.written(str(row[column])) for row in rows]
-            lacking = {c for text in texts for c in text if c not in self.letters.ids}
-            if lacking:
-                shown = " ".join(sorted(lacking)[:SHOWN])
-                n_rows = sum(not lacking.isdisjoint(text) for text in texts)
+            texts = [self.letters.normalise(str(row[column])) for row in rows]
+            missing = {c for text in texts for c in text if c not in self.letters.ids}
+            if missing:
+                shown = " ".join(sorted(missing)[:MAX_SHOWN])
+                n_rows = sum(not missing.isdisjoint(text) for text in texts)
                 where = counted(n_rows, f"{name} transcript")
                 self.notes.append(
                     f"letters of {where} that the vocabulary lacks are {UNKNOWN}: {shown}"
                 )
 
     def reference(self, row: dict[str, Any]) -> str:
-        """Return what a row wants, as far as the model can write it."""
-        return self.letters.written(str(row[self.spec.text_column]))
+        """Return a row's transcript, normalised to the vocabulary."""
+        return self.letters.normalise(str(row[self.spec.text_column]))
 
     def tokens_of(self, text: str) -> list[int]:
-        """Return a transcript's letters."""
+        """Return the token ids of a transcript."""
         return self.letters.tokens_of(text)
 
     def marked(self, labels: Sequence[int], colour: bool) -> str:
-        """Return a transcript letter by letter: decoding would join two equal ones."""
+        """Return a transcript's tokens as text; decoding would collapse repeated letters."""
         names = self.tokenizer.convert_ids_to_tokens(list(labels))
         text = "".join(names).replace(self.tokenizer.word_delimiter_token, " ")
         return f"{GREEN}{text}{PLAIN}" if colour else f"⟦{text}⟧"

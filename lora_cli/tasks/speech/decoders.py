@@ -1,4 +1,4 @@
-"""How a model writes down what it hears: one token after the other, or a letter for each moment."""
+"""How a speech recognition model produces text: by an autoregressive decoder, or by CTC."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from lora_cli.recipe import Recipe
 
 Decoder = Literal["attention", "ctc"]
 
-SPECTROGRAMS = "wav2vec2-bert"  # reads them; others do too, such as Parakeet, in other ways
-CTC_MODELS = {  # the others read samples
+SPECTROGRAM_MODEL = "wav2vec2-bert"  # the one supported CTC model that reads spectrograms
+CTC_MODELS = {  # the other models read samples
     "data2vec-audio", "hubert", "sew", "sew-d", "unispeech", "unispeech-sat", "wav2vec2",
-    "wav2vec2-conformer", "wavlm", SPECTROGRAMS,
+    "wav2vec2-conformer", "wavlm", SPECTROGRAM_MODEL,
 }  # fmt: skip
 
 
 def decoder_of(recipe: Recipe) -> Decoder:
-    """Return how the recipe's base writes; of one that cannot be read, as Whisper does.
+    """Return the decoder of the recipe's base; `attention` if the base cannot be read.
 
-    What is wrong with the base is said when it is loaded.
+    Loading the base reports why it cannot be read.
     """
     spec: Any = recipe.task
     if spec.decoder is not None:
@@ -33,10 +33,10 @@ def decoder_of(recipe: Recipe) -> Decoder:
 
 
 def require_decoder(recipe: Recipe, decoder: Decoder) -> None:
-    """Reject a base that writes in another way than the task expects.
+    """Reject a base whose decoder is not the expected one.
 
     Raises:
-        LoraError: With what the model is.
+        LoraError: With the kind of model that the base is.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CTC_MAPPING_NAMES
 
@@ -44,9 +44,9 @@ def require_decoder(recipe: Recipe, decoder: Decoder) -> None:
     if kind in (CTC_MODELS if decoder == "ctc" else {"whisper"}):
         return
     if kind in CTC_MODELS or kind == "whisper":
-        right = "attention" if kind == "whisper" else "ctc"
+        expected = "attention" if kind == "whisper" else "ctc"
         what = f"`{name}` ({kind}) does not write by `{decoder}`"
-        hint = f"leave `decoder` out, or set it to `{right}`"
+        hint = f"leave `decoder` out, or set it to `{expected}`"
         raise LoraError(what, recipe.at("task.decoder"), hint)
     what = f"`{name}` is no model of speech that can be trained here ({kind})"
     if kind in MODEL_FOR_CTC_MAPPING_NAMES:

@@ -14,7 +14,7 @@ from transformers import (
     Wav2Vec2Model,
 )
 
-from lora_cli.tasks.speech.moments import frames_in, moments_of
+from lora_cli.tasks.speech.ctc_output_length import count_frames, ctc_output_length
 
 SMALL: dict[str, Any] = {
     "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8,
@@ -37,8 +37,8 @@ def test_recordings_are_shortened_by_convolutions_and_those_behind_the_model(
     for length in (200, 219, 220, 221, 333):
         with torch.no_grad():
             found = model(torch.zeros(1, length)).last_hidden_state
-        assert moments_of(config, length) == found.shape[1], length
-    assert moments_of(config, 12) == moments_of(config, 3) == 0
+        assert ctc_output_length(config, length) == found.shape[1], length
+    assert ctc_output_length(config, 12) == ctc_output_length(config, 3) == 0
 
 
 @pytest.mark.parametrize("more", [
@@ -53,15 +53,15 @@ def test_spectrograms_are_shortened_behind_the_model_alone(more: dict[str, Any])
     for length in (20, 21, 22, 33):
         with torch.no_grad():
             found = model(torch.zeros(1, length, 6)).last_hidden_state
-        assert moments_of(config, length) == found.shape[1], length
+        assert ctc_output_length(config, length) == found.shape[1], length
 
 
 @pytest.mark.parametrize("n_samples", [560, 719, 720, 879, 880, 1600, 16_001])
 def test_a_spectrogram_has_as_many_frames_as_its_extractor_makes(n_samples: int) -> None:
     extractor = SeamlessM4TFeatureExtractor()
     found = extractor(torch.zeros(n_samples).numpy(), sampling_rate=16_000, pad_to_multiple_of=1)
-    assert frames_in(n_samples) == len(found["input_features"][0])
+    assert count_frames(n_samples) == len(found["input_features"][0])
 
 
 def test_what_is_shorter_than_a_window_has_no_frame() -> None:
-    assert [frames_in(n) for n in (0, 100, 399, 400, 559, 560)] == [0, 0, 0, 0, 0, 1]
+    assert [count_frames(n) for n in (0, 100, 399, 400, 559, 560)] == [0, 0, 0, 0, 0, 1]
