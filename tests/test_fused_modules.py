@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
+from lora_cli.adapters.lora import LoRALinear
 from lora_cli.training import fused_modules
 from lora_cli.training.fused_modules import FusedModules, ReplacedForward, RMSNorms, has_code_of
 
@@ -104,17 +105,18 @@ def test_a_model_runs_by_kernels_only_where_it_is_asked_to(monkeypatch: pytest.M
             seen.append(type(self).__name__)
             return super().forward(x)  # type: ignore[no-any-return, misc]
 
-    def gated_mlps(modules: list[nn.Module]) -> ReplacedForward:
-        (model,) = modules
-        mlps = [module for module in model.modules() if type(module).__name__ == "LlamaMLP"]
-        return ReplacedForward(mlps, ByKernel)
+    class GatedMLPs(ReplacedForward):
+        def __init__(self, modules: list[nn.Module]) -> None:
+            mlps = [part for part in modules[0].modules() if type(part).__name__ == "LlamaMLP"]
+            super().__init__(mlps, ByKernel)
+            self.gates = [mlp.get_submodule("gate_proj") for mlp in mlps]
 
     seen: list[str] = []
     sizes = {"hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2, "vocab_size": 9}
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=3)).requires_grad_(False)
     assert FusedModules(model, autocast=True).layers == [], "Triton is not there"
     monkeypatch.setattr(fused_modules, "has_triton", lambda: True)
-    stub = SimpleNamespace(GatedMLPs=gated_mlps)  # the module itself needs Triton
+    stub = SimpleNamespace(GatedMLPs=GatedMLPs)  # the module itself needs Triton
     monkeypatch.setitem(sys.modules, "lora_cli.training.gated_mlp", stub)
     assert FusedModules(model, autocast=False).layers == [], "all is computed in 32 bits"
     assert FusedModules(model, autocast=True).kind == "3 gated MLPs by one kernel each"
@@ -131,3 +133,15 @@ def test_a_model_runs_by_kernels_only_where_it_is_asked_to(monkeypatch: pytest.M
     assert torch.equal(found, wanted)
     model(tokens)
     assert len(seen) == 3
+    for layer in model.model.layers:
+        for parent, name in ((layer.self_attn, "q_proj"), (layer.self_attn, "v_proj"),
+                             (layer.mlp, "gate_proj"), (layer.mlp, "up_proj")):  # fmt: skip
+            setattr(parent, name, LoRALinear(getattr(parent, name), rank=2, alpha=4))
+    fused = FusedModules(model, autocast=False)
+    fused.choose_products(lambda: model(tokens))
+    groups = [product.layers for product in fused.updates]  # the kernel has those of the gates
+    parts = [layer.self_attn for layer in model.model.layers]
+    assert groups == [[part.q_proj, part.v_proj] for part in parts]
+    with fused.in_use():
+        assert all(type(layer) is not LoRALinear for group in groups for layer in group)
+    assert all(type(layer) is LoRALinear for group in groups for layer in group)

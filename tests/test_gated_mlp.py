@@ -38,7 +38,7 @@ def by_equations(
 @pytest.fixture
 def gated_mlp(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     calls.clear()
-    kernel = SimpleNamespace(gated_product=by_equations)
+    kernel = SimpleNamespace(gated_product=by_equations, MAX_RANK=64)
     monkeypatch.setitem(sys.modules, "lora_cli.training.gated_mlp_kernel", kernel)
     with_triton = sys.modules.pop(MODULE, None)
     module = importlib.import_module(MODULE)
@@ -109,7 +109,7 @@ def test_numbers_that_are_dropped_are_those_that_the_layers_themselves_drop(
 
 
 @pytest.mark.parametrize("lacks", ["gate_proj", "up_proj", "down_proj"])
-@pytest.mark.parametrize("why", ["dropout", "no adapter", "another adapter"])
+@pytest.mark.parametrize("why", ["dropout", "no adapter", "another adapter", "large rank"])
 def test_the_compiler_leaves_to_the_kernel_the_updates_before_the_gate(
     lacks: str, why: str, gated_mlp: ModuleType
 ) -> None:
@@ -117,7 +117,13 @@ def test_the_compiler_leaves_to_the_kernel_the_updates_before_the_gate(
     x = torch.randn(2, 5, 12, dtype=torch.bfloat16)
     if why != "dropout":
         base = getattr(mlp, lacks).base
-        setattr(mlp, lacks, base if why == "no adapter" else DoRALinear(base, rank=2, alpha=3))
+        other = {
+            "no adapter": base,
+            "another adapter": DoRALinear(base, rank=2, alpha=3),
+            "large rank": LoRALinear(base, rank=65, alpha=3),
+        }[why]
+        nn.init.normal_(getattr(other, "lora_B", torch.empty(1)))
+        setattr(mlp, lacks, other)
     by_compiler = gated_mlp.GatedMLPs([mlp], compiled=True)
     assert len(by_compiler.found) == (lacks == "down_proj")
     wanted = mlp.eval()(x)

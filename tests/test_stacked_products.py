@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -22,7 +23,12 @@ from transformers import (
 
 from lora_cli.adapters.lora import LoRALinear
 from lora_cli.training.compiled_layers import CompiledLayers
-from lora_cli.training.stacked_products import StackedProduct, StackedUpdates, stacked_products
+from lora_cli.training.stacked_products import (
+    StackedProduct,
+    StackedUpdates,
+    stacked_products,
+    stacked_updates,
+)
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
 ENCODER = {**SIZES, "vocab_size": 40, "intermediate_size": 24}
@@ -123,7 +129,7 @@ def test_each_update_has_its_own_dropout() -> None:
     x = torch.ones(1000, 3)
     products = stacked_products([model], lambda: model(x, "same"))
     (updates,) = [product for product in products if isinstance(product, StackedUpdates)]
-    one, two = (update.detach() for update in updates._all(x))
+    one, two = (update.detach() for update in updates._by_batched_products(x))
     assert not torch.equal(one, two)
     for update in (one, two):  # the sum of three inputs, of which each is doubled or dropped
         assert set(update.unique().tolist()) == {0.0, 2.0, 4.0, 6.0}
@@ -131,6 +137,50 @@ def test_each_update_has_its_own_dropout() -> None:
     model.two.alpha, model.two.scaling = 2, 2.0
     kinds = [type(found) for found in stacked_products([model], lambda: model(x, "same"))]
     assert kinds == [StackedProduct]
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_updates_of_any_shape_share_one_product(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = adapted(name), inputs_of(name)
+    for path, module in list(model.named_modules()):
+        if path.endswith("up_proj.base"):  # another rank and scaling than those of gate_proj
+            layer = LoRALinear(module, rank=3, alpha=5)
+            nn.init.normal_(layer.lora_A)
+            nn.init.normal_(layer.lora_B)
+            model.set_submodule(path.removesuffix(".base"), layer)
+    wanted = outputs_and_gradients(model, inputs)
+    products = stacked_updates([model], lambda: model(**inputs))
+    names = {module: path.split(".")[-1] for path, module in model.named_modules()}
+    adapted_groups = [[group[0], group[-1]] for group in GROUPS[name][2]]
+    assert [[names[layer] for layer in product.layers] for product in products] == adapted_groups
+    multiply, ranks = nn.functional.linear, []
+
+    def noted(x: Tensor, weight: Tensor, *bias: Any) -> Tensor:
+        ranks.append(len(weight))
+        return multiply(x, weight, *bias)
+
+    monkeypatch.setattr(nn.functional, "linear", noted)
+    with ExitStack() as stack:
+        for product in products:
+            stack.enter_context(product)
+        found = outputs_and_gradients(model, inputs)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b)
+    assert ranks.count(5) == sum("up_proj" in group for group in adapted_groups)
+    assert not {2, 3} & set(ranks)  # no A is multiplied alone
+    assert all(product.updates == [] and product.input is None for product in products)
+    left_out = [module for module, name in names.items() if name in ("gate_proj", "query")]
+    products = stacked_updates([model], lambda: model(**inputs), but=left_out)
+    assert not any(set(product.layers) & set(left_out) for product in products)
+
+
+def test_updates_with_dropout_have_inputs_of_their_own() -> None:
+    model = adapted("llama")
+    for layer in model.modules():
+        if isinstance(layer, LoRALinear):
+            layer.dropout.p = 0.1
+    inputs = inputs_of("llama")
+    assert stacked_updates([model], lambda: model(**inputs)) == []
 
 
 class Pair(nn.Module):

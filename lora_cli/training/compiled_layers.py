@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lora_cli.models.offloaded_inputs import OffloadingCheckpoint
-from lora_cli.training.stacked_products import stacked_products
+from lora_cli.training.stacked_products import stacked_products, stacked_updates
 
 SHAPES = 64  # torch compiles a layer anew for each shape, and by default gives up after 8
 MEMORY_BUDGET = 0.8  # of the activations that autograd would keep: the cheapest are computed again
@@ -78,7 +78,8 @@ class CompiledLayers:
 
         With short texts, linear layers that read the same input are multiplied at once. Long ones
         gain nothing from that: their products are large, and their gradients have to be copied.
-        But their low-rank updates are large too, and are added where the gate of an MLP reads them.
+        But their low-rank updates share a product, and are added where the gate of an MLP reads
+        them.
 
         Args:
             compute: Makes a forward pass.
@@ -89,8 +90,8 @@ class CompiledLayers:
             from lora_cli.training.gated_mlp import GatedMLPs
 
             gated = GatedMLPs(self.layers, compiled=True)
+            self.products = [*stacked_updates(self.layers, compute, but=gated.gates), gated]
             if gated.found:
-                self.products = [gated]
                 self.kind += f" ({len(gated.found)} gated MLPs by a kernel of our own)"
                 self.memory_budget = self.memory_budget and GATED_BUDGET
 

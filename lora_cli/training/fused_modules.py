@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import FunctionType
 from typing import Any
 
@@ -20,6 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lora_cli.environment import has_triton
 from lora_cli.errors import counted
+from lora_cli.training.stacked_products import StackedUpdates, stacked_updates
 
 IN_16_BITS = (torch.float16, torch.bfloat16)
 
@@ -104,14 +105,16 @@ class FusedModules:
     failure = "the kernels of gated MLPs and norms cannot be used"
 
     def __init__(self, model: nn.Module, autocast: bool) -> None:
+        self.model, self.kind = model, ""
         self.groups: list[ReplacedForward] = []
-        self.kind = ""
+        self.gates: list[nn.Module] = []
+        self.updates: list[StackedUpdates] = []
         in_16_bits = autocast or any(p.dtype in IN_16_BITS for p in model.parameters())
         if in_16_bits and has_triton():
             from lora_cli.training.gated_mlp import GatedMLPs
 
             norms, mlps = RMSNorms(model), GatedMLPs([model])
-            self.groups = [norms, mlps]
+            self.groups, self.gates = [norms, mlps], mlps.gates
             pairs = ((mlps, "gated MLP"), (norms, "norm"))
             counts = [counted(len(group.found), noun) for group, noun in pairs if group.found]
             self.kind = " and ".join(counts) + " by one kernel each"  # for the report
@@ -122,12 +125,18 @@ class FusedModules:
         return [module for group in self.groups for module, _ in group.found]
 
     def choose_products(self, compute: Callable[[], Any]) -> None:
-        """Choose nothing more: as of `CompiledLayers`."""
+        """Let low-rank updates with one input share a product from now on.
+
+        Args:
+            compute: Makes a forward pass.
+        """
+        self.updates = stacked_updates([self.model], compute, but=self.gates)
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """Let kernels compute the modules within the context."""
         with ExitStack() as stack:
-            for group in self.groups:
-                stack.enter_context(group)
+            parts: list[AbstractContextManager[None]] = [*self.groups, *self.updates]
+            for part in parts:
+                stack.enter_context(part)
             yield

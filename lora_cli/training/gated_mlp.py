@@ -13,7 +13,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from lora_cli.adapters.lora import LoRALinear
 from lora_cli.training.fused_modules import IN_16_BITS, ReplacedForward, has_code_of
-from lora_cli.training.gated_mlp_kernel import gated_product
+from lora_cli.training.gated_mlp_kernel import MAX_RANK, gated_product
+from lora_cli.training.stacked_products import hidden_of_updates
 
 SILU = (nn.SiLU, type(ACT2FN["silu"]))
 GELU = (type(ACT2FN["gelu_pytorch_tanh"]), type(ACT2FN["gelu_new"]))  # by the same approximation
@@ -37,6 +38,12 @@ class GatedMLPs(ReplacedForward):
             mlps = [mlp for mlp in mlps if _has_plain_lora(mlp.up_proj, dropout=False)]
         super().__init__(mlps, _GatedMLP)
 
+    @property
+    def gates(self) -> list[nn.Module]:
+        """The layers gate and up, whose updates the kernel adds."""
+        mlps: list[Any] = [mlp for mlp, _ in self.found]
+        return [layer for mlp in mlps for layer in (mlp.gate_proj, mlp.up_proj)]
+
 
 class _GatedMLP(nn.Module):
     """Comes before an architecture's own class, whose attributes and equation are Llama's."""
@@ -54,8 +61,7 @@ class _GatedMLP(nn.Module):
         g, u = _without_update(gate)(x), _without_update(up)(x)
         if g.dtype != u.dtype or g.dtype not in IN_16_BITS:
             return super().forward(x)
-        gate_h, gate_b = _update(gate, x, g)
-        up_h, up_b = _update(up, x, u)
+        (gate_h, gate_b), (up_h, up_b) = _updates((gate, up), x, (g, u))
         a = down.lora_A.to(g.dtype) if _has_plain_lora(down, dropout=False) else None
         is_gelu = type(self.act_fn) in GELU
         y, h = gated_product(g, u, gate_h, up_h, gate_b, up_b, a, is_gelu)
@@ -70,26 +76,45 @@ def _without_update(layer: Any) -> Any:
     return layer.base if _has_plain_lora(layer) else layer
 
 
-def _update(layer: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the factors of a layer's update in the dtype of y.
+def _updates(
+    layers: tuple[Any, Any], x: Tensor, outputs: tuple[Tensor, Tensor]
+) -> list[tuple[Tensor, Tensor]]:
+    """Return the factors of the updates of two layers, in the dtype of their outputs.
 
     Args:
-        layer: A linear layer.
-        x: Its input (..., in).
-        y: Its output without the update (..., out).
+        layers: Linear layers, with LoRA or without it.
+        x: Their input (..., in).
+        outputs: What each computes without its update, or, if it has none, as a whole (..., out).
 
     Returns:
-        s A x (..., rank) and B (out, rank); of rank 0 if y is the whole output.
+        s A x (..., rank) and B (out, rank) of each; of rank 0 if it has no update.
     """
+    if all(_has_plain_lora(layer, dropout=False) for layer in layers):
+        hidden = hidden_of_updates(layers, x)
+    else:
+        hidden = [_hidden(layer, x) for layer in layers]
+    found = []
+    for layer, h, y in zip(layers, hidden, outputs, strict=True):
+        b = layer.lora_B if _has_plain_lora(layer) else y.new_empty(y.shape[-1], 0)
+        found.append((h.to(y.dtype), b.to(y.dtype)))
+    return found
+
+
+def _hidden(layer: Any, x: Tensor) -> Tensor:
     if not _has_plain_lora(layer):
-        return y.new_empty(*y.shape[:-1], 0), y.new_empty(y.shape[-1], 0)
-    h = F.linear(layer.dropout(x), layer.lora_A.to(x.dtype)) * layer.scaling
-    return h.to(y.dtype), layer.lora_B.to(y.dtype)
+        return x.new_empty(*x.shape[:-1], 0)
+    hidden: Tensor = F.linear(layer.dropout(x), layer.lora_A.to(x.dtype)) * layer.scaling
+    return hidden
 
 
 def _has_plain_lora(layer: Any, dropout: bool = True) -> bool:
-    """Return whether a layer has plain LoRA that is switched on, with dropout or without it."""
-    plain = type(layer) is LoRALinear and layer.enabled
+    """Return whether a layer has plain LoRA that is switched on, of a rank for the kernel.
+
+    Args:
+        layer: A linear layer, with LoRA or without it.
+        dropout: Whether it may have dropout.
+    """
+    plain = type(layer) is LoRALinear and layer.enabled and layer.rank <= MAX_RANK
     return plain and (dropout or not layer.dropout.p)
 
 

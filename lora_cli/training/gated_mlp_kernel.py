@@ -7,8 +7,12 @@ outputs G and U (tokens, n) of the frozen layers gate and up, and updates of ran
 
 where h_g and h_u (tokens, r) are s A x of the layers gate and up, and A_d is the A of down.
 Computed one by one, the updates, g and u are matrices of n columns that are written to memory and
-read again. Here a program adds the updates to its block of G and U, and writes y alone. The
-backward pass computes the same blocks again, and adds the gradient that comes through h.
+read again. Here a program adds the updates to its block of G and U, and writes y alone.
+
+In the backward pass a program goes through many tokens of some columns. It computes the same blocks
+again, adds the gradient that comes through h, and sums the gradients of B_g, B_u and A_d over its
+tokens. So y is not written again, and the gradients of G and U are read once less. All of this is
+limited by the speed of the memory: a program reads its large blocks before it multiplies anything.
 
 Both activations are g times a sigmoid: SiLU is g sigmoid(g), and the GELU of Gemma and others, by
 its usual approximation, g sigmoid(z) with z = sqrt(8 / pi) (g + 0.044715 g^3).
@@ -16,6 +20,7 @@ its usual approximation, g sigmoid(z) with z = sqrt(8 / pi) (g + 0.044715 g^3).
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -23,26 +28,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TOKENS, COLUMNS, WARPS = 64, 64, 4  # of a program's block
+TOKENS, COLUMNS = 64, 64  # of a block; a program of the forward pass has one
+FORWARD_WARPS, BACKWARD_WARPS = 8, 4
+MAX_RANK = 64  # of an update: with more, the sums of the backward pass do not fit into registers
+SEGMENT = 1024  # tokens of a program of the backward pass, over which it sums
+# it reads blocks ahead, if they fit into the fast memory of a processor: on an A100 and later
+STAGES, SHARED_BYTES = 3, 160_000
 
 
 @triton.jit
 def _matrix(x, rows, columns, n_rows, n_columns):  # type: ignore[no-untyped-def]
     """Return the block of a matrix (n_rows, n_columns) at some rows and columns, 0 outside."""
+    rows, columns = rows[:, None], columns[None, :]
     inside = (rows < n_rows) & (columns < n_columns)
     return tl.load(x + rows.to(tl.int64) * n_columns + columns, inside, other=0.0)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _with_update(x, h, b, tokens, columns, n_tokens, n_columns, rank, RANK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
-    """Return a block of x + h b^T in float32, of h (tokens, rank) and b (columns, rank)."""
-    block = _matrix(x, tokens[:, None], columns[None, :], n_tokens, n_columns).to(tl.float32)
-    if RANK:
-        ranks = tl.arange(0, RANK)
-        left = _matrix(h, tokens[:, None], ranks[None, :], n_tokens, rank)
-        right = _matrix(b, columns[:, None], ranks[None, :], n_columns, rank)
-        block += tl.dot(left, tl.trans(right))
-    return block
+@triton.jit
+def _store(x, block, rows, columns, n_rows, n_columns):  # type: ignore[no-untyped-def]
+    """Write a block of a matrix (n_rows, n_columns)."""
+    rows, columns = rows[:, None], columns[None, :]
+    place = x + rows.to(tl.int64) * n_columns + columns
+    tl.store(place, block.to(x.dtype.element_ty), (rows < n_rows) & (columns < n_columns))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -56,13 +63,6 @@ def _sigmoid_and_slope(g, IS_GELU: tl.constexpr):  # type: ignore[no-untyped-def
     return tl.sigmoid(z), slope
 
 
-@triton.jit
-def _store(x, block, tokens, columns, n_tokens, n_columns):  # type: ignore[no-untyped-def]
-    place = x + tokens[:, None].to(tl.int64) * n_columns + columns[None, :]
-    inside = (tokens[:, None] < n_tokens) & (columns[None, :] < n_columns)
-    tl.store(place, block.to(x.dtype.element_ty), inside)
-
-
 @triton.jit  # type: ignore[untyped-decorator]
 def _forward(  # type: ignore[no-untyped-def]
     gate, up, gate_h, up_h, gate_b, up_b, y,
@@ -72,52 +72,96 @@ def _forward(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     tokens = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
-    g = _with_update(gate, gate_h, gate_b, tokens, columns, n_tokens, n_columns, gate_rank, GATE_RANK)  # fmt: skip  # noqa: E501
-    u = _with_update(up, up_h, up_b, tokens, columns, n_tokens, n_columns, up_rank, UP_RANK)
+    g = _matrix(gate, tokens, columns, n_tokens, n_columns)
+    u = _matrix(up, tokens, columns, n_tokens, n_columns)
+    if GATE_RANK:
+        ranks = tl.arange(0, GATE_RANK)
+        g_h = _matrix(gate_h, tokens, ranks, n_tokens, gate_rank)
+        g_b = _matrix(gate_b, columns, ranks, n_columns, gate_rank)
+    if UP_RANK:
+        ranks = tl.arange(0, UP_RANK)
+        u_h = _matrix(up_h, tokens, ranks, n_tokens, up_rank)
+        u_b = _matrix(up_b, columns, ranks, n_columns, up_rank)
+    g, u = g.to(tl.float32), u.to(tl.float32)
+    if GATE_RANK:
+        g += tl.dot(g_h, tl.trans(g_b))
+    if UP_RANK:
+        u += tl.dot(u_h, tl.trans(u_b))
     share, _ = _sigmoid_and_slope(g, IS_GELU)
     _store(y, g * share * u, tokens, columns, n_tokens, n_columns)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _backward(  # type: ignore[no-untyped-def]
-    gate, up, gate_h, up_h, gate_b, up_b, down_a, dy, dh, dgate, dup, y,
-    n_tokens, n_columns, gate_rank, up_rank, down_rank,
-    TOKENS: tl.constexpr, COLUMNS: tl.constexpr,  # noqa: N803
+    gate, up, gate_h, up_h, gate_b, up_b, down_a, dy, dh, dgate, dup, dgate_b, dup_b, ddown_a,
+    n_tokens, n_columns, gate_rank, up_rank, down_rank, n_blocks,
+    TOKENS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,  # noqa: N803
     GATE_RANK: tl.constexpr, UP_RANK: tl.constexpr, DOWN_RANK: tl.constexpr,  # noqa: N803
     IS_GELU: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    tokens = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
-    g = _with_update(gate, gate_h, gate_b, tokens, columns, n_tokens, n_columns, gate_rank, GATE_RANK)  # fmt: skip  # noqa: E501
-    u = _with_update(up, up_h, up_b, tokens, columns, n_tokens, n_columns, up_rank, UP_RANK)
-    slope = _matrix(dy, tokens[:, None], columns[None, :], n_tokens, n_columns).to(tl.float32)
+    segment = tl.program_id(1)
+    dtype = dgate.dtype.element_ty
+    if GATE_RANK:
+        g_ranks = tl.arange(0, GATE_RANK)
+        g_b = tl.trans(_matrix(gate_b, columns, g_ranks, n_columns, gate_rank))
+        sum_gate = tl.zeros((COLUMNS, GATE_RANK), tl.float32)
+    if UP_RANK:
+        u_ranks = tl.arange(0, UP_RANK)
+        u_b = tl.trans(_matrix(up_b, columns, u_ranks, n_columns, up_rank))
+        sum_up = tl.zeros((COLUMNS, UP_RANK), tl.float32)
     if DOWN_RANK:
-        ranks = tl.arange(0, DOWN_RANK)
-        left = _matrix(dh, tokens[:, None], ranks[None, :], n_tokens, down_rank)
-        right = _matrix(down_a, ranks[:, None], columns[None, :], down_rank, n_columns)
-        slope += tl.dot(left, right)
-    share, inner = _sigmoid_and_slope(g, IS_GELU)
-    _store(y, g * share * u, tokens, columns, n_tokens, n_columns)
-    _store(dup, slope * g * share, tokens, columns, n_tokens, n_columns)
-    dg = slope * u * share * (1 + g * (1 - share) * inner)
-    _store(dgate, dg, tokens, columns, n_tokens, n_columns)
+        d_ranks = tl.arange(0, DOWN_RANK)
+        d_a = _matrix(down_a, d_ranks, columns, down_rank, n_columns)
+        sum_down = tl.zeros((DOWN_RANK, COLUMNS), tl.float32)
+    for block in tl.range(0, n_blocks, num_stages=STAGES):
+        tokens = (segment * n_blocks + block) * TOKENS + tl.arange(0, TOKENS)
+        g = _matrix(gate, tokens, columns, n_tokens, n_columns).to(tl.float32)
+        u = _matrix(up, tokens, columns, n_tokens, n_columns).to(tl.float32)
+        slope = _matrix(dy, tokens, columns, n_tokens, n_columns).to(tl.float32)
+        if GATE_RANK:
+            g_h = _matrix(gate_h, tokens, g_ranks, n_tokens, gate_rank)
+            g += tl.dot(g_h, g_b)
+        if UP_RANK:
+            u_h = _matrix(up_h, tokens, u_ranks, n_tokens, up_rank)
+            u += tl.dot(u_h, u_b)
+        if DOWN_RANK:
+            d_h = _matrix(dh, tokens, d_ranks, n_tokens, down_rank)
+            slope += tl.dot(d_h, d_a)
+        share, inner = _sigmoid_and_slope(g, IS_GELU)
+        dg = (slope * u * share * (1 + g * (1 - share) * inner)).to(dtype)
+        du = (slope * g * share).to(dtype)
+        _store(dgate, dg, tokens, columns, n_tokens, n_columns)
+        _store(dup, du, tokens, columns, n_tokens, n_columns)
+        if GATE_RANK:
+            sum_gate += tl.dot(tl.trans(dg), g_h)
+        if UP_RANK:
+            sum_up += tl.dot(tl.trans(du), u_h)
+        if DOWN_RANK:
+            sum_down += tl.dot(tl.trans(d_h), (g * share * u).to(dtype))
+    n_sums = segment.to(tl.int64) * n_columns  # of the segments before, for each rank
+    if GATE_RANK:
+        _store(dgate_b + n_sums * gate_rank, sum_gate, columns, g_ranks, n_columns, gate_rank)
+    if UP_RANK:
+        _store(dup_b + n_sums * up_rank, sum_up, columns, u_ranks, n_columns, up_rank)
+    if DOWN_RANK:
+        _store(ddown_a + n_sums * down_rank, sum_down, d_ranks, columns, down_rank, n_columns)
 
 
-def _grid(gate: Tensor) -> tuple[int, int]:
-    n_tokens, n_columns = gate.numel() // gate.shape[-1], gate.shape[-1]
-    return triton.cdiv(n_columns, COLUMNS), triton.cdiv(n_tokens, TOKENS)
-
-
-def _sizes(*ranks: int) -> dict[str, int]:
-    """Return the sizes of a program's blocks, and how it is compiled.
+def _block_ranks(*ranks: int) -> dict[str, int]:
+    """Return the sizes of a program's blocks of the factors.
 
     Args:
         ranks: Of gate, up and, in the backward pass, down; 0 if there is no update.
     """
-    found = {"TOKENS": TOKENS, "COLUMNS": COLUMNS, "num_warps": WARPS}
-    for name, rank in zip(("GATE_RANK", "UP_RANK", "DOWN_RANK"), ranks, strict=False):
-        found[name] = max(triton.next_power_of_2(rank), 16) if rank else 0
-    return found
+    sizes = [max(triton.next_power_of_2(rank), 16) if rank else 0 for rank in ranks]
+    return dict(zip(("GATE_RANK", "UP_RANK", "DOWN_RANK"), sizes, strict=False))
+
+
+@functools.cache
+def _stages(device: torch.device) -> int:
+    properties: Any = torch.cuda.get_device_properties(device)
+    return STAGES if properties.shared_memory_per_block_optin >= SHARED_BYTES else 1
 
 
 @torch.library.custom_op("lora_cli::gated_product", mutates_args=())
@@ -133,7 +177,7 @@ def gated_product(
 ) -> tuple[Tensor, Tensor]:
     """Return y = act(g) u and h = y A_d^T, as the equations above say.
 
-    All tensors have one dtype, of 16 bits on a GPU.
+    All tensors have one dtype, of 16 bits on a GPU. No rank may be larger than `MAX_RANK`.
 
     Args:
         gate: The output of the frozen layer gate, G (..., n).
@@ -153,9 +197,10 @@ def gated_product(
     n_columns = gate.shape[-1]
     if gate.numel():  # an expert may get no token
         with torch.cuda.device(gate.device):
-            _forward[_grid(gate)](
-                *parts, y, gate.numel() // n_columns, n_columns, *ranks,
-                IS_GELU=is_gelu, **_sizes(*ranks),
+            n_tokens = gate.numel() // n_columns
+            _forward[triton.cdiv(n_columns, COLUMNS), triton.cdiv(n_tokens, TOKENS)](
+                *parts, y, n_tokens, n_columns, *ranks, TOKENS=TOKENS, COLUMNS=COLUMNS,
+                IS_GELU=is_gelu, num_warps=FORWARD_WARPS, **_block_ranks(*ranks),
             )  # fmt: skip
     return y, gate.new_empty(0) if down_a is None else y @ down_a.T
 
@@ -171,28 +216,46 @@ def _(gate: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
 def _gradients(
     dy: Tensor, dh: Tensor | None, gate: Tensor, up: Tensor, gate_h: Tensor, up_h: Tensor,
     gate_b: Tensor, up_b: Tensor, down_a: Tensor | None, is_gelu: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the gradients over G and U, and y again, each (..., n)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return the gradients of G and U (..., n), of B_g and B_u (n, rank), and of A_d (rank, n).
+
+    The last is of rank 0 if A_d, or the gradient `dh` that comes through h, is None.
+    """
     parts = [part.contiguous() for part in (gate, up, gate_h, up_h, gate_b, up_b)]
-    ranks = [gate_b.shape[1], up_b.shape[1], 0]
-    a, slope = gate_b, gate_h  # which are not read
+    a, through_h = gate.new_empty(0, gate.shape[-1]), gate
     if down_a is not None and dh is not None:
-        a, slope, ranks[2] = down_a, dh, len(down_a)
-    dgate, dup, y = (torch.empty_like(parts[0]) for _ in range(3))
+        a, through_h = down_a.contiguous(), dh.contiguous()
+    ranks = gate_b.shape[1], up_b.shape[1], len(a)
     n_columns = gate.shape[-1]
-    if gate.numel():
+    n_tokens = gate.numel() // n_columns
+    tokens = TOKENS if max(ranks) <= 16 else TOKENS // 2  # for the same number of registers
+    n_segments = triton.cdiv(n_tokens, SEGMENT)
+    n_blocks = triton.cdiv(n_tokens, max(n_segments, 1) * tokens)
+    dgate, dup = torch.empty_like(parts[0]), torch.empty_like(parts[0])
+    sums = [
+        torch.empty(n_segments, *factor.shape, device=gate.device) for factor in (gate_b, up_b, a)
+    ]
+    if n_tokens:
         with torch.cuda.device(gate.device):
-            _backward[_grid(gate)](
-                *parts, a.contiguous(), dy.contiguous(), slope.contiguous(), dgate, dup, y,
-                gate.numel() // n_columns, n_columns, *ranks, IS_GELU=is_gelu, **_sizes(*ranks),
+            _backward[triton.cdiv(n_columns, COLUMNS), n_segments](
+                *parts, a, dy.contiguous(), through_h, dgate, dup, *sums,
+                n_tokens, n_columns, *ranks, n_blocks,
+                TOKENS=tokens, COLUMNS=COLUMNS, STAGES=_stages(gate.device), IS_GELU=is_gelu,
+                num_warps=BACKWARD_WARPS, **_block_ranks(*ranks),
             )  # fmt: skip
-    return dgate, dup, y
+    dgate_b, dup_b, ddown_a = (part.sum(0).to(gate.dtype) for part in sums)
+    return dgate, dup, dgate_b, dup_b, ddown_a
 
 
 @_gradients.register_fake
-def _(dy: Tensor, dh: Any, gate: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    like = [torch.empty_like(gate, memory_format=torch.contiguous_format) for _ in range(3)]
-    return like[0], like[1], like[2]
+def _(
+    dy: Tensor, dh: Any, gate: Tensor, up: Tensor, gate_h: Tensor, up_h: Tensor,
+    gate_b: Tensor, up_b: Tensor, down_a: Any, is_gelu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    of_g, of_u = (torch.empty_like(gate, memory_format=torch.contiguous_format) for _ in range(2))
+    rank = 0 if down_a is None or dh is None else len(down_a)
+    factors = (gate_b.shape, up_b.shape, (rank, gate.shape[-1]))
+    return (of_g, of_u, *(gate.new_empty(shape) for shape in factors))  # type: ignore[return-value]
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -203,16 +266,10 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _backward_of(ctx: Any, dy: Tensor, dh: Tensor | None) -> tuple[Tensor | None, ...]:
     gate, up, gate_h, up_h, gate_b, up_b, down_a = ctx.saved_tensors
-    dh = None if down_a is None else dh
-    dgate, dup, y = _gradients(dy, dh, gate, up, gate_h, up_h, gate_b, up_b, down_a, ctx.is_gelu)
-    da = None if dh is None else _summed(dh, y)
-    db = _summed(dgate, gate_h), _summed(dup, up_h)
-    return dgate, dup, dgate @ gate_b, dup @ up_b, *db, da, None
-
-
-def _summed(left: Tensor, right: Tensor) -> Tensor:
-    """Return the sum over all tokens of the products of two vectors each: (n, m)."""
-    return left.flatten(0, -2).T @ right.flatten(0, -2)
+    parts = (gate, up, gate_h, up_h, gate_b, up_b, down_a)
+    dgate, dup, dgate_b, dup_b, ddown_a = _gradients(dy, dh, *parts, ctx.is_gelu)
+    of_a = None if down_a is None or dh is None else ddown_a
+    return dgate, dup, dgate @ gate_b, dup @ up_b, dgate_b, dup_b, of_a, None
 
 
 gated_product.register_autograd(_backward_of, setup_context=_keep)

@@ -4,12 +4,16 @@ A GPU multiplies by one large matrix faster than by three small ones. The frozen
 below the other, and each layer's own weight becomes a part of that matrix, so they take no more
 memory. The low-rank updates of such layers, where they have the same shapes, become products of a
 batch. Which layers share an input is found by watching a forward pass, in any architecture.
+
+With long texts, one product of the frozen weights gains nothing: each is large, and their gradients
+would have to be copied into one matrix. But the products A x of their updates are small and only
+read x, so that one of them instead of three saves most of their time, in the backward pass too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the usual name for it
@@ -62,14 +66,15 @@ class StackedProduct:
 class StackedUpdates:
     """The low-rank updates of some layers with one input, of which the first computes all.
 
-    With dropout, each layer has its own mask, as if it were alone.
-
     Args:
-        layers: With equal shapes, scaling and dropout, in the order in which they are called.
+        layers: In the order in which they are called.
+        batched: Whether they become products of a batch, for which the layers need equal shapes,
+            scaling and dropout. With dropout, each has its own mask, as if it were alone. Otherwise
+            A x is one product for all of them, for which the layers must not have dropout.
     """
 
-    def __init__(self, layers: list[LoRALinear]) -> None:
-        self.layers = layers
+    def __init__(self, layers: list[LoRALinear], batched: bool = True) -> None:
+        self.layers, self.batched = layers, batched
         self.input: Tensor | None = None
         self.updates: list[Tensor] = []
         for place, layer in enumerate(layers):
@@ -79,7 +84,8 @@ class StackedUpdates:
         """Return the update of one layer: (..., in) to (..., out)."""
         layer = self.layers[place]
         if place == 0:
-            self.input, self.updates = x, list(self._all(x))
+            updates = self._by_batched_products(x) if self.batched else self._by_one_product(x)
+            self.input, self.updates = x, list(updates)
         elif x is not self.input:
             return layer.update(layer.dropout(x))
         update = self.updates[place]
@@ -87,7 +93,12 @@ class StackedUpdates:
             self.input, self.updates = None, []
         return update
 
-    def _all(self, x: Tensor) -> Iterable[Tensor]:
+    def _by_one_product(self, x: Tensor) -> Iterable[Tensor]:
+        parts = hidden_of_updates(self.layers, x)
+        for layer, hidden in zip(self.layers, parts, strict=True):
+            yield F.linear(hidden, layer.lora_B.to(x.dtype))
+
+    def _by_batched_products(self, x: Tensor) -> Iterable[Tensor]:
         flat = x.flatten(0, -2)
         inputs = torch.stack([layer.dropout(flat) for layer in self.layers])
         a = torch.stack([layer.lora_A.to(x.dtype) for layer in self.layers])
@@ -104,6 +115,21 @@ class StackedUpdates:
     def __exit__(self, *_: object) -> None:
         for layer in self.layers:
             layer.__class__ = LoRALinear
+
+
+def hidden_of_updates(layers: Sequence[LoRALinear], x: Tensor) -> list[Tensor]:
+    """Return s A x of each layer by one product, without dropout.
+
+    Args:
+        layers: LoRA layers with one input.
+        x: Their input (..., in).
+
+    Returns:
+        A matrix (..., rank) for each layer.
+    """
+    a = torch.cat([layer.lora_A for layer in layers]).to(x.dtype)
+    parts = torch.split_with_sizes(F.linear(x, a), [layer.rank for layer in layers], -1)
+    return [part * layer.scaling for part, layer in zip(parts, layers, strict=True)]
 
 
 class _PartOfUpdates(LoRALinear):
@@ -150,17 +176,48 @@ def stacked_products(
         compute: Makes a forward pass.
     """
     modules = [module for part in parts for module in part.modules()]
-    candidates = [module for module in modules if _is_candidate(module)]
+    candidates = [m for m in modules if isinstance(m, nn.Linear) and _is_candidate(m)]
     n_uses: dict[int, int] = {}  # of a weight, by different layers
     for parameter in (p for module in candidates for p in module.parameters()):
         n_uses[id(parameter)] = n_uses.get(id(parameter), 0) + 1
     candidates = [m for m in candidates if all(n_uses[id(p)] == 1 for p in m.parameters())]
-    groups: list[list[nn.Linear]] = []
+    found = _layers_with_one_input(candidates, compute)
+    adapters = {module.base: module for module in modules if type(module) is LoRALinear}
+    adapted = [[adapters[layer] for layer in group if layer in adapters] for group in found]
+    updates = [StackedUpdates(group) for group in adapted if len(group) > 1 and _match(group)]
+    return [*map(StackedProduct, found), *updates]
+
+
+def stacked_updates(
+    parts: Iterable[nn.Module], compute: Callable[[], Any], but: Iterable[nn.Module] = ()
+) -> list[StackedUpdates]:
+    """Return the low-rank updates within some modules that share the product A x.
+
+    Args:
+        parts: They contain the adapted layers.
+        compute: Makes a forward pass.
+        but: Adapted layers that are left out.
+    """
+    left_out = set(but)
+    modules = [module for part in parts for module in part.modules() if module not in left_out]
+    layers = [module for module in modules if type(module) is LoRALinear and module.enabled]
+    layers = [layer for layer in layers if not layer.dropout.p]
+    groups = _layers_with_one_input(layers, compute)
+    return [StackedUpdates(group, batched=False) for group in groups]
+
+
+Layer = TypeVar("Layer", bound=nn.Module)
+
+
+def _layers_with_one_input(
+    candidates: Iterable[Layer], compute: Callable[[], Any]
+) -> list[list[Layer]]:
+    """Return the groups of layers that read the same tensor whenever one of them is called."""
+    groups: list[list[Layer]] = []
     last_input: Any = None
 
-    def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def note(module: Any, inputs: tuple[Any, ...]) -> None:
         nonlocal last_input
-        assert isinstance(module, nn.Linear)
         if not groups or inputs[0] is not last_input or not _are_alike(groups[-1][0], module):
             groups.append([])
         groups[-1].append(module)
@@ -173,11 +230,7 @@ def stacked_products(
     finally:
         for hook in hooks:
             hook.remove()
-    found = list(_always_together(groups))
-    adapters = {module.base: module for module in modules if type(module) is LoRALinear}
-    adapted = [[adapters[layer] for layer in group if layer in adapters] for group in found]
-    updates = [StackedUpdates(group) for group in adapted if len(group) > 1 and _match(group)]
-    return [*map(StackedProduct, found), *updates]
+    return list(_always_together(groups))
 
 
 def _match(layers: list[LoRALinear]) -> bool:
@@ -187,8 +240,8 @@ def _match(layers: list[LoRALinear]) -> bool:
     return len(shapes) == len(settings) == 1 and layers[0].enabled
 
 
-def _is_candidate(module: nn.Module) -> bool:
-    """Return whether a module is a plain linear layer that is not trained."""
+def _is_candidate(module: nn.Linear) -> bool:
+    """Return whether a layer is a plain linear layer that is not trained."""
     if type(module) is not nn.Linear or "forward" in module.__dict__:
         return False
     return (
@@ -196,16 +249,16 @@ def _is_candidate(module: nn.Module) -> bool:
     )
 
 
-def _are_alike(one: nn.Linear, other: nn.Linear) -> bool:
-    """Return whether two layers' weights can stand in one matrix."""
+def _are_alike(one: Any, other: Any) -> bool:
+    """Return whether two layers' weights can be parts of one matrix."""
     a, b = one.weight, other.weight
     same = a.dtype == b.dtype and a.device == b.device
     return same and (one.bias is None) == (other.bias is None)
 
 
-def _always_together(groups: list[list[nn.Linear]]) -> Iterable[list[nn.Linear]]:
+def _always_together(groups: list[list[Layer]]) -> Iterable[list[Layer]]:
     """Return, once each, the groups of several layers that are always called as such a group."""
-    companions: dict[nn.Linear, set[tuple[int, ...]]] = {}
+    companions: dict[Layer, set[tuple[int, ...]]] = {}
     for group in groups:
         for layer in group:
             companions.setdefault(layer, set()).add(tuple(map(id, group)))

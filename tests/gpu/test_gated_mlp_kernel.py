@@ -32,9 +32,10 @@ def reference(tensors: list[Tensor | None], is_gelu: bool) -> tuple[Tensor, Tens
     ("shape", "n", "ranks"),
     [
         ((2, 128), 256, (16, 16, 16)), ((3, 37), 136, (4, 7, 3)), ((1, 1), 8, (1, 1, 1)),
-        ((2, 65), 130, (33, 64, 128)), ((2, 40), 200, (8, 8, None)),
+        ((2, 65), 130, (33, 64, 17)), ((2, 40), 200, (8, 8, None)),
         ((2, 33), 96, (0, 0, None)), ((2, 33), 96, (4, 0, 8)),  # layers without an update
         ((1, 0), 16, (2, 2, 2)),  # an expert without tokens
+        ((3, 1025), 136, (8, 4, 16)), ((1, 2100), 72, (40, 8, 8)),  # several segments of tokens
     ],
 )  # fmt: skip
 def test_results_and_gradients_are_those_of_the_equations(
