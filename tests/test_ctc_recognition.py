@@ -357,7 +357,7 @@ def test_parts_of_a_long_recording_are_answered_one_by_one(
     assert losses[1:].tolist() == batch.items["loss"][1:].tolist() == [0, 0]
     row = split.rows[len(split.rows) - 1]
     ((said,),) = task.answer(model, [row])
-    found = [task.transcripts(model, [part], None)[0] for part in task.parts_of(row["audio"])]
+    found = [task.transcripts(model, [part], None)[0] for part in task.audio_parts(row["audio"])]
     assert said == " ".join(" ".join(found).split())
 
 

@@ -46,7 +46,12 @@ from lora_cli.preprocessing.encode import check_data, load_data
 from lora_cli.recipe import load_adapter_recipe, load_recipe
 from lora_cli.recipe_draft import draft_recipe, write_recipe
 from lora_cli.tasks import build_task
-from lora_cli.tasks.speech.transcripts import aligned, joined, normalised, spoken
+from lora_cli.tasks.speech.transcripts import (
+    align_words,
+    join_transcripts,
+    normalise_text,
+    whisper_transcript,
+)
 from lora_cli.tasks.speech_recognition import SpeechRecognition
 from lora_cli.training import train
 
@@ -193,8 +198,8 @@ def test_rates_of_error_are_those_of_jiwer(base: Any, tmp_path: Path) -> None:
     split = data["train"]
     model = copy.deepcopy(model).float()
     found = evaluate(model, task, split, start_accelerator(task.recipe), keep=kept)
-    wanted = [normalised(split.rows[i]["text"], "basic") for i in range(len(split))]
-    said = [normalised(prediction.prediction, "basic") for prediction in kept]
+    wanted = [normalise_text(split.rows[i]["text"], "basic") for i in range(len(split))]
+    said = [normalise_text(prediction.prediction, "basic") for prediction in kept]
     assert found["wer"] == pytest.approx(jiwer.wer(wanted, said))
     assert found["cer"] == pytest.approx(jiwer.cer(wanted, said))
     assert best_by(task.recipe, task) == ("wer", "min")
@@ -219,7 +224,7 @@ def test_rates_of_error_are_those_of_jiwer(base: Any, tmp_path: Path) -> None:
     ],
 )
 def test_texts_are_normalised_for_scoring(text: str, how: Any, wanted: str) -> None:
-    assert normalised(text, how) == wanted
+    assert normalise_text(text, how) == wanted
 
 
 def test_samples_are_what_is_said_in_all_parts_of_a_recording(
@@ -235,7 +240,7 @@ def test_samples_are_what_is_said_in_all_parts_of_a_recording(
         asked.append((model, parts, options.max_new_tokens))
         return [part.upper() for part in parts]
 
-    monkeypatch.setattr(task, "parts_of", lambda value: value["path"].split("."), raising=False)
+    monkeypatch.setattr(task, "audio_parts", lambda value: value["path"].split("."), raising=False)
     monkeypatch.setattr(task, "transcripts", transcripts, raising=False)
     rows = [{"audio": {"path": "a.b.c"}, "text": "x"}, {"audio": {"path": "d.e"}, "text": None}]
     assert task.sample("m", rows) == [("a.b.c", "x", "A B C"), ("d.e", "", "D E")]
@@ -247,17 +252,17 @@ def test_samples_are_what_is_said_in_all_parts_of_a_recording(
 
 
 def test_parts_are_joined_and_words_aligned() -> None:
-    assert joined(["", " a b ", "", "c"]) == "a b c"
-    assert joined(["你好", "世界"]) == "你好世界"
-    assert joined(["abc 中文", "中", "abc"]) == "abc 中文中 abc"
-    assert joined(["中文 abc", "中"]) == "中文 abc 中"
-    assert joined([]) == ""
-    assert spoken(" a") == " a"
-    assert spoken("two\n  lines\t") == " two lines"  # Whisper writes no line ends
-    assert spoken("你好") == "你好"
-    assert aligned("a b c", "a x c d") == [("a", "a"), ("b", "x"), ("c", "c"), (None, "d")]
-    assert aligned("", "x") == [(None, "x")]
-    assert aligned("a", "") == [("a", None)]
+    assert join_transcripts(["", " a b ", "", "c"]) == "a b c"
+    assert join_transcripts(["你好", "世界"]) == "你好世界"
+    assert join_transcripts(["abc 中文", "中", "abc"]) == "abc 中文中 abc"
+    assert join_transcripts(["中文 abc", "中"]) == "中文 abc 中"
+    assert join_transcripts([]) == ""
+    assert whisper_transcript(" a") == " a"
+    assert whisper_transcript("two\n  lines\t") == " two lines"  # Whisper writes no line ends
+    assert whisper_transcript("你好") == "你好"
+    assert align_words("a b c", "a x c d") == [("a", "a"), ("b", "x"), ("c", "c"), (None, "d")]
+    assert align_words("", "x") == [(None, "x")]
+    assert align_words("a", "") == [("a", None)]
 
 
 def test_vowels_that_are_marks_are_warned_of(
@@ -294,11 +299,11 @@ def test_a_language_that_the_model(
 
 
 def test_whether_a_model_knows_languages_without_a_generation_config(tmp_path: Path) -> None:
-    from lora_cli.tasks.speech.spoken_languages import knows_languages
+    from lora_cli.tasks.speech.spoken_languages import is_multilingual
 
     recipe = load_recipe(write_recipe_of(tmp_path))
     (tmp_path / "base/generation_config.json").unlink()
-    assert [knows_languages(recipe, size) for size in (51_864, 51_865)] == [False, True]
+    assert [is_multilingual(recipe, size) for size in (51_864, 51_865)] == [False, True]
 
 
 @pytest.mark.parametrize(
@@ -510,7 +515,7 @@ def test_long_recordings_are_answered_part_by_part(how: str, tmp_path: Path) -> 
     kept: list[Any] = []
     evaluate(model.float(), task, test, start_accelerator(task.recipe), keep=kept)
     accelerator = start_accelerator(task.recipe)
-    parts = task.parts_of(test.rows[2]["audio"])
+    parts = task.audio_parts(test.rows[2]["audio"])
     assert len(parts) >= 3
     assert_close(torch.from_numpy(np.concatenate(parts)),
                  torch.from_numpy(task.samples(test.rows[2]["audio"])), 0)  # fmt: skip
@@ -519,9 +524,9 @@ def test_long_recordings_are_answered_part_by_part(how: str, tmp_path: Path) -> 
                accelerator)[0][0]
         for p in parts
     ]  # fmt: skip
-    assert kept[2].prediction == joined(alone)
+    assert kept[2].prediction == join_transcripts(alone)
     assert kept[2].losses["loss"] == (0.0, 0.0)
-    assert answer(model, task, [test.rows[2]], accelerator) == [[joined(alone)]]
+    assert answer(model, task, [test.rows[2]], accelerator) == [[join_transcripts(alone)]]
 
 
 def test_long_recordings_can_be_left_out_everywhere(tmp_path: Path) -> None:
@@ -547,7 +552,7 @@ def test_silent_parts_of_a_long_recording_are_not_asked_for(tmp_path: Path) -> N
     task, *_ = opened(write_recipe_of(tmp_path), "task.long_audio=windows")
     samples = np.concatenate([sound(1, 0.9), np.zeros(int(0.9 * RATE)), sound(2, 0.9)])
     value = {"bytes": encoded(samples, RATE, "WAV", "FLOAT"), "path": None}
-    assert len(task.parts_of(value)) == 2
+    assert len(task.audio_parts(value)) == 2
     examples = task.encode([{"audio": value, "text": "x"}])[0]
     assert [(e["start"], e["stop"]) for e in examples] == [(0, 14_400), (28_800, 43_200)]
 

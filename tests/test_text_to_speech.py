@@ -32,9 +32,9 @@ from lora_cli.preprocessing.encode import load_data
 from lora_cli.recipe import load_adapter_recipe, load_recipe
 from lora_cli.tasks import build_task
 from lora_cli.tasks.contract import prepared_for_evaluation
-from lora_cli.tasks.speech.speakers import SpeakerError, read_vector, vector_of
+from lora_cli.tasks.speech.speakers import SpeakerError, load_vector, parse_vector
 from lora_cli.tasks.speech.spectrogram_loss import ATTENTION
-from lora_cli.tasks.speech.speecht5 import Spoken
+from lora_cli.tasks.speech.speecht5 import SpeechOutput
 from lora_cli.tasks.text_to_speech import TextToSpeech
 from lora_cli.training import train
 from lora_cli.training.batches import prepared_for
@@ -277,12 +277,12 @@ def test_a_step_ends_where_its_frames_together_reach_the_threshold() -> None:
         "mel": mel, "trained": torch.arange(8) < frames[:, None], "last_step": torch.tensor([3, 2]),
     }  # fmt: skip
     after[0, 0] = -1.0
-    errors, ends, goes_on = task._counts(Spoken(after, after, stops, ()), targets)
+    errors, ends, goes_on = task._counts(SpeechOutput(after, after, stops, ()), targets)
     assert errors == [3 * (7 * 0.5 + 1), 3 * 5 * 0.5]
     assert ends == [1.0, 1.0]
     assert goes_on == [2.0, 2.0]  # of three before the end, and of two
     task.spec.stop_threshold = 1.0001
-    assert task._counts(Spoken(after, after, stops, ()), targets)[1:] == ([0, 0], [3, 2])
+    assert task._counts(SpeechOutput(after, after, stops, ()), targets)[1:] == ([0, 0], [3, 2])
 
 
 # --------------------------------------------------------------------------------- what it says
@@ -477,12 +477,12 @@ BAD_SPEAKERS: dict[str, tuple[Any, str]] = {
 def test_what_is_no_speaker_is_rejected(name: str) -> None:
     value, reason = BAD_SPEAKERS[name]
     with pytest.raises(SpeakerError, match=f"^{reason}"):
-        vector_of(value, 6)
+        parse_vector(value, 6)
 
 
 @pytest.mark.parametrize("value", [[1, 2, 3], "[1, 2, 3]", (1.0, 2.0, 3.0), np.array([1, 2, 3])])
 def test_a_speaker_is_a_list_of_numbers(value: Any) -> None:
-    assert vector_of(value, 3).tolist() == [1, 2, 3]
+    assert parse_vector(value, 3).tolist() == [1, 2, 3]
 
 
 def test_one_speaker_of_a_file_is_that_of_a_column(tmp_path: Path) -> None:
@@ -496,7 +496,7 @@ def test_one_speaker_of_a_file_is_that_of_a_column(tmp_path: Path) -> None:
     run(path)
     (tmp_path / "me.npy").unlink()  # the adapter has its own copy
     task, _, _ = open_adapter(tmp_path / "out", load_adapter_recipe(tmp_path / "out"))
-    assert_close(torch.from_numpy(task.vector_of_row({})), torch.tensor(wanted[0]).float())
+    assert_close(torch.from_numpy(task.speaker_vector({})), torch.tensor(wanted[0]).float())
 
 
 @pytest.mark.parametrize(
@@ -514,7 +514,7 @@ def test_a_file_of_a_speaker_holds_one_vector(
     np.save(tmp_path / "me.npy", np.ones(shape))
     recipe = load_recipe(write_recipe_of(tmp_path))
     with pytest.raises(LoraError, match=rf"me\.npy {reason}"):
-        read_vector(recipe, str(tmp_path / "me.npy"), None, 6)
+        load_vector(recipe, str(tmp_path / "me.npy"), None, 6)
 
 
 def test_a_file_of_a_speaker_runs_no_code(tmp_path: Path) -> None:

@@ -178,7 +178,7 @@ def _of_sound(name: str, config: Any) -> Base:
     """Return what is known of a model that writes down what is said, or that speaks."""
     from lora_cli.tasks.speech.decoders import CTC_MODELS
     from lora_cli.tasks.speech.new_vocabulary import lacks_vocabulary
-    from lora_cli.tasks.speech.spoken_languages import knows_languages
+    from lora_cli.tasks.speech.spoken_languages import is_multilingual
 
     speaks = config.model_type == SPEAKING
     return Base(
@@ -190,7 +190,7 @@ def _of_sound(name: str, config: Any) -> Base:
         hears=not speaks,
         speaker_size=int(config.speaker_embedding_dim) if speaks else None,
         hears_languages=config.model_type == "whisper"
-        and knows_languages(_recipe_of(name), int(config.vocab_size)),
+        and is_multilingual(_recipe_of(name), int(config.vocab_size)),
         lacks_letters=config.model_type in CTC_MODELS and lacks_vocabulary(_recipe_of(name)),
     )
 

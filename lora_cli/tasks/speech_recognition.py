@@ -24,10 +24,10 @@ from lora_cli.tasks.generation.text_generation import base_generation_settings
 from lora_cli.tasks.generation.writing_task import WritingTask, losses_of_tokens
 from lora_cli.tasks.speech.ctc_recognition import CTCRecognition
 from lora_cli.tasks.speech.decoders import decoder_of, require_decoder
-from lora_cli.tasks.speech.speech_rows import RecordedTask, as_weights
-from lora_cli.tasks.speech.spoken_languages import first_tokens, knows_languages, language_code
+from lora_cli.tasks.speech.speech_rows import RecordingTask, as_weights
+from lora_cli.tasks.speech.spoken_languages import is_multilingual, language_code, prompt_tokens
 from lora_cli.tasks.speech.transcript_proposals import propose_recordings
-from lora_cli.tasks.speech.transcripts import spoken
+from lora_cli.tasks.speech.transcripts import whisper_transcript
 from lora_cli.tasks.texts.padding import fill
 
 HEARD = "heard"  # what the encoder makes of a recording, where it is kept
@@ -41,7 +41,7 @@ FACTS_OF_WHISPER = {
 LISTS_OF_TOKENS = ("begin_suppress_tokens", "suppress_tokens")
 
 
-class SpeechRecognition(RecordedTask, WritingTask):
+class SpeechRecognition(RecordingTask, WritingTask):
     """`task.type: speech_recognition`, by a model that writes one token after the other."""
 
     auto_class = AutoModelForSpeechSeq2Seq
@@ -66,8 +66,8 @@ class SpeechRecognition(RecordedTask, WritingTask):
         super().load_processor()
         require_frames_of(self.extractor, self.config, self.recipe)
         self.pad = int(self.config.pad_token_id)
-        self.has_languages = knows_languages(self.recipe, int(self.config.vocab_size))
-        self.begin = first_tokens(self.spec, self.tokenizer, self.has_languages, self.recipe)
+        self.has_languages = is_multilingual(self.recipe, int(self.config.vocab_size))
+        self.begin = prompt_tokens(self.spec, self.tokenizer, self.has_languages, self.recipe)
 
     def cache_key(self) -> list[str]:
         """Return what an encoded row depends on besides the row."""
@@ -79,7 +79,7 @@ class SpeechRecognition(RecordedTask, WritingTask):
         return int(self.config.max_target_positions)
 
     @property
-    def longest(self) -> float:
+    def max_seconds(self) -> float:
         """How many seconds the model hears at once."""
         return int(self.extractor.n_samples) / self.rate
 
@@ -87,7 +87,7 @@ class SpeechRecognition(RecordedTask, WritingTask):
 
     def tokens_of(self, text: str) -> list[int]:
         """Return a transcript's tokens, between those that it begins with and the last one."""
-        ids = self.text_tokenizer(spoken(text), add_special_tokens=False, verbose=False)
+        ids = self.text_tokenizer(whisper_transcript(text), add_special_tokens=False, verbose=False)
         return [*self.begin, *ids["input_ids"], int(self.tokenizer.eos_token_id)]
 
     def length_error(self, n_samples: int, labels: Sequence[int]) -> tuple[str, str] | None:

@@ -27,12 +27,12 @@ from lora_cli.tasks.speech.speecht5 import (
     IDS,
     MASK,
     SPEAKER,
-    Spoken,
+    SpeechOutput,
     decoder_steps,
     dtype_of,
-    spoken,
+    run_speecht5,
 )
-from lora_cli.tasks.speech.spoken_texts import HEARD_SECONDS, SpokenTexts
+from lora_cli.tasks.speech.spoken_texts import PLAYED_SECONDS, SpokenTexts
 
 ARCHITECTURE = "speecht5"
 NAME_LENGTH = 40  # letters of a text in the name of its recording
@@ -77,13 +77,13 @@ class TextToSpeech(SpokenTexts):
         super().fit_to_model(model, longest)
         assert self.padding.side == "right", "what fills texts and spectrograms changes others"
 
-    def forward(self, model: nn.Module, batch: Batch) -> Spoken:  # type: ignore[override]
+    def forward(self, model: nn.Module, batch: Batch) -> SpeechOutput:  # type: ignore[override]
         """Return what the model says of each text, reading the recorded frames."""
-        return spoken(model, batch.inputs, ATTENTION in batch.items)
+        return run_speecht5(model, batch.inputs, ATTENTION in batch.items)
 
     def logits(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         """Return the spectrogram, and the logit that speech ends, of each frame (B, T, M + 1)."""
-        found = spoken(model, inputs, with_attentions=False)
+        found = run_speecht5(model, inputs, with_attentions=False)
         return torch.cat([found.after, found.stops[..., None]], -1)
 
     def probed(self, model: nn.Module, probe: dict[str, Tensor]) -> Tensor:
@@ -107,7 +107,7 @@ class TextToSpeech(SpokenTexts):
         scale = self.loss_weights.get(ATTENTION)
         return found if scale is None else f"{found}, + {scale:g} x guided attention"
 
-    def losses(self, model: nn.Module, output: Spoken, batch: Batch) -> dict[str, Tensor]:
+    def losses(self, model: nn.Module, output: SpeechOutput, batch: Batch) -> dict[str, Tensor]:
         """Return the terms of each example: its spectrogram, its end, and its attention."""
         return spectrogram_losses(output, batch.targets, self.config)
 
@@ -120,7 +120,7 @@ class TextToSpeech(SpokenTexts):
         """Nothing that metrics have to know."""
         return MetricContext()
 
-    def predictions(self, model: nn.Module, output: Spoken, batch: Batch) -> list[Prediction]:
+    def predictions(self, model: nn.Module, output: SpeechOutput, batch: Batch) -> list[Prediction]:
         """Return no answer but what metrics read: errors of the spectrogram, and of its end."""
         errors, ends, goes_on = self._counts(output, batch.targets)
         counts = batch.targets["trained"].sum(1).tolist()
@@ -140,7 +140,7 @@ class TextToSpeech(SpokenTexts):
         return found
 
     def _counts(
-        self, output: Spoken, targets: Mapping[str, Tensor]
+        self, output: SpeechOutput, targets: Mapping[str, Tensor]
     ) -> tuple[list[float], list[float], list[float]]:
         """Return the errors of each spectrogram, whether it ends, and where it rightly goes on."""
         mel, trained = targets["mel"], targets["trained"]
@@ -189,7 +189,7 @@ class TextToSpeech(SpokenTexts):
         device = next(model.parameters()).device
         found = []
         for row in rows:
-            speaker = torch.from_numpy(self.vector_of_row(row)).to(device)
+            speaker = torch.from_numpy(self.speaker_vector(row)).to(device)
             ids = torch.tensor(self.tokens_of(row), device=device)
             found.append(self._say(model, ids, speaker).float())
         return found
@@ -236,7 +236,7 @@ class TextToSpeech(SpokenTexts):
         """Return the name of what is said: of equal texts, speakers and seeds the same."""
         text, seed = self.text_of(row), self.recipe.train.seed
         words = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:NAME_LENGTH].rstrip("-")
-        key = f"{seed} {text} ".encode() + self.vector_of_row(row).tobytes()
+        key = f"{seed} {text} ".encode() + self.speaker_vector(row).tobytes()
         number = hashlib.sha256(key).hexdigest()[:8]
         ending = "npy" if self.spec.vocoder is None else "wav"
         return f"{words}-{number}.{ending}" if words else f"{number}.{ending}"
@@ -257,7 +257,7 @@ class TextToSpeech(SpokenTexts):
         if self.spec.vocoder is None:
             return []
         sounds = [
-            playable({"bytes": self._recording(one), "path": None}, HEARD_SECONDS) or ""
+            playable({"bytes": self._recording(one), "path": None}, PLAYED_SECONDS) or ""
             for one in self._said(model, rows)
         ]
         texts = [self.text_of(row) for row in rows]

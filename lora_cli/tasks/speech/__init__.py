@@ -1,1 +1,1 @@
-"""What tasks that hear speech share: recordings and transcripts."""
+"""Parts of speech recognition and synthesis: recordings, transcripts, vocabularies, speakers."""

@@ -45,7 +45,7 @@ class CTCRecognition(CTCVocabulary):
     # -------------------------------------------------------------------------- lengths
 
     @property
-    def longest(self) -> float:
+    def max_seconds(self) -> float:
         """The number of seconds that the model hears in one forward pass."""
         return MAX_SECONDS
 

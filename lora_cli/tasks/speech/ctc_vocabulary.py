@@ -32,7 +32,7 @@ from lora_cli.tasks.speech.new_vocabulary import (
     normalise_transcript,
     previous_letters,
 )
-from lora_cli.tasks.speech.speech_rows import RecordedTask
+from lora_cli.tasks.speech.speech_rows import RecordingTask
 from lora_cli.tasks.texts.control_tokens import ControlTokens
 from lora_cli.tasks.texts.marked_tokens import GREEN, PLAIN
 
@@ -41,7 +41,7 @@ SPACE = " "
 FRAMES = "input_features"  # the model's argument for spectrograms
 
 
-class CTCVocabulary(RecordedTask):
+class CTCVocabulary(RecordingTask):
     """The part of a CTC task that handles the vocabulary."""
 
     is_new = False

@@ -1,4 +1,4 @@
-"""Recordings that may be wrong: clipped, far too loud, of several texts, or no longer there."""
+"""Checks of recordings: clipped, far too loud, with conflicting texts, or unreadable."""
 
 from __future__ import annotations
 
@@ -15,75 +15,75 @@ ODD_FEATURES = {"is_clipped": "bool", "is_too_loud": "bool"}
 
 
 def odd_facts(facts: RecordingFacts) -> dict[str, bool]:
-    """Return what an example says of its recording, by which `odd_recordings` finds it."""
+    """Return the facts that `odd_recordings` needs, to be stored in an example."""
     return {"is_clipped": facts.is_clipped, "is_too_loud": facts.is_too_loud}
 
 
 def odd_recordings(name: str, rows: Rows, examples: Any) -> str | None:
-    """Return a warning of recordings that are clipped, or far too loud.
+    """Return a warning about recordings that are clipped or far too loud, or None.
 
     Args:
-        name: What the rows are called in the warning.
+        name: What the warning calls the rows.
         rows: The rows.
-        examples: Of the rows: a data set, or a list.
+        examples: The rows' examples: a data set or a list.
     """
-    said = []
-    for key, what in {
+    warnings = []
+    for key, defect in {
         "is_clipped": "clipped: its loudest samples were cut off at full scale",
         "is_too_loud": "far beyond full scale, as if its numbers had not been scaled",
     }.items():
-        found = [int(example["row"]) for example in examples if example[key]]
-        if found:
-            is_one = len(set(found)) == 1
+        rows_found = [int(example["row"]) for example in examples if example[key]]
+        if rows_found:
+            is_one = len(set(rows_found)) == 1
             verb = "is" if is_one else "are"
-            text = what if is_one else what.replace("its", "their")
-            count = counted(len(set(found)), f"{name} recording")
-            said.append(f"{count} {verb} {text} (the first: {rows.place(found[0])})")
-    return "; ".join(said) or None
+            text = defect if is_one else defect.replace("its", "their")
+            count = counted(len(set(rows_found)), f"{name} recording")
+            warnings.append(f"{count} {verb} {text} (the first: {rows.place(rows_found[0])})")
+    return "; ".join(warnings) or None
 
 
 def odd_rows(name: str, rows: Rows, examples: Any, audio: str, text: str) -> str | None:
-    """Return a warning of odd recordings, and of those that have several texts.
+    """Return a warning about odd recordings and recordings with conflicting texts, or None.
 
     Args:
-        name: What the rows are called in the warning.
+        name: What the warning calls the rows.
         rows: The rows.
-        examples: Of the rows: a data set, or a list.
+        examples: The rows' examples: a data set or a list.
         audio: The column of the recordings.
         text: The column of the texts.
     """
-    several = several_texts(name, rows, audio, text)
-    return "; ".join(filter(None, (odd_recordings(name, rows, examples), several))) or None
+    conflicts = conflicting_texts(name, rows, audio, text)
+    return "; ".join(filter(None, (odd_recordings(name, rows, examples), conflicts))) or None
 
 
-def several_texts(name: str, rows: Rows, audio: str, text: str) -> str | None:
-    """Return a warning of recordings that stand in several rows, each time with another text.
+def conflicting_texts(name: str, rows: Rows, audio: str, text: str) -> str | None:
+    """Return a warning about recordings that are in several rows with different texts, or None.
 
-    Most often such rows are the parts of a recording, whose beginnings and ends stand in columns
-    that are not read.
+    Most often such rows are segments of a recording, whose start and end are in columns that are
+    not read.
     """
-    first: dict[str, tuple[int, str]] = {}
-    found: dict[str, tuple[int, int]] = {}
+    first_seen: dict[str, tuple[int, str]] = {}
+    conflicts: dict[str, tuple[int, int]] = {}
     for i, row in enumerate(rows):
         if media_error(row, [audio]):
             continue
         key = media_hash(row[audio])
-        place, said = first.setdefault(key, (i, str(row.get(text))))
-        if said != str(row.get(text)):
-            found.setdefault(key, (place, i))
-    if not found:
+        place, first_text = first_seen.setdefault(key, (i, str(row.get(text))))
+        if first_text != str(row.get(text)):
+            conflicts.setdefault(key, (place, i))
+    if not conflicts:
         return None
-    (one, other), *_ = found.values()
-    verb = "stands" if len(found) == 1 else "stand"
+    (a, b), *_ = conflicts.values()
+    verb = "stands" if len(conflicts) == 1 else "stand"
     return (
-        f"{counted(len(found), f'{name} recording')} {verb} in several rows with different texts, "
-        f"such as {described(rows[one][audio])} in {rows.place(one)} and {rows.place(other)}: each "
+        f"{counted(len(conflicts), f'{name} recording')} {verb} in several rows with different "
+        f"texts, such as {described(rows[a][audio])} in {rows.place(a)} and {rows.place(b)}: each "
         "row is heard as the whole recording; if rows are parts of it, write a file for each part"
     )
 
 
 def recording_error(row: dict[str, Any], column: str) -> str:
-    """Return why the recording of a row cannot be read, or nothing; it is decoded."""
+    """Decode the recording of a row; return why it cannot be read, or an empty string."""
     if error := media_error(row, [column]):
         return error
     error = recording_facts(row[column]).error
@@ -91,15 +91,15 @@ def recording_error(row: dict[str, Any], column: str) -> str:
 
 
 @contextmanager
-def still_whole(value: dict[str, Any]) -> Iterator[None]:
-    """Say that a recording which is read within the context cannot be read any more.
+def require_readable(value: dict[str, Any]) -> Iterator[None]:
+    """Turn a failure to read a recording, in the body of the `with`, into a `LoraError`.
 
     Raises:
-        LoraError: If it cannot.
+        LoraError: If the file has become unreadable since the rows were checked.
     """
     try:
         yield
-    except RecordingError as error:  # it was whole when the rows were checked
+    except RecordingError as error:  # the file was intact when the rows were checked
         what = f"`{described(value)}` {error}; it was whole when the run began"
         hint = "put the file back; a run that was interrupted goes on with `--resume`"
         raise LoraError(what, str(value["path"] or ""), hint) from error

@@ -1,4 +1,4 @@
-"""Who speaks: a vector for each row, or one for all, as SpeechT5 reads it (an x-vector)."""
+"""Speaker embeddings (x-vectors, as SpeechT5 reads them): one for each row, or one for all."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ Vector = NDArray[np.float32]
 
 
 class SpeakerError(ValueError):
-    """A value that describes no speaker; the text says why."""
+    """A value that is not a speaker embedding; the message says why."""
 
 
-def vector_of(value: Any, size: int | None) -> Vector:
-    """Return the vector that a cell holds (D,).
+def parse_vector(value: Any, size: int | None) -> Vector:
+    """Parse the vector in a cell (D,).
 
     Args:
-        value: A list of numbers, or such a list as text (JSON).
-        size: How many numbers the model reads; None where that is not known.
+        value: A list of numbers, or such a list as JSON text.
+        size: The length that the model expects; None if it is not known.
 
     Raises:
-        SpeakerError: If it is none, or says nothing.
+        SpeakerError: If the value is not such a vector, or is all zeros.
     """
     if value is None or (isinstance(value, str) and not value.strip()):
         raise SpeakerError("is blank")
@@ -41,46 +41,46 @@ def vector_of(value: Any, size: int | None) -> Vector:
         value = value.tolist()
     numbers = list(value) if isinstance(value, list | tuple) else None
     if numbers is None or not all(
-        isinstance(one, int | float) and not isinstance(one, bool) for one in numbers
+        isinstance(number, int | float) and not isinstance(number, bool) for number in numbers
     ):
         raise SpeakerError("does not hold a list of numbers")
-    return _checked(np.array(numbers, dtype=np.float64), size)
+    return _check_vector(np.array(numbers, dtype=np.float64), size)
 
 
-def read_vector(recipe: Recipe, file: str, copy: Path | None, size: int) -> Vector:
-    """Return the vector of `task.speaker_embedding` (D,).
+def load_vector(recipe: Recipe, path: str, backup: Path | None, size: int) -> Vector:
+    """Load the vector of `task.speaker_embedding` (D,).
 
     Args:
-        recipe: Names the file.
-        file: The file, of `numpy.save`.
-        copy: Is read instead where that is not there any more; None: there is none.
-        size: How many numbers the model reads.
+        recipe: The recipe, for the location of the key in messages.
+        path: The file, written by `numpy.save`.
+        backup: A copy to read if the file no longer exists; None if there is no copy.
+        size: The length that the model expects.
 
     Raises:
-        LoraError: If it cannot be read, or is no such vector.
+        LoraError: If the file cannot be read, or is not such a vector.
     """
-    at, path = recipe.at("task.speaker_embedding"), Path(file)
-    if not path.is_file() and copy is not None and copy.is_file():
-        path = copy
-    if not path.is_file():
-        raise LoraError(f"there is no file {path}", at, name_neighbours(path))
+    at, source = recipe.at("task.speaker_embedding"), Path(path)
+    if not source.is_file() and backup is not None and backup.is_file():
+        source = backup
+    if not source.is_file():
+        raise LoraError(f"there is no file {source}", at, name_neighbours(source))
     try:
-        found = np.load(path, allow_pickle=False)
-        if not isinstance(found, np.ndarray) or found.dtype.kind not in "fiu":
+        array = np.load(source, allow_pickle=False)
+        if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
             raise SpeakerError("does not hold an array of numbers")
-        if found.ndim > 1 and found.size != max(found.shape):
-            shape = " x ".join(map(str, found.shape))
+        if array.ndim > 1 and array.size != max(array.shape):
+            shape = " x ".join(map(str, array.shape))
             raise SpeakerError(f"holds {shape} numbers, and not one vector")
-        return _checked(found.astype(np.float64).reshape(-1), size)
+        return _check_vector(array.astype(np.float64).reshape(-1), size)
     except SpeakerError as error:
         hint = "write it with `numpy.save(FILE, vector)`, one vector of the speaker"
-        raise LoraError(f"{path} {error}", at, hint) from error
+        raise LoraError(f"{source} {error}", at, hint) from error
     except (OSError, ValueError, EOFError) as error:
-        what = f"{path} is no array that `numpy.save` wrote"
+        what = f"{source} is no array that `numpy.save` wrote"
         raise LoraError(what, at, "write it with `numpy.save(FILE, vector)`") from error
 
 
-def _checked(vector: NDArray[np.float64], size: int | None) -> Vector:
+def _check_vector(vector: NDArray[np.float64], size: int | None) -> Vector:
     if size is not None and len(vector) != size:
         raise SpeakerError(f"holds {counted(len(vector), 'number')}, and the model reads {size}")
     if not np.isfinite(vector).all():

@@ -1,11 +1,12 @@
-"""SpeechT5's loss as sums: of an example's numbers, frames and attentions.
+"""SpeechT5's loss, as sums per example.
 
-It is `SpeechT5SpectrogramLoss` of transformers, whose three means are taken over a whole batch:
+This is transformers' `SpeechT5SpectrogramLoss`, which takes the mean of each term over a batch:
 
-    |y - before| + |y - after|          per number of the log-mel spectrogram
-  - (w t log p + (1 - t) log(1 - p))    per frame: whether speech ends there (t), with w = 5
-  + s a (1 - exp(-(i/L - j/S)² / 2g²))  per attention a of step j of S to token i of L, in some
-                                        heads (https://arxiv.org/abs/1710.08969)
+    |y - before| + |y - after|          per value of the log-mel spectrogram
+  - (w t log p + (1 - t) log(1 - p))    per frame: whether speech stops there (t), with w = 5
+  + s a (1 - exp(-(i/L - j/S)² / 2g²))  per attention weight a from step j of S to token i of L, in
+                                        some heads (guided attention, Tachibana et al. 2017,
+                                        https://arxiv.org/abs/1710.08969)
 """
 
 from __future__ import annotations
@@ -16,22 +17,22 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from lora_cli.tasks.examples import MAIN
-from lora_cli.tasks.speech.speecht5 import Spoken
+from lora_cli.tasks.speech.speecht5 import SpeechOutput
 
 # B examples, L tokens, T frames, S steps of the decoder, M mel bands
-STOP, ATTENTION = "stop", "attention"  # the terms of the loss besides the spectrogram
-WEIGHT_OF_STOP = 5.0  # of the one frame that ends, among many that do not
+STOP, ATTENTION = "stop", "attention"  # the loss terms besides the spectrogram's
+STOP_WEIGHT = 5.0  # of the last frame, the only positive one
 
 
 def loss_weights(config: PretrainedConfig | None) -> dict[str, float]:
-    """Return the terms of the loss, and their weights; those of a usual model, if it is unknown."""
+    """Return the weights of the loss terms; SpeechT5's defaults if there is no configuration."""
     scale = float(getattr(config, "guided_attention_loss_scale", 10.0))
     is_guided = bool(getattr(config, "use_guided_attention_loss", True))
     return {MAIN: 1.0, STOP: 1.0, **({ATTENTION: scale} if is_guided else {})}
 
 
-def guide(n_tokens: int, n_steps: int, config: PretrainedConfig) -> Tensor:
-    """Return how far each step is from where speech would be in each token (S, L), 0 to 1."""
+def attention_guide(n_tokens: int, n_steps: int, config: PretrainedConfig) -> Tensor:
+    """Return the guided attention penalty (S, L), 0 to 1: the distance from the diagonal."""
     steps = torch.arange(n_steps).float()[:, None] / n_steps
     tokens = torch.arange(n_tokens).float()[None] / n_tokens
     sigma = float(config.guided_attention_loss_sigma)
@@ -39,42 +40,42 @@ def guide(n_tokens: int, n_steps: int, config: PretrainedConfig) -> Tensor:
 
 
 def guided_heads(config: PretrainedConfig) -> int:
-    """Return how many heads are guided, of all layers together."""
+    """Return the number of guided attention heads in all layers."""
     heads = range(int(config.decoder_attention_heads))
-    # as transformers counts: -1 leaves the last head out
+    # like transformers' slicing: -1 leaves out the last head
     return len(heads[: config.guided_attention_loss_num_heads]) * int(config.decoder_layers)
 
 
 def spectrogram_losses(
-    output: Spoken, targets: dict[str, Tensor], config: PretrainedConfig
+    output: SpeechOutput, targets: dict[str, Tensor], config: PretrainedConfig
 ) -> dict[str, Tensor]:
-    """Return the sum of each term for each example (B,).
+    """Return the sum of each loss term for each example (B,).
 
     Args:
-        output: What the model says.
-        targets: `mel` (B, T, M); which frames are `trained` (B, T); `ends`, 1 where speech ends
-            (B, T); `guide` (B, S, L), 0 where nothing is.
-        config: Of the model.
+        output: The model's output.
+        targets: `mel` (B, T, M); `trained` (B, T), whether a frame is not padding; `ends` (B, T), 1
+            at the last frame; `guide` (B, S, L), the attention penalty, 0 at padding.
+        config: The model's configuration.
     """
-    trained = targets["trained"]
-    before, after, stops = (_precise(one) for one in (output.before, output.after, output.stops))
-    wanted = targets["mel"].to(before.dtype)
-    errors = (before - wanted).abs() + (after - wanted).abs()
-    weight = torch.full((), WEIGHT_OF_STOP, dtype=stops.dtype, device=stops.device)
+    is_trained = targets["trained"]
+    before, after, stops = (_to_float32(x) for x in (output.before, output.after, output.stops))
+    mel = targets["mel"].to(before.dtype)
+    errors = (before - mel).abs() + (after - mel).abs()
+    weight = torch.full((), STOP_WEIGHT, dtype=stops.dtype, device=stops.device)
     ends = F.binary_cross_entropy_with_logits(
         stops, targets["ends"].to(stops.dtype), pos_weight=weight, reduction="none"
     )
-    found = {
-        MAIN: errors.masked_fill(~trained[..., None], 0.0).sum((1, 2)),
-        STOP: ends.masked_fill(~trained, 0.0).sum(1),
+    losses = {
+        MAIN: errors.masked_fill(~is_trained[..., None], 0.0).sum((1, 2)),
+        STOP: ends.masked_fill(~is_trained, 0.0).sum(1),
     }
     if output.attentions:
         heads = config.guided_attention_loss_num_heads
-        read = _precise(torch.cat([layer[:, :heads] for layer in output.attentions], 1))
-        found[ATTENTION] = (read * targets["guide"].to(read.dtype)[:, None]).sum((1, 2, 3))
-    return found
+        weights = _to_float32(torch.cat([layer[:, :heads] for layer in output.attentions], 1))
+        losses[ATTENTION] = (weights * targets["guide"].to(weights.dtype)[:, None]).sum((1, 2, 3))
+    return losses
 
 
-def _precise(tensor: Tensor) -> Tensor:
-    """Return a tensor in float32 at least."""
+def _to_float32(tensor: Tensor) -> Tensor:
+    """Convert to float32, unless the tensor is in float64."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()

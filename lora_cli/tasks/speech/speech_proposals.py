@@ -1,4 +1,4 @@
-"""Rows of a text with a recording of it, for `lora init` with a model that speaks."""
+"""Proposal of a text-to-speech task for `lora init`, from rows of texts with recordings."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from typing import Any
 from lora_cli.data.media_folder import SAMPLE, are_media
 from lora_cli.errors import LoraError
 from lora_cli.tasks.proposal import BaseFacts, Certainty, Proposal, Table, proposed
-from lora_cli.tasks.speech.speakers import SpeakerError, vector_of
+from lora_cli.tasks.speech.speakers import SpeakerError, parse_vector
 from lora_cli.tasks.speech.transcript_proposals import require_whole_recordings, text_column_of
 
-USUAL = {"text_column": "text", "audio_column": "audio"}
+DEFAULT_COLUMNS = {"text_column": "text", "audio_column": "audio"}
 
 
 def propose_speech(table: Table, base: BaseFacts) -> Proposal | None:
-    """Return which text and which speaker of a recording a table has; see `Task.propose`."""
+    """Propose text-to-speech if the base is a speech synthesis model; see `Task.propose`."""
     if base.speaker_size is None:
         return None
-    return proposed(lambda: _of_speech(table, base), Certainty.ONLY)
+    return proposed(lambda: _propose_task(table, base), Certainty.ONLY)
 
 
-def _of_speech(table: Table, base: BaseFacts) -> Proposal:
-    """Return the task of rows with a text, a speaker and a recording.
+def _propose_task(table: Table, base: BaseFacts) -> Proposal:
+    """Propose the task of rows that hold a text, a speaker embedding and a recording.
 
     Raises:
-        LoraError: If one of the three is missing.
+        LoraError: If one of the three columns is missing.
     """
     place, names = table.place, [column.name for column in table.columns]
     listed, rows = f"the columns are {', '.join(names)}", table.rows[:SAMPLE]
@@ -49,22 +49,22 @@ def _of_speech(table: Table, base: BaseFacts) -> Proposal:
         hint = "add a column with a list of numbers for each row, or write the recipe with "
         raise LoraError(what, place, f"{hint}`task.speaker_embedding: speaker.npy`")
     keys = {"type": "text_to_speech", "text_column": text, "audio_column": audio}
-    why = {
+    reasons = {
         "audio_column": "recordings, or paths of such",
         "text_column": "chosen by you" if table.text else "by its name",
         "speaker_column": f"lists of {base.speaker_size} numbers, as the model reads them",
     }
-    keys = {key: name for key, name in keys.items() if USUAL.get(key) != name}
+    keys = {key: name for key, name in keys.items() if DEFAULT_COLUMNS.get(key) != name}
     keys["speaker_column"] = speaker
     left_out = {name: "not needed" for name in others if name != text}
-    return Proposal(keys, why, [text, audio, speaker], None, left_out, limits={})
+    return Proposal(keys, reasons, [text, audio, speaker], None, left_out, limits={})
 
 
 def _are_speakers(rows: Sequence[dict[str, Any]], name: str, base: BaseFacts) -> bool:
-    """Return whether each row has a vector of a speaker in a column."""
+    """Return whether a column holds a speaker embedding in each row."""
     try:
         for row in rows:
-            vector_of(row.get(name), base.speaker_size)
+            parse_vector(row.get(name), base.speaker_size)
     except SpeakerError:
         return False
     return bool(rows)

@@ -1,4 +1,4 @@
-"""What a Whisper model needs to know before it writes: the language, and whether to translate."""
+"""The prompt of a Whisper model: the language, and whether to transcribe or translate."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from lora_cli.errors import LoraError, nearest
 from lora_cli.models.find_base import source_of
 from lora_cli.recipe import Recipe, SpeechRecognitionSpec
 
-OF_SEVERAL_LANGUAGES = 51_865  # tokens, from where on a Whisper model knows several languages
-NO_TIMES = "<|notimestamps|>"
+MULTILINGUAL_VOCABULARY_SIZE = 51_865  # Whisper's English-only models have fewer tokens
+NO_TIMESTAMPS = "<|notimestamps|>"
 
 
-def knows_languages(recipe: Recipe, vocabulary: int) -> bool:
-    """Return whether a model knows several languages, and needs to know which is spoken.
+def is_multilingual(recipe: Recipe, vocabulary_size: int) -> bool:
+    """Return whether a Whisper model is multilingual, and so needs to know the spoken language.
 
-    Models of English alone have the same tokens of languages, which they were never trained with.
+    English-only models have language tokens too, but were not trained with them.
 
     Args:
-        recipe: Names the model.
-        vocabulary: How many tokens it has.
+        recipe: The recipe, which names the model.
+        vocabulary_size: The model's number of tokens.
     """
     from transformers import GenerationConfig
 
@@ -28,48 +28,48 @@ def knows_languages(recipe: Recipe, vocabulary: int) -> bool:
         config = GenerationConfig.from_pretrained(
             source["pretrained_model_name_or_path"], revision=source["revision"]
         )
-    except (OSError, ValueError):  # there is none; a damaged one is reported with the model
+    except (OSError, ValueError):  # no such file; loading the model reports a damaged one
         config = None
-    said = getattr(config, "is_multilingual", None)
-    return bool(said) if isinstance(said, bool) else vocabulary >= OF_SEVERAL_LANGUAGES
+    flag = getattr(config, "is_multilingual", None)
+    return bool(flag) if isinstance(flag, bool) else vocabulary_size >= MULTILINGUAL_VOCABULARY_SIZE
 
 
-def first_tokens(
-    spec: SpeechRecognitionSpec, tokenizer: Any, has_languages: bool, recipe: Recipe
+def prompt_tokens(
+    spec: SpeechRecognitionSpec, tokenizer: Any, multilingual: bool, recipe: Recipe
 ) -> tuple[int, ...]:
-    """Return the tokens that every transcript begins with, after the model's own first one.
+    """Return the token ids of the decoder's prompt, without the start token.
 
     Args:
-        spec: Says the language, and the task.
-        tokenizer: Of the model.
-        has_languages: Whether the model needs a language.
-        recipe: Says where the keys stand, and names the model.
+        spec: The recipe's task, with the language and Whisper's task.
+        tokenizer: The model's tokenizer.
+        multilingual: Whether the model is multilingual.
+        recipe: The recipe, for names and locations in messages.
 
     Raises:
-        LoraError: If the model does not have them, or needs one that is not given.
+        LoraError: If the model lacks one of the tokens, or the recipe does not name a language.
     """
     names: list[str] = []
-    if has_languages:
+    if multilingual:
         names = [f"<|{language_code(spec, recipe)}|>", f"<|{spec.task or 'transcribe'}|>"]
     elif spec.language is not None or spec.task is not None:
         key = "language" if spec.language is not None else "task"
         what = f"`{recipe.model.name}` knows English only, and takes no `{key}`"
         hint = "leave `language` and `task` out, or take a model of several languages, such as "
         raise LoraError(what, recipe.at(f"task.{key}"), f"{hint}openai/whisper-small")
-    known = tokenizer.get_vocab()
-    for name, key in zip((*names, NO_TIMES), ("language", "task", "type"), strict=False):
-        if name not in known:
+    vocabulary = tokenizer.get_vocab()
+    for name, key in zip((*names, NO_TIMESTAMPS), ("language", "task", "type"), strict=False):
+        if name not in vocabulary:
             what = f"the tokenizer of `{recipe.model.name}` has no token `{name}`"
             hint = "take a model that knows it: whisper-large-v3 knows the most languages"
             raise LoraError(what, recipe.at(f"task.{key}"), hint)
-    return tuple(known[name] for name in (*names, NO_TIMES))
+    return tuple(vocabulary[name] for name in (*names, NO_TIMESTAMPS))
 
 
 def language_code(spec: SpeechRecognitionSpec, recipe: Recipe) -> str:
-    """Return the code of the language that is spoken, of its code or its English name.
+    """Return the code of the spoken language; the recipe gives its code or its English name.
 
     Raises:
-        LoraError: If the recipe names none, or one that Whisper does not know.
+        LoraError: If the recipe names no language, or one that Whisper does not know.
     """
     from transformers.models.whisper.tokenization_whisper import LANGUAGES, TO_LANGUAGE_CODE
 
@@ -82,7 +82,7 @@ def language_code(spec: SpeechRecognitionSpec, recipe: Recipe) -> str:
         return name
     if name in TO_LANGUAGE_CODE:
         return str(TO_LANGUAGE_CODE[name])
-    close = nearest(name, [*TO_LANGUAGE_CODE, *LANGUAGES])
-    hint = f"did you mean `{close}`? " if close else ""
+    suggestion = nearest(name, [*TO_LANGUAGE_CODE, *LANGUAGES])
+    hint = f"did you mean `{suggestion}`? " if suggestion else ""
     hint += "write a code such as `de`, or an English name such as `german`"
     raise LoraError(f"Whisper knows no language `{spec.language}`", at, hint)

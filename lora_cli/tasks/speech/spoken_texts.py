@@ -1,6 +1,6 @@
-"""What a text and its recording are, where the model learns to speak: columns, checks, batches.
+"""Base class of text-to-speech: columns, checks, examples and batches.
 
-`TextToSpeech` adds the model, its loss and what it says.
+`TextToSpeech` adds the model, its loss and synthesis.
 """
 
 from __future__ import annotations
@@ -38,42 +38,42 @@ from lora_cli.tasks.speech.odd_recordings import (
     odd_facts,
     odd_rows,
     recording_error,
-    still_whole,
+    require_readable,
 )
 from lora_cli.tasks.speech.speakers import (
     SpeakerError,
     Vector,
-    read_vector,
-    vector_of,
+    load_vector,
+    parse_vector,
 )
-from lora_cli.tasks.speech.spectrogram_loss import ATTENTION, STOP, guide, guided_heads
+from lora_cli.tasks.speech.spectrogram_loss import ATTENTION, STOP, attention_guide, guided_heads
 from lora_cli.tasks.speech.speecht5 import (
+    FRAME_MASK,
     FRAMES,
     IDS,
-    INSIDE,
-    KEPT,
+    PRENET_MASK,
     SPEAKER,
     decoder_steps,
-    draw_kept,
+    sample_prenet_mask,
 )
 from lora_cli.tasks.texts.marked_tokens import marked
 from lora_cli.tasks.texts.text_task import TextTask
 
-ENCODING = 1  # of rows into examples; a change of it makes what is kept on the disk useless
-MASKED = -100.0  # what fills a spectrogram, as transformers marks it
-HEARD_SECONDS = 30.0  # of a recording that the report plays
-TRIAL_TOKENS, TRIAL_FRAMES = (5, 24), (9, 40)  # of the texts that the model is tried on
+ENCODING = 1  # version of the encoding of rows; increasing it invalidates cached examples
+PADDING = -100.0  # of spectrograms, as transformers marks it
+PLAYED_SECONDS = 30.0  # of each recording in the report
+TRIAL_TOKENS, TRIAL_FRAMES = (5, 24), (9, 40)  # lengths of the examples in trials
 
 
 class SpokenTexts(TextTask):
-    """A task whose rows are a text, who speaks, and a recording of it."""
+    """A task whose rows hold a text, a speaker embedding, and a recording of the text."""
 
     spec: TextToSpeechSpec  # type: ignore[assignment]  # its length is that of a recording
     unit = "frame"
     length_key = "model.name"
     can_fill_left = False
-    fixed: Vector | None = None
-    """The speaker of all rows, if the recipe names one."""
+    fixed_speaker: Vector | None = None
+    """The speaker embedding of all rows, if the recipe names one (D,)."""
 
     def __init__(self, recipe: Recipe, spec: TextToSpeechSpec) -> None:
         super().__init__(recipe)
@@ -90,15 +90,15 @@ class SpokenTexts(TextTask):
         require_bands_of(self.extractor, self.config, self.recipe)
         if self.spec.vocoder is not None:
             vocoder_config(self.recipe, self.spec.vocoder, self.n_bands, self.rate)
-        self.fixed = self._read_speaker()
+        self.fixed_speaker = self._read_speaker()
         if dropped := layer_drop_of(self.config):
             self.notes.append(dropped)
 
     def _read_speaker(self) -> Vector | None:
-        """Return the speaker of all rows; None where each row has its own.
+        """Return the speaker embedding of all rows; None if each row has its own.
 
         Raises:
-            LoraError: If nothing says who speaks, or the file cannot be used.
+            LoraError: If the recipe names neither a column nor a file, or the file cannot be used.
         """
         file = self.spec.speaker_embedding
         if file is None and self.spec.speaker_column is None:
@@ -108,120 +108,120 @@ class SpokenTexts(TextTask):
             raise LoraError("nothing says who speaks", at, hint)
         if file == ZEROS:
             return np.zeros(self.speaker_size, dtype=np.float32)
-        copy = None if self.trained_in is None else self.trained_in / SPEAKER_FILE
-        return None if file is None else read_vector(self.recipe, file, copy, self.speaker_size)
+        backup = None if self.trained_in is None else self.trained_in / SPEAKER_FILE
+        return None if file is None else load_vector(self.recipe, file, backup, self.speaker_size)
 
     def model_config(self) -> Any:
-        """Return the model's configuration, by which training leaves no layer out."""
+        """Return the model's configuration, without LayerDrop."""
         return keep_all_layers(super().model_config())
 
     def save_processor(self, folder: Path, facts: dict[str, Any] | None = None) -> None:
-        """Write the tokenizer, the feature extractor and the speaker into a folder."""
+        """Save the tokenizer, the feature extractor and the speaker embedding to a folder."""
         super().save_processor(folder, facts)
         self.extractor.save_pretrained(folder)
-        if self.fixed is not None and self.spec.speaker_embedding != ZEROS:
-            np.save(folder / SPEAKER_FILE, self.fixed)
+        if self.fixed_speaker is not None and self.spec.speaker_embedding != ZEROS:
+            np.save(folder / SPEAKER_FILE, self.fixed_speaker)
 
     @property
     def base_facts(self) -> dict[str, Any]:
-        """What of the base decides the computation besides its tensors."""
+        """The properties of the base, besides its tensors, that determine the computation."""
         return {**super().base_facts, "processor": processor_hash(self.extractor)}
 
     def cache_key(self) -> list[str]:
-        """Return what an encoded row depends on besides the row."""
-        speaker = "" if self.fixed is None else self.fixed.tobytes().hex()
-        own = [f"spoken texts {ENCODING}", processor_hash(self.extractor), speaker]
-        return [*super().cache_key(), *own]
+        """Return what an encoded row depends on besides the row itself."""
+        speaker = "" if self.fixed_speaker is None else self.fixed_speaker.tobytes().hex()
+        keys = [f"spoken texts {ENCODING}", processor_hash(self.extractor), speaker]
+        return [*super().cache_key(), *keys]
 
     @property
     def rate(self) -> int:
-        """Samples a second that spectrograms are made of."""
+        """The sampling rate of the recordings that spectrograms are computed from, in Hz."""
         return int(self.extractor.sampling_rate)
 
     @property
     def n_bands(self) -> int:
-        """Numbers of a frame of a spectrogram."""
+        """The number of mel bands of a spectrogram."""
         return int(self.config.num_mel_bins)
 
     @property
     def speaker_size(self) -> int:
-        """Numbers that describe who speaks."""
+        """The length of a speaker embedding."""
         return int(self.config.speaker_embedding_dim)
 
     @property
     def positions(self) -> int:
-        """Tokens of a text that the model has positions for."""
+        """The maximum number of tokens of a text."""
         return int(self.config.max_text_positions)
 
     @property
     def max_length(self) -> int:  # type: ignore[override]
-        """Frames of a recording that the model has positions for."""
+        """The maximum number of spectrogram frames."""
         return int(self.config.max_speech_positions) * int(self.config.reduction_factor)
 
     @property
     def length_note(self) -> str | None:
-        """Nothing: the length is the model's own."""
+        """None, as the length is the model's own."""
         return None
 
     @property
     def longer_hint(self) -> str:
-        """What to do where recordings are too long."""
+        """What to do about recordings that are too long."""
         return "divide the recording, and its text with it"
 
     # ------------------------------------------------------------------------------ rows
 
     def fields(self) -> list[Field]:
-        """Return the columns of the text, of who speaks, and of the recording."""
-        found = [Field("task.text_column", self.spec.text_column, "input", "text")]
+        """Return the fields of the text and the speaker (inputs) and the recording (target)."""
+        fields = [Field("task.text_column", self.spec.text_column, "input", "text")]
         if (column := self.spec.speaker_column) is not None:
-            found.append(Field("task.speaker_column", column, "input", "number"))
-        return [*found, Field("task.audio_column", self.spec.audio_column, "target", "audio")]
+            fields.append(Field("task.speaker_column", column, "input", "number"))
+        return [*fields, Field("task.audio_column", self.spec.audio_column, "target", "audio")]
 
     def compared_columns(self) -> list[str]:
-        """Return the recording's column: the same words are said more than once."""
+        """Return the recording column alone, as rows may share a text."""
         return [self.spec.audio_column]
 
     def input_error(self, row: dict[str, Any]) -> str:
-        """Return what is wrong with the text or with who speaks, or nothing."""
+        """Return what is wrong with the text or the speaker embedding, or an empty string."""
         if error := text_error(row, [self.spec.text_column]):
             return error
         if (column := self.spec.speaker_column) is not None:
-            # rows are also checked where the model could not be read
+            # rows are also checked if the model cannot be read
             size = getattr(getattr(self, "config", None), "speaker_embedding_dim", None)
             try:
-                vector_of(row.get(column), size)
+                parse_vector(row.get(column), size)
             except SpeakerError as error:
                 return f"column `{column}` {error}"
         return ""
 
     def answer_error(self, row: dict[str, Any]) -> str:
-        """Return why a row cannot be said, or nothing."""
+        """Return why a row cannot be synthesised, or an empty string."""
         return self.input_error(row) or self._text_length_error(self.tokens_of(row))
 
     def target_error(self, row: dict[str, Any]) -> str:
-        """Return why the recording cannot be read, or nothing; it is decoded."""
+        """Decode the recording; return why it cannot be read, or an empty string."""
         return recording_error(row, self.spec.audio_column)
 
     def control_token_in(self, row: dict[str, Any]) -> str | None:
-        """Return the first control token that is spelled out in a text."""
+        """Return the first control token whose text is in the row's text, or None."""
         return self.control_tokens.first_in([row.get(self.spec.text_column)])
 
     def text_of(self, row: dict[str, Any]) -> str:
-        """Return the text of a row, on one line."""
+        """Return the text of a row on one line."""
         return " ".join(str(row[self.spec.text_column]).split())
 
     def tokens_of(self, row: dict[str, Any]) -> list[int]:
-        """Return a text's tokens, with the one that ends it."""
+        """Return the token ids of a row's text, with the end token."""
         text = self.text_of(row)
         ids = self.text_tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return [*ids, int(self.tokenizer.eos_token_id)]
 
-    def vector_of_row(self, row: dict[str, Any]) -> Vector:
-        """Return who speaks in a row (D,)."""
+    def speaker_vector(self, row: dict[str, Any]) -> Vector:
+        """Return the speaker embedding of a row (D,)."""
         if self.spec.speaker_column is None:
-            assert self.fixed is not None, "a speaker that was not read"
-            return self.fixed
-        return vector_of(row[self.spec.speaker_column], self.speaker_size)
+            assert self.fixed_speaker is not None, "a speaker that was not read"
+            return self.fixed_speaker
+        return parse_vector(row[self.spec.speaker_column], self.speaker_size)
 
     def _text_length_error(self, ids: Sequence[int]) -> str:
         if len(ids) <= self.positions:
@@ -235,7 +235,7 @@ class SpokenTexts(TextTask):
         """Return an example for each row.
 
         Raises:
-            LoraError: If a text or a recording is longer than the model has positions for.
+            LoraError: If a text or a recording is too long for the model.
         """
         return [[self._example(row)] for row in rows]
 
@@ -247,127 +247,129 @@ class SpokenTexts(TextTask):
         hop = int(self.extractor.sample_stride)
         n_frames = 1 + int(facts.seconds * self.rate) // hop
         if n_frames > self.max_length:
-            most = self.max_length * hop / self.rate
-            what = f"its recording lasts {facts.seconds:.1f} s, and the model says {most:.1f} s "
+            limit = self.max_length * hop / self.rate
+            what = f"its recording lasts {facts.seconds:.1f} s, and the model says {limit:.1f} s "
             raise LoraError(f"{what}at most", hint=self.longer_hint)
-        speaker = self.vector_of_row(row).tolist()
-        about = {"n_frames": n_frames, **odd_facts(facts)}
-        return {"audio": value, IDS: ids, SPEAKER: speaker, **about}
+        speaker = self.speaker_vector(row).tolist()
+        fields = {"n_frames": n_frames, **odd_facts(facts)}
+        return {"audio": value, IDS: ids, SPEAKER: speaker, **fields}
 
     def features(self) -> dict[str, str]:
-        """Return the types of an example."""
+        """Return the types of an example's fields."""
         lists = {IDS: "list<int32>", SPEAKER: "list<float32>"}
         return {"audio": "media", **lists, "n_frames": "int32", **ODD_FEATURES}
 
     def cost(self, example: Example) -> int:
-        """Return the frames of an example's spectrogram."""
+        """Return the number of frames of an example's spectrogram."""
         return int(example["n_frames"])
 
     def unknown_input(self, name: str, rows: Rows, examples: Any) -> tuple[float, str | None]:
-        """Return warnings of letters that the model does not know, and of odd recordings."""
+        """Return a warning about unknown characters and odd recordings."""
         share, unknown = super().unknown_input(name, rows, examples)
         odd = odd_rows(name, rows, examples, self.spec.audio_column, self.spec.text_column)
         return share, "; ".join(filter(None, (unknown, odd))) or None
 
     def shown(self, example: Example, colour: bool) -> tuple[list[str], str]:
-        """Return the recording of an example, and what the model reads of its text."""
+        """Return a description of an example's recording, and its text as the model reads it."""
         facts, ids = recording_facts(example["audio"]), list(example[IDS])
-        about = f"{described(example['audio'])}: {facts.seconds:.2f} s at {facts.rate:,} Hz, "
-        about += counted(facts.channels, "channel")
+        description = f"{described(example['audio'])}: {facts.seconds:.2f} s at {facts.rate:,} Hz, "
+        description += counted(facts.channels, "channel")
         text = marked(self.tokenizer, ids, [False] * len(ids), colour)
-        return [f"text {counted(len(ids), 'token')}"], f"{about}\n{text}"
+        return [f"text {counted(len(ids), 'token')}"], f"{description}\n{text}"
 
     def shown_input(self, row: dict[str, Any]) -> str:
         """Return the text of a row."""
         return self.text_of(row)
 
     def thumbnail(self, row: dict[str, Any]) -> str | None:
-        """Return a row's recording as a `data:` address that a page plays."""
-        return playable(row[self.spec.audio_column], HEARD_SECONDS)
+        """Return a row's recording as a `data:` URL that a page can play."""
+        return playable(row[self.spec.audio_column], PLAYED_SECONDS)
 
     def prepare(self, example: Example, rng: np.random.Generator, training: bool) -> Example:
-        """Return an example with its spectrogram, and with what the pre-net keeps of it."""
-        with still_whole(example["audio"]):
+        """Return an example with its spectrogram and the pre-net's dropout mask."""
+        with require_readable(example["audio"]):
             samples = read_recording(example["audio"], self.rate)
         mel = self.spectrogram(samples)[: self.max_length]
-        return {**example, "mel": mel, KEPT: self._kept(len(mel), rng)}
+        return {**example, "mel": mel, PRENET_MASK: self._prenet_mask(len(mel), rng)}
 
-    def _kept(self, n_frames: int, rng: np.random.Generator) -> Tensor:
-        return draw_kept(self.config, decoder_steps(n_frames, self.config), rng)
+    def _prenet_mask(self, n_frames: int, rng: np.random.Generator) -> Tensor:
+        return sample_prenet_mask(self.config, decoder_steps(n_frames, self.config), rng)
 
     def spectrogram(self, samples: Samples) -> Tensor:
         """Return the log-mel spectrogram (log10) of a recording (T, M)."""
-        found = self.extractor(audio_target=samples, sampling_rate=self.rate)["input_values"]
-        return torch.from_numpy(np.ascontiguousarray(found[0], dtype=np.float32))
+        features = self.extractor(audio_target=samples, sampling_rate=self.rate)["input_values"]
+        return torch.from_numpy(np.ascontiguousarray(features[0], dtype=np.float32))
 
     def collate(self, examples: Sequence[Example]) -> Batch:
-        """Return the examples as one batch, filled to the longest text and the longest recording.
+        """Collate examples into a batch, padded to the longest text and the longest recording.
 
-        A recording's frames are filled to a whole number of the decoder's steps.
+        Frames are padded to a whole number of decoder steps.
         """
         factor = int(self.config.reduction_factor)
         texts, mels = [one[IDS] for one in examples], [one["mel"] for one in examples]
         lengths = torch.tensor([len(mel) for mel in mels])
         steps = torch.tensor([decoder_steps(len(mel), self.config) for mel in mels])
         n_steps = -(-int(steps.max()) // self.pad_multiple) * self.pad_multiple
-        fill = [(0, 0, 0, n_steps * factor - len(mel)) for mel in mels]
-        labels = torch.stack([F.pad(m, f, value=MASKED) for m, f in zip(mels, fill, strict=True)])
-        heard, _ = shift_spectrograms_right(labels, factor)
-        place = torch.arange(n_steps * factor)
+        n_frames = n_steps * factor
+        padded = [F.pad(mel, (0, 0, 0, n_frames - len(mel)), value=PADDING) for mel in mels]
+        labels = torch.stack(padded)
+        decoder_inputs, _ = shift_spectrograms_right(labels, factor)
+        frame = torch.arange(n_frames)
         inputs = self.inputs_of({IDS: texts}, {IDS: int(self.config.pad_token_id)})
-        kept = [F.pad(one[KEPT], (0, 0, 0, n_steps - one[KEPT].shape[1])) for one in examples]
+        masks = [one[PRENET_MASK] for one in examples]
+        masks = [F.pad(mask, (0, 0, 0, n_steps - mask.shape[1])) for mask in masks]
         speakers = [torch.tensor(np.asarray(one[SPEAKER], dtype=np.float32)) for one in examples]
         inputs |= {
-            FRAMES: heard, KEPT: torch.stack(kept), SPEAKER: torch.stack(speakers),
-            INSIDE: place < factor * steps[:, None],
+            FRAMES: decoder_inputs, PRENET_MASK: torch.stack(masks), SPEAKER: torch.stack(speakers),
+            FRAME_MASK: frame < factor * steps[:, None],
         }  # fmt: skip
-        trained = place < lengths[:, None]
+        trained = frame < lengths[:, None]
         targets = {
             "mel": labels.masked_fill(~trained[..., None], 0.0), "trained": trained,
-            "ends": (place == lengths[:, None] - 1).float(),
+            "ends": (frame == lengths[:, None] - 1).float(),
             "last_step": steps - 1,
         }  # fmt: skip
         items = {MAIN: lengths.float() * self.n_bands, STOP: lengths.float()}
         if self.config.use_guided_attention_loss:
-            targets["guide"], items[ATTENTION] = self._guides(texts, lengths, inputs[IDS], n_steps)
+            guides, counts = self._attention_guides(texts, lengths, inputs[IDS], n_steps)
+            targets["guide"], items[ATTENTION] = guides, counts
         cost = int(lengths.sum())
         return Batch(inputs, targets, items, cost, [one["row"] for one in examples])
 
-    def _guides(
+    def _attention_guides(
         self, texts: Sequence[Sequence[int]], lengths: Tensor, ids: Tensor, n_steps: int
     ) -> tuple[Tensor, Tensor]:
-        """Return how far attentions are from where speech would be (B, S, L), and their number."""
-        found = torch.zeros(len(texts), n_steps, ids.shape[1])
-        whole = (
-            lengths // int(self.config.reduction_factor)
-        ).tolist()  # steps that are all trained
-        for i, (text, own) in enumerate(zip(texts, whole, strict=True)):
-            found[i, :own, : len(text)] = guide(len(text), own, self.config)
+        """Return the attention penalties (B, S, L), and the number of attention weights (B,)."""
+        guides = torch.zeros(len(texts), n_steps, ids.shape[1])
+        # only steps whose frames are all trained are guided
+        whole_steps = (lengths // int(self.config.reduction_factor)).tolist()
+        for i, (text, n) in enumerate(zip(texts, whole_steps, strict=True)):
+            guides[i, :n, : len(text)] = attention_guide(len(text), n, self.config)
         heads = guided_heads(self.config)
-        counts = [heads * own * len(text) for text, own in zip(texts, whole, strict=True)]
-        return found, torch.tensor(counts).float()
+        counts = [heads * n * len(text) for text, n in zip(texts, whole_steps, strict=True)]
+        return guides, torch.tensor(counts).float()
 
     # ------------------------------------------------------------------------------ trials
 
     def output_length(self, example: Example) -> int:
-        """Return how many frames of an example the model says."""
+        """Return the number of frames that the model generates for an example."""
         return len(example["mel"])
 
     def trial_examples(self, length: int) -> tuple[Example, Example]:
         """Return a short and a longer text with recordings of noise, to try the model on."""
         rng = np.random.default_rng(0)
-        size, found = int(self.config.vocab_size), []
+        size, examples = int(self.config.vocab_size), []
         for n_tokens, n_frames in zip(TRIAL_TOKENS, TRIAL_FRAMES, strict=True):
             frames = min(n_frames, self.max_length)
             mel = torch.from_numpy(rng.normal(-2, 1, (frames, self.n_bands)).astype(np.float32))
-            found.append({
+            examples.append({
                 IDS: rng.integers(0, size, min(n_tokens, self.positions)).tolist(), "mel": mel,
-                SPEAKER: rng.normal(size=self.speaker_size), KEPT: self._kept(frames, rng),
-                "row": 0, "n_frames": frames,
+                SPEAKER: rng.normal(size=self.speaker_size), "row": 0, "n_frames": frames,
+                PRENET_MASK: self._prenet_mask(frames, rng),
             })  # fmt: skip
-        return found[0], found[1]
+        return examples[0], examples[1]
 
     def probe(self) -> dict[str, Tensor]:
-        """Return texts with recordings of noise, the same every time."""
+        """Return inputs of random texts and recordings, the same on every call."""
         batch = self.collate(self.trial_examples(TRIAL_FRAMES[1]))
         return dict(batch.inputs)

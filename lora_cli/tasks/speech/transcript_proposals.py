@@ -1,4 +1,4 @@
-"""Rows of a recording with what is said in it, for `lora init`."""
+"""Proposal of a speech recognition task for `lora init`, from recordings with transcripts."""
 
 from __future__ import annotations
 
@@ -14,27 +14,28 @@ TEXT_NAME = re.compile(
     r"|words|said|target|txt"
 )
 LANGUAGE_NAME = re.compile(r"(?i)language|lang|locale")
-# where a part of a recording begins, in a table of parts
-BEGINNING_NAME = re.compile(
+# the column with the start of a segment, in a table of segments of recordings
+SEGMENT_START_NAME = re.compile(
     r"(?i)(segment_?)?(start|begin|onset|offset)(_?(time|seconds?|secs?|s|ms|samples?|frames?))?"
 )
-AUDIO, TEXT = "audio", "text"  # the columns of a folder of recordings
+AUDIO, TEXT = "audio", "text"  # the default columns, also those of a folder
 
 
 def propose_recordings(table: Table, base: BaseFacts) -> Proposal | None:
-    """Return which transcript of a recording a table has; see `Task.propose`."""
+    """Propose speech recognition if a table or the base is about audio; see `Task.propose`."""
     if base.speaker_size is not None:
-        return None  # it speaks
+        return None  # a speech synthesis model
     if table.media == "image" or not (table.media == "audio" or base.hears):
         return None
-    return proposed(lambda: _of_recordings(table, base), Certainty.ONLY)
+    return proposed(lambda: _propose_task(table, base), Certainty.ONLY)
 
 
-def _of_recordings(table: Table, base: BaseFacts) -> Proposal:
-    """Return the task of rows with a recording and a text.
+def _propose_task(table: Table, base: BaseFacts) -> Proposal:
+    """Propose the task of rows that hold a recording and its transcript.
 
     Raises:
-        LoraError: If no column holds recordings, or none their text, or the model hears nothing.
+        LoraError: If the recordings or the transcripts are missing, or the model does not recognise
+            speech.
     """
     place, names = table.place, [column.name for column in table.columns]
     is_folder = table.media == "audio"
@@ -60,44 +61,45 @@ def _of_recordings(table: Table, base: BaseFacts) -> Proposal:
         what = "no column is by its name what is said"
         raise LoraError(what, place, f"name it: `--text COLUMN`; {listed}")
     keys = {"type": "speech_recognition", "audio_column": audio, "text_column": text}
-    why = {
+    reasons = {
         "audio_column": "the recordings" if is_folder else "recordings, or paths of such",
         "text_column": "chosen by you" if table.text else "by its name",
     }
     if is_folder:
-        why["text_column"] = "the text files next to them"
-    for key, usual in (("audio_column", AUDIO), ("text_column", TEXT)):
-        if keys[key] == usual:
+        reasons["text_column"] = "the text files next to them"
+    for key, default in (("audio_column", AUDIO), ("text_column", TEXT)):
+        if keys[key] == default:
             del keys[key]
     if base.hears_languages:
-        keys["language"], why["language"] = _language(table)
+        keys["language"], reasons["language"] = _language(table)
     if base.lacks_letters:
-        why[""] = "the model was only pretrained: its letters will be those of the transcripts"
+        reasons[""] = "the model was only pretrained: its letters will be those of the transcripts"
     used = (audio, text)
     left_out = {name: "not needed" for name in names if name not in used}
-    return Proposal(keys, why, [audio, text], None, left_out, limits={})
+    return Proposal(keys, reasons, [audio, text], None, left_out, limits={})
 
 
 def require_whole_recordings(table: Table, audio: str) -> None:
-    """Check that rows are whole recordings, and no parts that begin where another column says.
+    """Check that rows are whole recordings, not segments whose start is in another column.
 
     Raises:
-        LoraError: If they are parts.
+        LoraError: If they are segments.
     """
     values = [str(row.get(audio)) for row in table.rows[:SAMPLE]]
-    beginnings = [c.name for c in table.columns if BEGINNING_NAME.fullmatch(c.name)]
-    if beginnings and len(set(values)) < len(values):
-        what = f"the rows are parts of recordings, which begin where `{beginnings[0]}` says"
+    starts = [c.name for c in table.columns if SEGMENT_START_NAME.fullmatch(c.name)]
+    if starts and len(set(values)) < len(values):
+        what = f"the rows are parts of recordings, which begin where `{starts[0]}` says"
         hint = "a recording is read whole: write each part into a file of its own, for example "
         raise LoraError(what, table.place, f"{hint}with `ffmpeg -ss START -to END`, and name that")
 
 
 def text_column_of(names: Sequence[str], is_folder: bool) -> str | None:
-    """Return the column of what is said, by its name, or the only one that there is.
+    """Return the column with a transcript's name, or else the only column.
 
     Args:
-        names: Of the columns besides that of the recordings.
-        is_folder: Whether the rows are files, whose folders' names are a column that is no text.
+        names: The names of the columns, without that of the recordings.
+        is_folder: Whether the rows are the files of a folder. Then the only column may hold the
+            names of subfolders, which are not transcripts.
     """
     named = [name for name in names if TEXT_NAME.fullmatch(name)]
     if named:
@@ -106,10 +108,10 @@ def text_column_of(names: Sequence[str], is_folder: bool) -> str | None:
 
 
 def _language(table: Table) -> tuple[str, str]:
-    """Return the language that is spoken, and how it is known.
+    """Return the code of the spoken language, and how it was determined.
 
     Raises:
-        LoraError: If it is not known.
+        LoraError: If it cannot be determined.
     """
     from transformers.models.whisper.tokenization_whisper import LANGUAGES
 

@@ -1,4 +1,4 @@
-"""What is said, as text: how it is written for the metrics, and where two transcripts differ."""
+"""Transcripts as text: normalisation for the metrics, joining, and word alignment."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import regex
 from lora_cli.characters import UNSPACED
 
 BASIC = "Whisper's basic normaliser (lower case, no punctuation, symbols or brackets)"
-Pair = tuple[str | None, str | None]
-"""A word that is wanted and the one that was written for it; None where one of them is missing."""
+WordPair = tuple[str | None, str | None]
+"""A reference word and the predicted one; None for the missing one of an insertion or deletion."""
 
-_MARKED = regex.compile(r"\p{L}\p{M}")
+_LETTER_WITH_MARK = regex.compile(r"\p{L}\p{M}")
 _UNSPACED = regex.compile(f"[{UNSPACED}]")
 
 
-def normalised(text: str, how: Literal["basic", "none"]) -> str:
-    """Return a text as the metrics read it."""
+def normalise_text(text: str, how: Literal["basic", "none"]) -> str:
+    """Normalise a text for the metrics."""
     if how == "none":
         return " ".join(text.split())
     from transformers import WhisperTokenizer
@@ -28,38 +28,38 @@ def normalised(text: str, how: Literal["basic", "none"]) -> str:
 
 
 def has_vowel_marks(text: str) -> bool:
-    """Return whether a text has letters with marks of their own, which the normaliser removes.
+    """Return whether a text has combining marks, which Whisper's normaliser removes.
 
-    Composed letters, such as é, are letters to it.
+    It keeps composed letters, such as é.
     """
-    return bool(_MARKED.search(unicodedata.normalize("NFKC", text)))
+    return bool(_LETTER_WITH_MARK.search(unicodedata.normalize("NFKC", text)))
 
 
-def spoken(text: str) -> str:
-    """Return a transcript as Whisper writes one: on a line, after a space if its script has any."""
+def whisper_transcript(text: str) -> str:
+    """Format a transcript like Whisper: on one line, after a space unless its script has none."""
     text = " ".join(text.split())
     return text if _UNSPACED.match(text) else f" {text}"
 
 
-def joined(parts: Sequence[str]) -> str:
-    """Return the transcripts of the parts of a recording as one."""
-    whole = ""
+def join_transcripts(parts: Sequence[str]) -> str:
+    """Join the transcripts of the parts of a recording."""
+    transcript = ""
     for part in filter(None, (part.strip() for part in parts)):
-        close = bool(whole) and _UNSPACED.match(whole[-1]) and _UNSPACED.match(part)
-        whole += part if not whole or close else f" {part}"
-    return whole
+        no_space = bool(transcript) and _UNSPACED.match(transcript[-1]) and _UNSPACED.match(part)
+        transcript += part if not transcript or no_space else f" {part}"
+    return transcript
 
 
-def aligned(wanted: str, said: str) -> list[Pair]:
-    """Return the words of two texts side by side, with as few differences as possible."""
+def align_words(reference: str, hypothesis: str) -> list[WordPair]:
+    """Align the words of two texts with minimal edit distance."""
     import jiwer
 
-    found = jiwer.process_words(wanted, said)
-    (left,), (right,) = found.references, found.hypotheses
-    pairs: list[Pair] = []
-    for chunk in found.alignments[0]:
-        a = left[chunk.ref_start_idx : chunk.ref_end_idx]
-        b = right[chunk.hyp_start_idx : chunk.hyp_end_idx]
+    alignment = jiwer.process_words(reference, hypothesis)
+    (reference_words,), (hypothesis_words,) = alignment.references, alignment.hypotheses
+    pairs: list[WordPair] = []
+    for chunk in alignment.alignments[0]:
+        a = reference_words[chunk.ref_start_idx : chunk.ref_end_idx]
+        b = hypothesis_words[chunk.hyp_start_idx : chunk.hyp_end_idx]
         for i in range(max(len(a), len(b))):
             pairs.append((a[i] if i < len(a) else None, b[i] if i < len(b) else None))
     return pairs
