@@ -19,8 +19,8 @@ MAX_LABELS = 20  # with more, the average precision of single labels is not repo
 MAX_DETECTIONS = 100  # per image; COCO ignores predictions with lower scores
 OVERLAP = "of boxes that overlap by"
 DEFINITIONS = {
-    "map": "mean average precision, 0 to 1: the mean over labels and over the overlaps 0.50, 0.55, "
-    "… 0.95 that a box has to have (intersection over union), as COCO computes it",
+    "map": "mean average precision, 0 to 1: the mean over labels and over the required overlaps "
+    "(intersection over union) 0.50, 0.55, … 0.95, as COCO computes it",
     "map_50": f"mean average precision {OVERLAP} at least 0.50",
     "map_75": f"mean average precision {OVERLAP} at least 0.75",
     "mar_100": "mean recall of the 100 boxes with the highest scores of each picture, over the "

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 RULE = (
-    "an entity is right if its first and last word and its type are, by conlleval's rule (an I- "
-    "with nothing of its type before it begins an entity), counted over all rows by seqeval"
+    "an entity is right if its first word, last word and type are right, by conlleval's rule (an "
+    "I- tag that does not continue an entity of its type begins one), counted over all rows by "
+    "seqeval"
 )
 DEFINITIONS = {
-    "f1": f"of entities: harmonic mean of precision and recall; {RULE}; 0 where none is right",
-    "precision": "of entities: share of right ones among those that are found; counted as for f1",
+    "f1": f"of entities: harmonic mean of precision and recall; {RULE}; 0 if none is right",
+    "precision": "of entities: share of the predicted ones that are right; counted as for f1",
     "recall": "of entities: share of those in the data that are found; counted as for f1",
 }
 

@@ -25,14 +25,14 @@ AVERAGES = {
 }
 SCORES = {
     "f1": "harmonic mean of precision and recall",
-    "precision": "share of right ones among what is given a label",
-    "recall": "share of the rows of a label that are given it",
+    "precision": "share of the rows predicted as a label that have it",
+    "recall": "share of the rows with a label that are predicted as it",
 }
 ROUGE = {
     "rouge1": "single words",
     "rouge2": "pairs of words",
     "rougeL": "the longest common subsequence of words",
-    "rougeLsum": "the longest common subsequences of words, a line being a sentence",
+    "rougeLsum": "the longest common subsequences of words, with each line as a sentence",
 }
 UNDEFINED = "-1 to 1; not defined for fewer than two rows, or where either side is constant"
 VALUE_DEFINITIONS = {
@@ -121,7 +121,7 @@ def _line(metric: str, name: str, context: MetricContext) -> str:
             return SPEECH_DEFINITIONS[metric]
         case "rouge":
             words = ROUGE_WORDS if name == "rouge1" else "words as for rouge1"
-            best = ", with the reference that is most alike" if context.several_references else ""
+            best = ", with the most similar reference" if context.several_references else ""
             return f"F1 of {ROUGE[name]}{best}, mean over rows, 0 to 1; {words}"
     return VALUE_DEFINITIONS[metric]
 

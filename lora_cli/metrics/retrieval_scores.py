@@ -7,17 +7,17 @@ from collections.abc import Sequence
 
 RETRIEVAL_METRICS = ("ndcg_at_10", "mrr_at_10", "accuracy_at_1", "recall_at_1", "recall_at_10")
 SEARCH = (
-    "each row's anchor searches the split's other texts by cosine, where of equally near ones the "
-    "wrong come first"
+    "each row's anchor searches the split's other texts by cosine similarity, and ties count "
+    "against it"
 )
 DEFINITIONS = {
     "ndcg_at_10": "discounted cumulative gain of the first 10 texts, as a share of the best "
     f"possible, mean over rows, 0 to 1; {SEARCH}",
-    "mrr_at_10": "1 by the rank of the first right text, 0 where none is among the first 10; mean "
+    "mrr_at_10": "reciprocal rank of the first right text, 0 if none is among the first 10; mean "
     "over rows",
-    "accuracy_at_1": "share of rows whose nearest text is a right one",
-    "recall_at_1": "share of the right texts that come first, mean over rows",
-    "recall_at_10": "share of the right texts that are among the first 10, mean over rows",
+    "accuracy_at_1": "share of rows whose nearest text is right",
+    "recall_at_1": "share of a row's right texts that come first, mean over rows",
+    "recall_at_10": "share of a row's right texts among the first 10, mean over rows",
 }
 
 

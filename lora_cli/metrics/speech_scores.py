@@ -7,16 +7,16 @@ from collections.abc import Sequence
 
 DEFINITIONS = {
     "mel_l1": (
-        "mean distance of the model's log-mel spectrogram (log10) from that recorded, per number; "
-        "each step of the model reading the recorded ones before it; 0 is best"
+        "mean absolute error of the log-mel spectrogram (log10), where each step of the model "
+        "reads the recorded frames before it; 0 is best"
     ),
     "stop_accuracy": (
-        "mean of two shares: of the recordings' last steps where the model ends, and of the others "
-        "where it goes on, reading the recorded ones; 0.5 is never to end, 1 is best"
+        "mean of two shares: of the recordings' last steps at which the model stops, and of the "
+        "other steps at which it continues; 0.5 if it never stops, 1 is best"
     ),
     "length_error": (
-        "by what share what the model says by itself is longer or shorter than its recording, mean "
-        "over rows; 0 is best"
+        "mean relative difference between the duration of generated speech and that of the "
+        "recording; 0 is best"
     ),
 }
 
