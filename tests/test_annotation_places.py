@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lora_cli.data import yolo
-from lora_cli.data.annotated_folder import annotated_files, annotation_of
+from lora_cli.data.annotated_folder import annotated_files, annotation_file
 from lora_cli.data.yolo import labels_for
 from lora_cli.errors import LoraError
 from lora_cli.recipe import Recipe
@@ -52,7 +52,7 @@ def test_boxes_are_looked_for_next_to_the_folders_of_a_picture(
 ) -> None:
     top = tmp_path / "one" / "two" / "three" / "four"
     put(top / picture, top / annotation)
-    assert annotation_of(top / picture) == (top / annotation if found else None)
+    assert annotation_file(top / picture) == (top / annotation if found else None)
 
 
 def test_what_stands_next_to_the_picture_comes_first(tmp_path: Path) -> None:
@@ -62,9 +62,9 @@ def test_what_stands_next_to_the_picture_comes_first(tmp_path: Path) -> None:
              tmp_path / "labels" / "a.txt"]  # fmt: skip
     put(picture, *files)
     for file in files:
-        assert annotation_of(picture) == file
+        assert annotation_file(picture) == file
         file.unlink()
-    assert annotation_of(picture) is None
+    assert annotation_file(picture) is None
 
 
 def test_names_of_labels_are_looked_for_in_four_folders(tmp_path: Path) -> None:

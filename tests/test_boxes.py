@@ -17,7 +17,7 @@ from lora_cli.data.boxes import (
     categories_in,
     nested_names,
     read_objects,
-    said_size,
+    stated_size,
 )
 
 SIZE = (40, 20)
@@ -269,7 +269,7 @@ def test_a_picture_of_another_size_is_not_the_one_that_was_annotated(
     ],
 )  # fmt: skip
 def test_sizes_are_whole_numbers_above_zero(about: dict[str, Any], size: list[int] | None) -> None:
-    assert said_size(about) == size
+    assert stated_size(about) == size
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,12 @@ from lora_cli.data.cell_values import (
     PLAIN,
     NumberForm,
     currency_of,
-    divided,
     flag,
     half_width,
     number_form,
     other_forms,
     read_number,
+    split_labels,
 )
 
 COMMA, THOUSANDS, GERMAN = NumberForm(","), NumberForm(".", ","), NumberForm(",", ".")
@@ -109,7 +109,7 @@ def test_what_would_make_a_number_is_said() -> None:
     ],
 )  # fmt: skip
 def test_labels_in_a_text(text: str, separator: str, wanted: list[str]) -> None:
-    assert divided(text, separator) == wanted
+    assert split_labels(text, separator) == wanted
 
 
 @pytest.mark.parametrize(

@@ -215,7 +215,7 @@ def test_lines_that_csv_joins_are_counted_where_each_could_be_a_row(tmp_path: Pa
 def test_an_open_mark_does_not_take_the_whole_file_into_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lora_cli.data.csv_rows.MOST_LINES", 10)
+    monkeypatch.setattr("lora_cli.data.csv_rows.MAX_LINES", 10)
     content = 'a,b\n"open,1\n' + "x,2\n" * 30 + '"y, z",3\n'
     _, rows, errors = read(tmp_path / "x.csv", content, quoting="csv")
     assert (len(rows), len(errors)) == (31, 1)
@@ -269,8 +269,8 @@ def test_which_fields_a_pair_of_marks_encloses(value: str, wrapped: bool) -> Non
 
 def test_where_marks_stand_in_fields() -> None:
     marks = _Marks()
-    csv_quoting._note(marks, ["", "plain", '"x"', '"a ""b"""', '" "', 'say "x"', '"'])
-    csv_quoting._note(marks, ["full", "plain", '"yy"', "c", "d", "e", "f"])
+    csv_quoting._count_marks(marks, ["", "plain", '"x"', '"a ""b"""', '" "', 'say "x"', '"'])
+    csv_quoting._count_marks(marks, ["full", "plain", '"yy"', "c", "d", "e", "f"])
     assert marks.filled == {0: 1, 1: 2, 2: 2, 3: 2, 4: 2, 5: 2, 6: 2}
     assert marks.wrapped == {2: 2, 3: 1, 4: 1}
     assert (marks.doubled, marks.needless, marks.stray) == (1, 2, 2)

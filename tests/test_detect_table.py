@@ -10,7 +10,7 @@ import pytest
 from lora_cli.data import detect_table
 from lora_cli.data.detect_format import read_data_file
 from lora_cli.data.detect_table import (
-    FoundFormat,
+    DetectedFormat,
     find_delimiter,
     find_table,
     has_header,
@@ -20,10 +20,10 @@ from lora_cli.data.detect_table import (
 from lora_cli.errors import LoraError
 
 
-def found_in(folder: Path, text: str, name: str = "rows.csv") -> FoundFormat:
+def found_in(folder: Path, text: str, name: str = "rows.csv") -> DetectedFormat:
     path = folder / name
     path.write_text(text, encoding="utf-8", newline="")
-    found = FoundFormat("csv")
+    found = DetectedFormat("csv")
     find_table(found, path, text)
     return found
 
@@ -89,7 +89,7 @@ def test_what_differs_from_the_defaults_is_set(
     if name != plain:  # quotes are looked for in the file, which is not compressed here
         path = tmp_path / plain
         path.write_text(text, encoding="utf-8")
-        found = FoundFormat("csv")
+        found = DetectedFormat("csv")
         find_table(found, path, text)
     else:
         found = found_in(tmp_path, text, name)
@@ -99,7 +99,7 @@ def test_what_differs_from_the_defaults_is_set(
 
 @pytest.mark.parametrize("kind", ["json", "parquet", "conll"])
 def test_files_that_are_no_tables_name_their_columns(kind: str) -> None:
-    assert FoundFormat(kind).has_names
+    assert DetectedFormat(kind).has_names
 
 
 def test_sentences_without_a_header_are_a_text(tmp_path: Path) -> None:
@@ -222,9 +222,9 @@ def test_numbers_are_written_in_many_ways() -> None:
 
 
 def test_the_share_of_a_name_among_its_values_is_a_twentieth() -> None:
-    assert detect_table._vote("title", ["title", *["x"] * 19]) == 3
-    assert detect_table._vote("title", ["title", *["x"] * 18]) == -1
-    assert detect_table._vote("", ["x"]) == detect_table._vote("x", []) == 0
+    assert detect_table._header_score("title", ["title", *["x"] * 19]) == 3
+    assert detect_table._header_score("title", ["title", *["x"] * 18]) == -1
+    assert detect_table._header_score("", ["x"]) == detect_table._header_score("x", []) == 0
 
 
 @pytest.mark.parametrize("share", [1.0, 0.3, 0.11])

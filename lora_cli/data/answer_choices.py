@@ -1,7 +1,7 @@
-"""Rows with a question, its choices and which is right: named, with a command that helps.
+"""Detect multiple-choice questions, and reject them with a command that converts them.
 
-The choices stand in a list, in an object, or in columns of their own (`ending0` to `ending3`). A
-classifier would learn the number of the right one, which says nothing without the choices.
+The choices are in a list, an object, or columns of their own (`ending0` to `ending3`). A classifier
+would learn the index of the correct choice, which means nothing without the choices.
 """
 
 from __future__ import annotations
@@ -17,20 +17,26 @@ from lora_cli.data.jq_commands import field, jq_command
 from lora_cli.data.text_columns import flat_name
 from lora_cli.errors import LoraError
 
-CHOICES = re.compile(r"(?i)(.*_)?(choices|options|endings|alternatives)")
-ASKED = re.compile(r"(?i)question|query|prompt|ctx|context|stem|instruction|startphrase|problem")
-TOLD = re.compile(r"(?i)premise|goal|sentence|passage|article|story|scenario")
-KEY = re.compile(r"(?i)answer[_ ]?key|answer([_ ]?(idx|index|id))?|label|correct([_ ]?answer)?")
-NUMBER_KEY = re.compile(
+CHOICES_NAME = re.compile(r"(?i)(.*_)?(choices|options|endings|alternatives)")
+QUESTION_NAME = re.compile(
+    r"(?i)question|query|prompt|ctx|context|stem|instruction|startphrase|problem"
+)
+CONTEXT_NAME = re.compile(r"(?i)premise|goal|sentence|passage|article|story|scenario")
+KEY_NAME = re.compile(
+    r"(?i)answer[_ ]?key|answer([_ ]?(idx|index|id))?|label|correct([_ ]?answer)?"
+)
+INDEX_KEY_NAME = re.compile(
     r"(?i)(.*[_\W])?(answers?|ans|labels?|correct|gold|cop|target|key|winner|"
     r"better|preferred|preference)([_\W].*)?"
 )
-NUMBERED = re.compile(
+NUMBERED_NAME = re.compile(
     r"(?i)(?P<stem>(.*[_\W])?(choice|opt(ion)?|op|sol(ution)?|ans(wer)?|ending|alternative|"
     r"candidate|hyp(othesis)?|resp(onse)?|completion|output|summary|ref(erence)?)[_ ]?|)"
     r"(?P<mark>\d|[a-hjk])"
 )
-ANSWERS = re.compile(r"(?i)(.*[_\W])?(ans(wer)?|resp(onse)?|completion|output|summary|ref)[_ ]?")
+ANSWER_STEM = re.compile(
+    r"(?i)(.*[_\W])?(ans(wer)?|resp(onse)?|completion|output|summary|ref)[_ ]?"
+)
 LETTERS = "ABCDEFGH"
 MARKS = f"{LETTERS} JK 0123456789 12345678"
 
@@ -38,127 +44,142 @@ MARKS = f"{LETTERS} JK 0123456789 12345678"
 def require_no_choices(
     columns: Sequence[Column], rows: Sequence[dict[str, Any]], place: str
 ) -> None:
-    """Reject rows whose label is the number of a choice.
+    """Reject rows whose label is the index of a choice.
 
     Args:
-        columns: What the columns hold.
+        columns: The columns, with their kinds.
         rows: The rows.
         place: Name of the file.
 
     Raises:
-        LoraError: If there are such; its hint makes prompts and completions of them.
+        LoraError: If the rows are multiple-choice questions. The hint is a command that turns them
+            into prompts and completions.
     """
     texts = [c.name for c in columns if c.kind == "text"]
     for column in columns:
-        if CHOICES.fullmatch(column.name) and column.kind in ("other", "list"):
-            asked = [name for name in texts if ASKED.fullmatch(name)]
-            asked = [name for name in asked if name != "context"] or asked
-            key = next((c for c in columns if KEY.fullmatch(c.name) and c.kind != "other"), None)
-            if asked and key:
+        if CHOICES_NAME.fullmatch(column.name) and column.kind in ("other", "list"):
+            questions = [name for name in texts if QUESTION_NAME.fullmatch(name)]
+            questions = [name for name in questions if name != "context"] or questions
+            key = next(
+                (c for c in columns if KEY_NAME.fullmatch(c.name) and c.kind != "other"), None
+            )
+            if questions and key:
                 value = next((v for row in rows if not is_blank(v := row.get(column.name))), None)
-                raise _error(asked[:1], f"`{column.name}`", key, _listed(column, value, key), place)
-    for names in _numbered(columns):
-        among = {c.name for c in columns} - {*names}
-        key = next((c for c in columns if c.name in among and _is_key(c, len(names))), None)
-        asked = [n for n in texts if n in among and (ASKED.fullmatch(n) or TOLD.fullmatch(n))]
-        asked = asked or [name for name in texts if name in among][:1]
-        if key and asked:
-            shown = f"`{names[0]}` to `{names[-1]}`"
-            inside = "[" + ", ".join(map(field, names)) + "]"
-            raise _error(asked, shown, key, (inside, _at(inside, key, len(names))), place)
+                raise _error(
+                    questions[:1],
+                    f"`{column.name}`",
+                    key,
+                    _choices_in_column(column, value, key),
+                    place,
+                )
+    for names in _numbered_columns(columns):
+        remaining = {c.name for c in columns} - {*names}
+        key = next((c for c in columns if c.name in remaining and _is_key(c, len(names))), None)
+        questions = [
+            n
+            for n in texts
+            if n in remaining and (QUESTION_NAME.fullmatch(n) or CONTEXT_NAME.fullmatch(n))
+        ]
+        questions = questions or [name for name in texts if name in remaining][:1]
+        if key and questions:
+            column_range = f"`{names[0]}` to `{names[-1]}`"
+            choices = "[" + ", ".join(map(field, names)) + "]"
+            raise _error(
+                questions, column_range, key, (choices, _choice_at(choices, key, len(names))), place
+            )
 
 
 def require_one_answer_column(columns: Sequence[Column], used: Sequence[str], place: str) -> None:
-    """Reject rows with several answers in columns of their own, of which a task reads none.
+    """Reject rows with several answer columns, none of which the task reads.
 
     Args:
-        columns: What the columns hold.
-        used: The columns that the task reads; the text or the prompt is the first.
+        columns: The columns, with their kinds.
+        used: The columns that the task reads, the text or prompt first.
         place: Name of the file.
 
     Raises:
-        LoraError: If there are such, as in collections of preferences.
+        LoraError: If there are such columns, as in preference data sets.
     """
     texts = {column.name for column in columns if column.kind == "text"}
-    for names in _numbered(columns):
-        stem = NUMBERED.fullmatch(names[0].strip())
-        if stem and ANSWERS.fullmatch(stem["stem"]) and texts.issuperset(names):
-            asked = used[0] if used else "COLUMN"
+    for names in _numbered_columns(columns):
+        match = NUMBERED_NAME.fullmatch(names[0].strip())
+        if match and ANSWER_STEM.fullmatch(match["stem"]) and texts.issuperset(names):
+            prompt = used[0] if used else "COLUMN"
             if not set(names) & set(used):
                 raise LoraError(
                     f"the rows have several answers (`{'`, `'.join(names)}`): they are there to be "
                     "ranked, which no task learns",
                     place,
-                    f"name the one that is learned: `--text {shlex.quote(asked)} --label "
-                    f"{shlex.quote(names[0])}`; or `--text {shlex.quote(asked)} --label none`",
+                    f"name the one that is learned: `--text {shlex.quote(prompt)} --label "
+                    f"{shlex.quote(names[0])}`; or `--text {shlex.quote(prompt)} --label none`",
                 )
 
 
 def _error(
-    asked: Sequence[str], choices: str, key: Column, found: tuple[str, str], place: str
+    questions: Sequence[str], choices: str, key: Column, expressions: tuple[str, str], place: str
 ) -> LoraError:
-    listed, right = found
-    told = ' + "\\n" + '.join(map(field, asked))
+    options, right = expressions
+    prompt = ' + "\\n" + '.join(map(field, questions))
     start = f"{field(key.name)} as $key | "
-    how = f'{start}{{prompt: ({told} + "\\n" + ({listed} | join("\\n"))), completion: ({right})}}'
-    question = "`, `".join(asked)
+    jq = f'{start}{{prompt: ({prompt} + "\\n" + ({options} | join("\\n"))), completion: ({right})}}'
+    question = "`, `".join(questions)
     return LoraError(
         f"each row has a question (`{question}`) and its choices ({choices}), and no task chooses "
         "among texts",
         place,
-        f"write them as prompt and completion: {jq_command(how, place, flat_name(place))}; or name "
-        f"what is learned: `--text {shlex.quote(asked[-1])} --label {shlex.quote(key.name)}`",
+        f"write them as prompt and completion: {jq_command(jq, place, flat_name(place))}; or name "
+        f"what is learned: `--text {shlex.quote(questions[-1])} --label {shlex.quote(key.name)}`",
     )
 
 
-def _listed(column: Column, value: Any, key: Column) -> tuple[str, str]:
-    """Return the expressions of jq for the choices in a column, and for the right one."""
-    own = field(column.name)
+def _choices_in_column(column: Column, value: Any, key: Column) -> tuple[str, str]:
+    """Return jq expressions for the choices in a column, and for the correct choice."""
+    path = field(column.name)
     if isinstance(value, list) and value and isinstance(value[0], dict):
-        mark = next((name for name in ("label", "key", "id") if name in value[0]), "label")
-        return f"[{own}[].text]", f"{own}[] | select({field(mark)} == $key).text"
+        key_field = next((name for name in ("label", "key", "id") if name in value[0]), "label")
+        return f"[{path}[].text]", f"{path}[] | select({field(key_field)} == $key).text"
     if isinstance(value, dict) and isinstance(value.get("text"), list):
         if "label" in value:
-            return f"{own}.text", f"{own} | .text[.label | index($key)]"
-        return f"{own}.text", _at(f"{own}.text", key, len(value["text"]))
+            return f"{path}.text", f"{path} | .text[.label | index($key)]"
+        return f"{path}.text", _choice_at(f"{path}.text", key, len(value["text"]))
     if isinstance(value, dict):
-        keyed = set(key.counts) <= {*value}
-        return f"[{own}[]]", f"{own}[$key]" if keyed else "$key | tostring"
+        has_all_keys = set(key.counts) <= {*value}
+        return f"[{path}[]]", f"{path}[$key]" if has_all_keys else "$key | tostring"
     count = len(value) if isinstance(value, list) else 0
-    return own, _at(own, key, count)
+    return path, _choice_at(path, key, count)
 
 
-def _at(choices: str, key: Column, count: int) -> str:
-    """Return the expression of jq for the choice that a key names: by number, letter or itself."""
+def _choice_at(choices: str, key: Column, count: int) -> str:
+    """Return the jq expression for the choice that a key names by number, letter or text."""
     keys = set(key.counts)
     if keys <= set(map(str, range(count))):
         return f"{choices}[$key | tonumber]"
     if keys <= set(map(str, range(1, count + 1))):
         return f"{choices}[($key | tonumber) - 1]"
-    if {one.upper() for one in keys} <= {*LETTERS}:
+    if {letter.upper() for letter in keys} <= {*LETTERS}:
         return f'{choices}["{LETTERS}" | index($key | ascii_upcase)]'
     return "$key | tostring"
 
 
-def _numbered(columns: Sequence[Column]) -> list[list[str]]:
-    """Return the names of columns that differ by a number or a letter alone, as choices do."""
+def _numbered_columns(columns: Sequence[Column]) -> list[list[str]]:
+    """Return groups of columns whose names differ only in a number or letter, as choices do."""
     groups: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for column in columns:
-        found = NUMBERED.fullmatch(column.name.strip())
-        if found and column.kind in ("text", "category", "id"):
-            groups[found["stem"].lower()].append((found["mark"].upper(), column.name))
-    good = []
+        match = NUMBERED_NAME.fullmatch(column.name.strip())
+        if match and column.kind in ("text", "category", "id"):
+            groups[match["stem"].lower()].append((match["mark"].upper(), column.name))
+    choice_columns = []
     for stem, members in groups.items():
         marks = "".join(mark for mark, _ in sorted(members))
         if len(marks) > (1 if stem else 2) and marks in MARKS:
-            good.append([name for _, name in sorted(members)])
-    return good
+            choice_columns.append([name for _, name in sorted(members)])
+    return choice_columns
 
 
 def _is_key(column: Column, count: int) -> bool:
-    """Return whether a column says which of so many choices is right."""
-    if not NUMBER_KEY.fullmatch(column.name.strip()) or len(column.counts) < 2:
+    """Return whether a column says which of `count` choices is correct."""
+    if not INDEX_KEY_NAME.fullmatch(column.name.strip()) or len(column.counts) < 2:
         return False
     keys = {label_text(value).upper() for value in column.counts}
-    numbers = [set(map(str, range(first, first + count))) for first in (0, 1)]
-    return any(keys <= known for known in (*numbers, {*LETTERS[:count]}))
+    ranges = [set(map(str, range(first, first + count))) for first in (0, 1)]
+    return any(keys <= candidates for candidates in (*ranges, {*LETTERS[:count]}))

@@ -1,4 +1,4 @@
-"""Rows that cannot be used: an error, or left out, as `data.on_bad_row` says."""
+"""Handle unusable rows: raise an error or skip them, according to `data.on_bad_row`."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ from lora_cli.recipe import Recipe
 SKIP = "`--set data.on_bad_row=skip`"
 
 
-def without(rows: Rows, errors: dict[int, str], recipe: Recipe) -> Rows:
-    """Return the rows without the wrong ones; unless they may be skipped, that is an error.
+def drop_bad_rows(rows: Rows, errors: dict[int, str], recipe: Recipe) -> Rows:
+    """Return a split without its unusable rows, if `data.on_bad_row` is `skip`.
 
     Args:
-        rows: A split.
-        errors: What is wrong, by position.
-        recipe: Its `data.on_bad_row` decides.
+        rows: The rows of a split.
+        errors: Error messages by row index.
+        recipe: The recipe, whose `data.on_bad_row` decides.
+
+    Raises:
+        LoraError: If there are such rows and `data.on_bad_row` is `error`.
     """
     if not errors:
         return rows
@@ -32,8 +35,8 @@ def without(rows: Rows, errors: dict[int, str], recipe: Recipe) -> Rows:
     if recipe.data.on_bad_row == "error":
         problems = [Problem(error, rows.place(i)) for i, error in list(errors.items())[:10]]
         hint = f"fix {'them' if len(errors) > 1 else 'it'}, or skip such rows with {SKIP}"
-        if advice := _advice(rows, errors, recipe):
-            hint = f"{advice}; or {hint}"
+        if fix := _common_fix(rows, errors, recipe):
+            hint = f"{fix}; or {hint}"
         if len(errors) > 10:
             hint += f"; {counted(len(errors) - 10, 'more row')} cannot be used"
         problems[-1] = replace(problems[-1], hint=hint)
@@ -42,14 +45,14 @@ def without(rows: Rows, errors: dict[int, str], recipe: Recipe) -> Rows:
     return rows.select(keep, places)
 
 
-def _advice(rows: Rows, errors: dict[int, str], recipe: Recipe) -> str:
-    """Return what fixes the commonest errors of all rows at once, or nothing."""
-    of_bytes = next((i for i, error in errors.items() if error.startswith("byte 0x")), None)
-    if of_bytes is not None:
+def _common_fix(rows: Rows, errors: dict[int, str], recipe: Recipe) -> str:
+    """Return a hint that fixes a common error in all rows at once; empty if there is none."""
+    undecodable = next((i for i, error in errors.items() if error.startswith("byte 0x")), None)
+    if undecodable is not None:
         source = Path(rows.source)
         if not source.is_file():  # `FOLDER (3 files)`
             folder = Path(rows.source.rpartition(" (")[0])
-            source = folder / re.sub(r":\d+$", "", rows.place(of_bytes))
+            source = folder / re.sub(r":\d+$", "", rows.place(undecodable))
         return encoding_hint(source, recipe.data.format.encoding)
     if any(re.search("fields? where there", error) for error in errors.values()):
         return "a text that holds the delimiter needs quotation marks around it"
@@ -62,9 +65,16 @@ def without_errors(
     recipe: Recipe,
     skip: Callable[[str, str], None],
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the places and columns of streamed rows that can be used.
+    """Yield the place and columns of each usable row of a stream.
 
-    A wrong row stops; unless rows may be skipped: then `skip` is told its place and its error.
+    Args:
+        rows: The rows as they are read.
+        error_of: Returns the error message of a row; empty if the row is usable.
+        recipe: The recipe, whose `data.on_bad_row` decides what happens to unusable rows.
+        skip: Called with the place and error of each row that is skipped.
+
+    Raises:
+        LoraError: At the first unusable row, if `data.on_bad_row` is `error`.
     """
     for row in rows:
         error = row.error or error_of(row.columns or {})

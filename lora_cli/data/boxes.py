@@ -1,7 +1,7 @@
-"""Objects in pictures: a box and a category for each, read from a row and checked.
+"""Read and check the objects in an image: a box and a category each.
 
-Whatever form a row has, here a box is its two corners (x0, y0, x1, y1) in pixels of the picture as
-it is seen, the upper left corner of the picture being (0, 0) and the lower right (width, height).
+Whatever the input format, a box here is its two corners (x0, y0, x1, y1) in pixels of the displayed
+image, whose upper left corner is (0, 0) and lower right corner (width, height).
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ CATEGORY_KEYS = (
     "category", "categories", "category_id", "label", "labels", "class", "classes", "class_labels",
 )  # fmt: skip
 CROWD_KEYS = ("iscrowd", "is_crowd")
-FORMAT, SIZE = "box_format", "size"  # what the readers of annotation files add
-TOLERANCE = 1.0  # pixels by which a box may leave the picture: it was rounded
-LEAVING = 0.2  # share of the rows whose boxes leave the picture, from where on it is odd
-SHOWN = 60
+FORMAT, SIZE = "box_format", "size"  # keys that the readers of annotation files add
+TOLERANCE = 1.0  # pixels a box may extend beyond the image because of rounding
+OUTSIDE_SHARE = 0.2  # share of rows with boxes outside the image that suggests a wrong format
+MAX_SHOWN = 60
 SHARES = "shares of the picture?"
 
 
 class BoxError(ValueError):
-    """Objects of a row that cannot be used; the text says why."""
+    """The objects of a row cannot be used; the message says why."""
 
 
 @dataclass(frozen=True)
 class Objects:
-    """The objects in a picture.
+    """The objects in an image.
 
     Args:
         boxes: Corners in pixels (N, 4).
-        categories: A name or a number for each.
-        crowd: Whether a box is a region of many objects (N,).
+        categories: The name or number of each category.
+        crowd: Whether each box is a crowd region of many objects (N,).
     """
 
     boxes: NDArray[np.float64]
@@ -54,46 +54,47 @@ class Objects:
 
 
 def categories_in(value: Any) -> list[str | int]:
-    """Return the categories of the objects in a cell, each as it stands there.
+    """Return the categories of the objects in a cell, unconverted.
 
     Raises:
-        BoxError: If they cannot be read.
+        BoxError: If the objects cannot be read.
     """
-    return [_category(one.get("category"), i) for i, one in enumerate(_listed(value))]
+    return [_category(item.get("category"), i) for i, item in enumerate(_objects_in(value))]
 
 
-def crowd_marks_in(value: Any) -> list[bool]:
-    """Return of each object in a cell whether it is a region of many, or one to be left out.
+def crowd_flags_in(value: Any) -> list[bool]:
+    """Return for each object in a cell whether it is a crowd region, or to be ignored.
 
     Raises:
-        BoxError: If they cannot be read.
+        BoxError: If the objects cannot be read.
     """
-    return [bool(one.get("crowd")) for one in _listed(value)]
+    return [bool(item.get("crowd")) for item in _objects_in(value)]
 
 
-def said_size(about: Mapping[str, Any]) -> list[int] | None:
-    """Return the `width` and `height` that annotations give a picture; None if they do not.
+def stated_size(annotation: Mapping[str, Any]) -> list[int] | None:
+    """Return the `width` and `height` of an image according to its annotations; None if absent.
 
-    Both are numbers above 0, or such numbers as text: exports write all three.
+    Both may be numbers or numeric strings. Values of 0 or less, which some exports write, count as
+    absent.
     """
-    found = []
+    size = []
     for side in ("width", "height"):
-        value = about.get(side)
+        value = annotation.get(side)
         try:
             number = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
         except (TypeError, ValueError):
             return None
         if not (number > 0 and number.is_integer()):
             return None
-        found.append(int(number))
-    return found
+        size.append(int(number))
+    return size
 
 
 def annotated_size(row: Mapping[str, Any], column: str) -> list[int] | None:
-    """Return the size that a row gives its picture: inside its objects, or next to them."""
+    """Return the image size that a row states, inside its objects or next to them."""
     value = row.get(column)
     inside = value.get(SIZE) if isinstance(value, dict) else None
-    return inside or said_size(row)
+    return inside or stated_size(row)
 
 
 def read_objects(
@@ -103,66 +104,66 @@ def read_objects(
     clip: bool = False,
     written_size: Sequence[int] | None = None,
 ) -> Objects:
-    """Return the objects of a picture.
+    """Return the objects of an image.
 
     Args:
-        value: What the column holds: a list of objects, or an object of lists.
-        size: Width and height of the picture in pixels.
-        box_format: How boxes are written, where the cell does not say.
-        clip: Cut boxes at the edge of the picture.
-        written_size: Width and height that the row gives the picture.
+        value: The value of the column: a list of objects, or an object of lists.
+        size: Width and height of the image in pixels.
+        box_format: Format of the boxes, if the cell does not state it.
+        clip: Clip boxes to the image.
+        written_size: Width and height of the image according to the row.
 
     Raises:
-        BoxError: If there is something wrong with one of them.
+        BoxError: If an object is invalid.
     """
-    items, of_file = _listed(value), None
+    items, own_format = _objects_in(value), None
     if isinstance(value, dict):
-        of_file = value.get(FORMAT)
+        own_format = value.get(FORMAT)
     _require_size(written_size, size)
-    categories = [_category(one.get("category"), i) for i, one in enumerate(items)]
+    categories = [_category(item.get("category"), i) for i, item in enumerate(items)]
     boxes = np.empty((len(items), 4))
-    for i, one in enumerate(items):
+    for i, item in enumerate(items):
         try:
-            boxes[i] = _corners(one.get("box"), i, size, of_file or box_format, clip)
+            boxes[i] = _corners(item.get("box"), i, size, own_format or box_format, clip)
         except BoxError as error:
-            known = (i, size, of_file or box_format, bool(of_file))
-            hint = _other_format(str(error), one.get("box"), *known)
+            context = (i, size, own_format or box_format, bool(own_format))
+            hint = _other_format(str(error), item.get("box"), *context)
             raise BoxError(f"{error}{hint}") from None
-    crowd = np.array([bool(one.get("crowd")) for one in items], dtype=bool)
+    crowd = np.array([bool(item.get("crowd")) for item in items], dtype=bool)
     return Objects(boxes, categories, crowd)
 
 
-def _listed(value: Any) -> list[dict[str, Any]]:
+def _objects_in(value: Any) -> list[dict[str, Any]]:
     """Return the objects of a cell, each with `box`, `category` and `crowd`."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
-            raise BoxError(f"holds the text `{printable(value, SHOWN)}`, not objects") from None
+            raise BoxError(f"holds the text `{printable(value, MAX_SHOWN)}`, not objects") from None
     if isinstance(value, dict):
-        return _of_lists(value)
+        return _objects_of_lists(value)
     if not isinstance(value, list):
-        held = JSON_NAMES.get(type(value), type(value).__name__)
-        raise BoxError("is blank" if value is None else f"holds {held}, not objects")
-    found = []
-    for i, one in enumerate(value):
-        if not isinstance(one, dict):
-            held = JSON_NAMES.get(type(one), type(one).__name__)
-            raise BoxError(f"holds a list with {held} in it, not objects")
-        box, category = _key(one, BOX_KEYS), _key(one, CATEGORY_KEYS)
+        kind_of_value = JSON_NAMES.get(type(value), type(value).__name__)
+        raise BoxError("is blank" if value is None else f"holds {kind_of_value}, not objects")
+    objects = []
+    for i, item in enumerate(value):
+        if not isinstance(item, dict):
+            kind_of_value = JSON_NAMES.get(type(item), type(item).__name__)
+            raise BoxError(f"holds a list with {kind_of_value} in it, not objects")
+        box, category = _key(item, BOX_KEYS), _key(item, CATEGORY_KEYS)
         for kind, key, keys in (("box", box, BOX_KEYS), ("category", category, CATEGORY_KEYS)):
             if key is None:
                 raise BoxError(f"{_named(i)} has no {kind}: no key is called {', '.join(keys[:3])}")
-        crowd = _key(one, CROWD_KEYS)
-        found.append({
-            "box": one[str(box)], "category": one[str(category)],
-            "crowd": _flag(one[crowd], i) if crowd else False,
+        crowd = _key(item, CROWD_KEYS)
+        objects.append({
+            "box": item[str(box)], "category": item[str(category)],
+            "crowd": _crowd_flag(item[crowd], i) if crowd else False,
         })  # fmt: skip
-    return found
+    return objects
 
 
-def _of_lists(value: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the objects of an object of lists."""
+def _objects_of_lists(value: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the objects that a cell stores as an object of lists."""
     box, category = _key(value, BOX_KEYS), _key(value, CATEGORY_KEYS)
     for kind, key, keys in (("boxes", box, BOX_KEYS), ("categories", category, CATEGORY_KEYS)):
         if key is None:
@@ -171,15 +172,15 @@ def _of_lists(value: dict[str, Any]) -> list[dict[str, Any]]:
             raise BoxError(f"`{key}` holds {JSON_NAMES.get(type(value[key]))}, not a list")
     boxes, categories = value[str(box)], value[str(category)]
     if len(boxes) != len(categories):
-        boxed = "1 box" if len(boxes) == 1 else f"{len(boxes)} boxes"
-        named = "1 category" if len(categories) == 1 else f"{len(categories)} categories"
-        raise BoxError(f"holds {boxed} and {named}")
+        box_count = "1 box" if len(boxes) == 1 else f"{len(boxes)} boxes"
+        category_count = "1 category" if len(categories) == 1 else f"{len(categories)} categories"
+        raise BoxError(f"holds {box_count} and {category_count}")
     key = _key(value, CROWD_KEYS)
     crowd = value[key] if key else [False] * len(boxes)
     if not isinstance(crowd, list) or len(crowd) != len(boxes):
         raise BoxError(f"`{key}` does not have {counted(len(boxes), 'value')}")
     return [
-        {"box": b, "category": c, "crowd": _flag(flag, i)}
+        {"box": b, "category": c, "crowd": _crowd_flag(flag, i)}
         for i, (b, c, flag) in enumerate(zip(boxes, categories, crowd, strict=True))
     ]
 
@@ -188,10 +189,10 @@ def _key(value: dict[str, Any], keys: Sequence[str]) -> str | None:
     return next((key for key in keys if key in value), None)
 
 
-def _flag(value: Any, i: int) -> bool:
+def _crowd_flag(value: Any, i: int) -> bool:
     if value is None or value in (0, 1):
         return bool(value)
-    raise BoxError(f"`iscrowd` of {_named(i)} is `{printable(str(value), SHOWN)}`, not 0 or 1")
+    raise BoxError(f"`iscrowd` of {_named(i)} is `{printable(str(value), MAX_SHOWN)}`, not 0 or 1")
 
 
 def _category(value: Any, i: int) -> str | int:
@@ -204,7 +205,7 @@ def _category(value: Any, i: int) -> str | int:
         return value
     if is_blank(value):
         raise BoxError(f"{_named(i)} has a blank category")
-    shown = printable(json.dumps(value, default=str), SHOWN)
+    shown = printable(json.dumps(value, default=str), MAX_SHOWN)
     raise BoxError(f"the category of {_named(i)} is `{shown}`, not a name or a whole number")
 
 
@@ -212,18 +213,18 @@ def _named(i: int) -> str:
     return f"object {i + 1}"
 
 
-def _require_size(said: Any, size: tuple[int, int]) -> None:
-    """Reject a picture of another size than its annotations say.
+def _require_size(stated: Any, size: tuple[int, int]) -> None:
+    """Reject an image whose size differs from the one in its annotations.
 
     Raises:
-        BoxError: If it is not the one that was annotated, or lies on its side.
+        BoxError: If the annotations are of a different image, or of this one before its rotation.
     """
-    if not said or tuple(said) == size or 0 in said:
+    if not stated or tuple(stated) == size or 0 in stated:
         return
     width, height = size
-    what = f"the boxes are of a picture of {said[0]} x {said[1]} pixels, and the file has "
+    what = f"the boxes are of a picture of {stated[0]} x {stated[1]} pixels, and the file has "
     what += f"{width} x {height}"
-    if tuple(said) == (height, width):
+    if tuple(stated) == (height, width):
         what += ": width and height are exchanged, as where EXIF data turn a photograph and the "
         what += "boxes were drawn before"
     raise BoxError(what)
@@ -232,7 +233,7 @@ def _require_size(said: Any, size: tuple[int, int]) -> None:
 def _other_format(
     error: str, value: Any, i: int, size: tuple[int, int], box_format: str, is_of_file: bool
 ) -> str:
-    """Return in which other format a box that is wrong would be right, as a question."""
+    """Return a question that suggests the format in which an invalid box would be valid."""
     if error.endswith(SHARES):
         return "" if is_of_file else " Then set `task.box_format: relative_…`"
     for form in ("xyxy", "xywh"):
@@ -252,7 +253,7 @@ def _other_format(
 def _corners(
     value: Any, i: int, size: tuple[int, int], box_format: str, clip: bool
 ) -> tuple[float, float, float, float]:
-    """Return the corners of a box in pixels, inside the picture."""
+    """Return the corners of a box in pixels, inside the image."""
     numbers = _numbers(value, i)
     shown = f"[{', '.join(f'{n:g}' for n in numbers)}]"
     relative = box_format.startswith("relative_")
@@ -273,7 +274,7 @@ def _corners(
         x0, y0, x1, y1 = a - c / 2, b - d / 2, a + c / 2, b + d / 2
     if x1 <= x0 or y1 <= y0:
         raise BoxError(f"the box of {_named(i)} is empty, {shown}")
-    return _inside((x0, y0, x1, y1), i, shown, size, clip)
+    return _clipped((x0, y0, x1, y1), i, shown, size, clip)
 
 
 def _numbers(value: Any, i: int) -> list[float]:
@@ -288,7 +289,7 @@ def _numbers(value: Any, i: int) -> list[float]:
 
 
 def _reject_other_unit(numbers: list[float], shown: str, i: int, relative: bool) -> None:
-    """Reject pixels where shares are expected, and shares where pixels are."""
+    """Reject pixels where relative coordinates are expected, and the reverse."""
     if relative and max(numbers) > 2:
         what = f"the box of {_named(i)} is not in shares of the picture, {shown}: are these pixels?"
         raise BoxError(what)
@@ -297,50 +298,51 @@ def _reject_other_unit(numbers: list[float], shown: str, i: int, relative: bool)
         raise BoxError(what + SHARES)
 
 
-def _inside(
+def _clipped(
     box: tuple[float, float, float, float],
     i: int,
     shown: str,
     size: tuple[int, int],
     clip: bool,
 ) -> tuple[float, float, float, float]:
-    """Return a box cut at the edge of the picture."""
+    """Return a box clipped to the image."""
     width, height = size
     x0, y0, x1, y1 = box
     cut = max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height))
-    whole = f"the box of {_named(i)}, {shown},"
+    subject = f"the box of {_named(i)}, {shown},"
     if cut[0] >= cut[2] or cut[1] >= cut[3]:
-        raise BoxError(f"{whole} lies outside the picture of {width} x {height} pixels")
-    over = max(a - b for a, b in zip((*cut[:2], x1, y1), (x0, y0, *cut[2:]), strict=True))
-    if over > TOLERANCE and not clip:
-        what = f"{whole} leaves the picture of {width} x {height} pixels by {over:.4g}: "
+        raise BoxError(f"{subject} lies outside the picture of {width} x {height} pixels")
+    overhang = max(a - b for a, b in zip((*cut[:2], x1, y1), (x0, y0, *cut[2:]), strict=True))
+    if overhang > TOLERANCE and not clip:
+        what = f"{subject} leaves the picture of {width} x {height} pixels by {overhang:.4g}: "
         raise BoxError(f"{what}`--set task.clip_boxes=true` cuts such boxes at its edge")
     return cut
 
 
 def better_format(
-    known: Sequence[tuple[Any, tuple[int, int]]], box_format: str
+    samples: Sequence[tuple[Any, tuple[int, int]]], box_format: str
 ) -> tuple[str, int] | None:
-    """Return a format in which all boxes lie in their pictures, if those of many rows do not.
+    """Return a format in which all boxes are inside their images, if many are outside now.
 
     Args:
-        known: What rows hold, and the size of the picture of each.
-        box_format: How boxes are read.
+        samples: The objects of each row, and the size of its image.
+        box_format: The current format.
 
     Returns:
-        The format, and how many rows have a box that leaves its picture; None if all is well.
+        The better format, and the number of rows with a box outside its image; None if the current
+        format fits or no format does.
     """
-    known = [(value, size) for value, size in known if not _of_file(value)]
-    leaving = sum(not _fits(value, size, box_format) for value, size in known)
-    if not leaving or leaving < LEAVING * len(known):
+    samples = [(value, size) for value, size in samples if not _has_own_format(value)]
+    n_outside = sum(not _fits(value, size, box_format) for value, size in samples)
+    if not n_outside or n_outside < OUTSIDE_SHARE * len(samples):
         return None
     prefix = "relative_" * box_format.startswith("relative_")
     others = (prefix + form for form in ("xywh", "xyxy", "cxcywh") if prefix + form != box_format)
-    fitting = (f for f in others if all(_fits(value, size, f) for value, size in known))
-    return next(((found, leaving) for found in fitting), None)
+    fitting = (f for f in others if all(_fits(value, size, f) for value, size in samples))
+    return next(((form, n_outside) for form in fitting), None)
 
 
-def _of_file(value: Any) -> bool:
+def _has_own_format(value: Any) -> bool:
     return isinstance(value, dict) and bool(value.get(FORMAT))
 
 
@@ -366,10 +368,10 @@ def are_objects(values: Sequence[Any]) -> bool:
 
 
 def nested_names(feature: Any) -> list[str]:
-    """Return the names of the categories inside a column of a data set, if they have names.
+    """Return the category names in the type of a column; empty if it has none.
 
     Args:
-        feature: The type of the column: an object of lists, or a list of objects.
+        feature: The `datasets` feature of the column: an object of lists, or a list of objects.
     """
     import datasets
 

@@ -1,4 +1,4 @@
-"""Captions of pictures: how their tags change places."""
+"""Shuffle the tags of image captions."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import numpy as np
 
 
 def tags_of(caption: str) -> list[str]:
-    """Return the tags of a caption, which stand between commas."""
+    """Return the comma-separated tags of a caption."""
     return [tag.strip() for tag in caption.split(",") if tag.strip()]
 
 
 def shuffled(caption: str, keep: int, rng: np.random.Generator) -> str:
-    """Return a caption whose tags stand in another order, but for the first `keep`."""
+    """Return a caption with its tags in random order, except for the first `keep`."""
     tags = tags_of(caption)
-    rest = tags[keep:]
-    return ", ".join([*tags[:keep], *(rest[i] for i in rng.permutation(len(rest)))])
+    movable = tags[keep:]
+    return ", ".join([*tags[:keep], *(movable[i] for i in rng.permutation(len(movable)))])

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_cli.data.boxes import FORMAT, SIZE, said_size
+from lora_cli.data.boxes import FORMAT, SIZE, stated_size
 from lora_cli.data.json_rows import json_error
 from lora_cli.data.media import media_value, written_here
 from lora_cli.data.text_lines import RawRow, unreadable
@@ -178,7 +178,7 @@ def _objects(annotations: list[Json], names: dict[int, str], picture: Json) -> t
         categories.append(names[number])
         crowd.append(one.get("iscrowd") or 0)
     found = {"bbox": boxes, "category": categories, "iscrowd": crowd, FORMAT: "xywh"}
-    if size := said_size(picture):
+    if size := stated_size(picture):
         found[SIZE] = size
     return found, ""
 

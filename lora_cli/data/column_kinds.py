@@ -1,4 +1,4 @@
-"""What a column holds: text, a category, numbers, 0 and 1, a conversation, or nothing to learn."""
+"""Detect the kind of a column: text, categories, numbers, binary, conversations, and so on."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from lora_cli.data.cell_values import (
     FORMS,
     PLAIN,
     NumberForm,
-    divided,
     half_width,
     number_form,
     read_number,
+    split_labels,
 )
 from lora_cli.data.cell_values import flag as value_of_flag
 from lora_cli.data.chat_formats import is_pair
@@ -37,8 +37,10 @@ GROUP_NAME = re.compile(
     r"(?i)(.*[_\W])?(customer|client|user|author|conversation|session|thread|patient|document|doc|"
     r"dialog(ue)?|speaker|ticket|account|product|group|family)s?([_ ]?(id|name|no|nr|key))?"
 )
-MARK = re.compile(r"<\|[^<>|]+\|>|</?\w+>")  # a token of a tokenizer, or of HTML
-TALK = re.compile(r"(?i)conversations?|conv|messages|dialog(ue)?s?|chats?|turns|rounds|talks?")
+TOKEN_OR_TAG = re.compile(r"<\|[^<>|]+\|>|</?\w+>")  # a token of a tokenizer, or of HTML
+CONVERSATION_NAME = re.compile(
+    r"(?i)conversations?|conv|messages|dialog(ue)?s?|chats?|turns|rounds|talks?"
+)
 FILE_NAME = re.compile(
     r"(?i)\S[^\n]*\.(?P<kind>wav|mp3|flac|ogg|opus|m4a|png|jpe?g|gif|bmp|tiff?|webp|mp4|avi)"
 )
@@ -48,32 +50,33 @@ SPLIT_NAMES = {
     "eval": "test",
 }  # fmt: skip
 NEARLY_NUMBER = re.compile(r"\d")
-CONVERSATIONS = ("openai", "sharegpt", "pairs")  # kinds of columns
+CONVERSATIONS = ("openai", "sharegpt", "pairs")  # column kinds
 MISSING = re.compile(r"(?i)nan|n/?a|null|none|nil|missing|inf(inity)?|[-?.*\u2013\u2014]+|#\S+")
-MOSTLY = 0.9  # share of a column's cells that makes it one of numbers
-MOST_CLASSES = 20  # different whole numbers that may be the names of classes
+MOSTLY = 0.9  # minimum share of numbers in a number column
+MAX_CLASSES = 20  # distinct whole numbers that may still be class names
 SEPARATORS = (";", "|", ",", "、", "・", "·", "+", "/", "&", "\n", "\u3000", " ")
-# words that may be a part of one label too, so that all that they divide has to be a label
-BETWEEN = ("と", "および", "及び", "和", " and ", " und ", " et ", " y ", " - ")
+# words that may also occur inside a label: every part must be a label elsewhere in the column
+CONJUNCTIONS = ("と", "および", "及び", "和", " and ", " und ", " et ", " y ", " - ")
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column, as its values show it.
+    """A column and what its values are.
 
     Args:
-        name: As in the file.
-        kind: `blank`, `url`, `date`, `file` (of sound or pictures), `split` (train, dev, test),
+        name: Name in the file.
+        kind: `blank`, `url`, `date`, `file` (audio or images), `split` (train, dev, test),
             `id`, `binary`, `number`, `category`, `text`, `list` (of short texts), `openai`,
             `sharegpt`, `pairs` or `other` (objects, and lists of them).
-        count: Rows in which it is not blank.
-        counts: How often each value stands, as the label it would be; `list` counts the items.
-        characters: Mean length of a value.
-        words: Mean number of words of a value.
-        has_fractions: Some number is not whole.
-        separator: What divides the labels in a value, where there are several.
-        numbers: How its numbers are written.
-        strays: Of a column of numbers, the cells that are none: (row, from 1, and its text).
+        count: Number of rows in which the column is not blank.
+        counts: Number of occurrences of each value, as the label it would be; for `list`, of each
+            item.
+        characters: Mean length of a value in characters.
+        words: Mean number of words per value.
+        has_fractions: Whether any number is not whole.
+        separator: Separator of the labels in a value; None if a value is one label.
+        numbers: How the numbers are written.
+        strays: Cells of a number column that are not numbers, as (row number from 1, text).
     """
 
     name: str
@@ -94,7 +97,7 @@ class Column:
 
     @property
     def is_id_by_name(self) -> bool:
-        """Whether the name says that the values name things."""
+        """Whether the name is one of an ID column."""
         return ID_NAME.fullmatch(self.name) is not None
 
 
@@ -108,49 +111,49 @@ def label_text(value: Any) -> str:
 
 
 def flag(value: Any) -> int | None:
-    """Return 0 or 1 for what a column of 0 and 1 holds, or None."""
+    """Return a value of a binary column as 0 or 1; None if it is blank or not binary."""
     if is_blank(value):
         return None
     return value_of_flag(value)
 
 
 def is_blank(value: Any) -> bool:
-    """Return whether nothing stands there."""
+    """Return whether a value is missing: None, NaN or whitespace."""
     return value is None or value != value or (isinstance(value, str) and not value.strip())
 
 
 def describe(name: str, rows: Sequence[dict[str, Any]], delimiter: str = ",") -> Column:
-    """Return what a column holds.
+    """Detect the kind of a column, and collect statistics of its values.
 
     Args:
-        name: Of the column.
+        name: Name of the column.
         rows: The rows of the file.
-        delimiter: What divides the columns of the file.
+        delimiter: The delimiter of the file's columns.
     """
     values = [value for row in rows if not is_blank(value := row.get(name))]
     if not values:
         return Column(name, "blank", 0, Counter())
     if any(isinstance(value, list | dict) for value in values):
-        return _of_lists(name, values)
+        return _list_column(name, values)
     if (form := conversation_form(name, values)) is not None:
         return Column(name, form, len(values), Counter())
     lists = [listed_labels(value) for value in values]
     if all(items is not None for items in lists) and any(lists):
-        return _of_lists(name, lists)
+        return _list_column(name, lists)
     texts = [label_text(value) for value in values]
     counts = Counter(texts)
     characters = sum(map(len, texts)) / len(texts)
     words = sum(len(text.split()) for text in texts) / len(texts)
-    # a number that is one in the file needs no reading
-    written = [value for value in values if isinstance(value, str)]
-    numbers = number_form(written, delimiter) if written else PLAIN
+    # values that the file stores as numbers need no parsing
+    strings = [value for value in values if isinstance(value, str)]
+    numbers = number_form(strings, delimiter) if strings else PLAIN
     if numbers is None and (strays := _strays(name, rows, delimiter)):
-        rest = set(range(1, len(rows) + 1)) - {number for number, _ in strays}
-        column = describe(name, [rows[number - 1] for number in sorted(rest)], delimiter)
+        number_rows = set(range(1, len(rows) + 1)) - {number for number, _ in strays}
+        column = describe(name, [rows[number - 1] for number in sorted(number_rows)], delimiter)
         return replace(column, strays=strays)
     kind = _kind(name, texts, counts, words, numbers)
-    if kind == "number" and numbers != PLAIN and _are_ids(counts):
-        kind = "category"  # `2,14` are two labels by their numbers
+    if kind == "number" and numbers != PLAIN and _are_class_id_lists(counts):
+        kind = "category"  # `2,14` is a list of two class IDs
     column = Column(
         name,
         kind,
@@ -164,7 +167,7 @@ def describe(name: str, rows: Sequence[dict[str, Any]], delimiter: str = ",") ->
     separator = _separator(column) if kind in ("category", "text", "id") else None
     if separator is None:
         return column
-    parts = Counter(part for text in texts for part in divided(text, separator))
+    parts = Counter(part for text in texts for part in split_labels(text, separator))
     return Column(name, "list", len(values), parts, characters, words, separator=separator)
 
 
@@ -177,14 +180,14 @@ def _kind(
 ) -> str:
     """Return the kind of a column of single values."""
 
-    def most(test: Any) -> bool:
+    def nearly_all(test: Any) -> bool:
         return sum(bool(test(text)) for text in texts) >= 0.95 * len(texts)
 
-    if most(URL.match):
+    if nearly_all(URL.match):
         return "url"
-    if most(DATE.match):
+    if nearly_all(DATE.match):
         return "date"
-    if most(FILE_NAME.fullmatch) or (len(texts[0]) >= LEAST_ENCODED and most(decoded)):
+    if nearly_all(FILE_NAME.fullmatch) or (len(texts[0]) >= LEAST_ENCODED and nearly_all(decoded)):
         return "file"
     splits = [SPLIT_NAMES.get(text.lower()) for text in counts]
     if None not in splits and "train" in splits and len(set(splits)) > 1:
@@ -194,11 +197,13 @@ def _kind(
     is_unique = len(counts) == len(texts) and len(texts) > 1
     repeats = len(counts) * 5 <= len(texts) and CLASS_ID.fullmatch(name) is not None
     named_id = ID_NAME.fullmatch(name) is not None and not repeats
-    if most(ID_VALUE.fullmatch) and (named_id or (is_unique and not all(map(_is_small, counts)))):
+    if nearly_all(ID_VALUE.fullmatch) and (
+        named_id or (is_unique and not all(map(_is_small, counts)))
+    ):
         return "id"
-    if numbers is not None and all(_reads(text, numbers) for text in texts):
-        whole = all(text.lstrip("-").isdecimal() for text in texts)
-        return "id" if is_unique and whole and _is_count(texts) else "number"
+    if numbers is not None and all(_is_number(text, numbers) for text in texts):
+        are_whole = all(text.lstrip("-").isdecimal() for text in texts)
+        return "id" if is_unique and are_whole and _numbers_rows(texts) else "number"
     if named_id and words < 2:
         return "id"
     if len(counts) * 2 <= len(texts) and words <= 6 and max(map(len, counts)) <= 80:
@@ -206,61 +211,63 @@ def _kind(
     return "text" if _is_natural(texts, words) else "category"
 
 
-def _are_ids(counts: Counter[str]) -> bool:
-    """Return whether values such as `2,14` and `27` are lists of the numbers of labels.
+def _are_class_id_lists(counts: Counter[str]) -> bool:
+    """Return whether values such as `2,14` and `27` are lists of class IDs, not decimal numbers.
 
-    A fraction differs: what stands behind its comma does not stand before the others, and begins
-    with zeros as often as not.
+    In decimal numbers, the digits after the comma rarely also occur before one, and often begin
+    with a zero.
     """
     lists = [[part.strip() for part in value.split(",")] for value in counts]
-    parts = {part for several in lists for part in several}
+    parts = {part for ids in lists for part in ids}
     if not all(part.isdecimal() and (part == "0" or part[0] != "0") for part in parts):
         return False
-    alone = {several[0] for several in lists if len(several) == 1}
-    first = {several[0] for several in lists if several[1:]}
-    others = {part for several in lists for part in several[1:]}
-    is_same = len(first & others) >= 0.7 * len(first | others)
-    return (len(others) > 2 and first | others <= alone) or (len(others) > 4 and is_same)
+    single = {ids[0] for ids in lists if len(ids) == 1}
+    first = {ids[0] for ids in lists if ids[1:]}
+    later = {part for ids in lists for part in ids[1:]}
+    overlap = len(first & later) >= 0.7 * len(first | later)
+    return (len(later) > 2 and first | later <= single) or (len(later) > 4 and overlap)
 
 
 def _strays(
     name: str, rows: Sequence[dict[str, Any]], delimiter: str
 ) -> tuple[tuple[int, str], ...]:
-    """Return the cells of a column of numbers that are none, or nothing if it is no such column.
+    """Return the cells of a number column that are not numbers; empty for any other column.
 
-    Few names among small whole numbers may be labels: `1`, `2`, `3` and `unknown`.
+    A few names among small whole numbers may be labels: `1`, `2`, `3` and `unknown`.
     """
     cells = [(i, label_text(row[name])) for i, row in enumerate(rows, 1) if name in row]
     cells = [(i, text) for i, text in cells if not is_blank(text)]
     plausible = [(i, text) for i, text in cells if NEARLY_NUMBER.search(half_width(text))]
-    if len(plausible) < MOSTLY * len(cells):  # which spares most columns of text the rest
+    if len(plausible) < MOSTLY * len(cells):  # skips the slow part for most text columns
         return ()
-    found = [
+    strays = [
         (i, text)
         for i, text in cells
         if all(read_number(text, form) is None for form in (PLAIN, *FORMS))
     ]
-    if not found or len(found) > (1 - MOSTLY) * len(cells) or len(cells) - len(found) < 5:
+    if not strays or len(strays) > (1 - MOSTLY) * len(cells) or len(cells) - len(strays) < 5:
         return ()
-    bad = {i for i, _ in found}
+    bad = {i for i, _ in strays}
     form = number_form([text for i, text in cells if i not in bad], delimiter)
     if form is None:
         return ()
     numbers = [as_number(text, form) for i, text in cells if i not in bad]
-    is_measured = len(set(numbers)) > MOST_CLASSES or not all(map(float.is_integer, numbers))
-    marks = all(MISSING.fullmatch(text) or NEARLY_NUMBER.search(text) for _, text in found)
-    unlabelled = all(text == "-" for _, text in found)  # as in SNLI: rows without a label
-    return tuple(found) if is_measured or (marks and not unlabelled) else ()
+    is_measured = len(set(numbers)) > MAX_CLASSES or not all(map(float.is_integer, numbers))
+    look_like_numbers = all(
+        MISSING.fullmatch(text) or NEARLY_NUMBER.search(text) for _, text in strays
+    )
+    unlabelled = all(text == "-" for _, text in strays)  # as in SNLI: rows without a label
+    return tuple(strays) if is_measured or (look_like_numbers and not unlabelled) else ()
 
 
 def as_number(text: str, form: NumberForm | None = None) -> float:
-    """Return the number that a text is; one that Python wrote has a dot whatever the form."""
+    """Parse a number in the column's form, or as Python writes it, with a decimal point."""
     value = read_number(text, form or PLAIN)
     return float(text) if value is None else value
 
 
-def _reads(text: str, form: NumberForm) -> bool:
-    """Return whether a text is a number, as the column has them or as Python writes them."""
+def _is_number(text: str, form: NumberForm) -> bool:
+    """Return whether a text is a number in the column's form or as Python writes it."""
     return read_number(text, form) is not None or (form != PLAIN and read_number(text) is not None)
 
 
@@ -268,8 +275,8 @@ def _is_small(text: str) -> bool:
     return len(text) <= 2
 
 
-def _is_count(texts: list[str]) -> bool:
-    """Return whether whole numbers count the rows."""
+def _numbers_rows(texts: list[str]) -> bool:
+    """Return whether distinct whole numbers merely number the rows."""
     numbers = [int(text) for text in texts]
     return all(b == a + 1 for a, b in itertools.pairwise(numbers)) or (
         len(numbers) > 50 and min(numbers) >= 0
@@ -277,42 +284,46 @@ def _is_count(texts: list[str]) -> bool:
 
 
 def _is_natural(texts: list[str], words: float) -> bool:
-    """Return whether the values are what people write: words, or letters that need no spaces."""
+    """Return whether the values are natural language, in words or in a script without spaces."""
     sample = "".join(texts[:500])
-    letters = sum(letter.isalpha() or letter.isspace() for letter in sample) / max(len(sample), 1)
-    wide = sum(letter > "\u2e7f" for letter in sample) / max(len(sample), 1)
-    return letters > 0.5 and (words >= 1.5 or (wide > 0.3 and len(sample) / len(texts[:500]) > 4))
+    letter_share = sum(character.isalpha() or character.isspace() for character in sample) / max(
+        len(sample), 1
+    )
+    wide_share = sum(character > "\u2e7f" for character in sample) / max(len(sample), 1)
+    return letter_share > 0.5 and (
+        words >= 1.5 or (wide_share > 0.3 and len(sample) / len(texts[:500]) > 4)
+    )
 
 
 # ------------------------------------------------------------------------------- several values
 
 
-def _of_lists(name: str, values: list[Any]) -> Column:
+def _list_column(name: str, values: list[Any]) -> Column:
     form = conversation_form(name, values)
     if form is not None:
         return Column(name, form, len(values), Counter())
     items = [item for value in values if isinstance(value, list) for item in value]
-    plain = all(isinstance(value, list) for value in values) and not any(
+    are_flat_lists = all(isinstance(value, list) for value in values) and not any(
         isinstance(item, list | dict) or is_blank(item) for item in items
     )
-    if not plain or not items:
+    if not are_flat_lists or not items:
         return Column(name, "other", len(values), Counter())
     return Column(name, "list", len(values), Counter(map(label_text, items)))
 
 
 def conversation_form(name: str, values: Sequence[Any]) -> str | None:
-    """Return `openai`, `sharegpt` or `pairs` where nearly all are conversations, else None.
+    """Return `openai`, `sharegpt` or `pairs` if nearly all values are conversations; else None.
 
-    Pairs are taken for one by the name of their column: they can also be questions apart.
+    Pairs also need a column name such as `dialogue`: they may be unrelated questions.
     """
-    forms = Counter(_form(value) for value in values)
+    forms = Counter(_conversation_form_of(value) for value in values)
     form, times = forms.most_common(1)[0]
     if form is None or times < 0.9 * len(values):
         return None
-    return form if form != "pairs" or TALK.fullmatch(name) else None
+    return form if form != "pairs" or CONVERSATION_NAME.fullmatch(name) else None
 
 
-def _form(value: Any) -> str | None:
+def _conversation_form_of(value: Any) -> str | None:
     if isinstance(value, str):
         if not value.lstrip().startswith("["):
             return None
@@ -328,35 +339,37 @@ def _form(value: Any) -> str | None:
 
 
 def _separator(column: Column) -> str | None:
-    """Return what divides the labels of a value, if its parts recur in other company.
+    """Return the separator of a multi-label column; None if each value is one label.
 
-    `Action;Drama`, `Drama`, `Drama;War`: three values of few parts. In `New York`, the parts recur
-    nowhere, and in prose they are too many. Where each part is a label of other rows by itself, one
-    row with several labels is enough.
+    The parts of multi-label values recur in other combinations: `Action;Drama`, `Drama`,
+    `Drama;War`. The parts of `New York` do not recur, and prose has too many different parts. If
+    every part is also the only label of another row, one row with several labels is enough.
     """
-    if any(MARK.search(value) for value in column.counts):  # `Yes<|endoftext|>` is one label
+    if any(
+        TOKEN_OR_TAG.search(value) for value in column.counts
+    ):  # `Yes<|endoftext|>` is one label
         return None
-    for separator in (*SEPARATORS[:-1], *BETWEEN):
-        divisions = [divided(value, separator) for value in column.counts]
-        composed = [division for division in divisions if len(division) > 1]
-        alone = column.counts.keys() - {value for value in column.counts if separator in value}
-        if composed and all(part in alone for division in composed for part in division):
+    for separator in (*SEPARATORS[:-1], *CONJUNCTIONS):
+        divisions = [split_labels(value, separator) for value in column.counts]
+        multiple = [division for division in divisions if len(division) > 1]
+        single = column.counts.keys() - {value for value in column.counts if separator in value}
+        if multiple and all(part in single for division in multiple for part in division):
             return separator
     for separator in SEPARATORS:
         if separator == " " and not re.fullmatch(r"(?i)(labels|tags|topics|genres)", column.name):
             continue
-        parts: Counter[str] = Counter()  # in how many different values each stands
-        several = 0
+        parts: Counter[str] = Counter()  # number of distinct values that contain each part
+        n_multiple = 0
         for value, times in column.counts.items():
-            inside = divided(value, separator)
-            parts.update(set(inside))
-            several += times if len(inside) > 1 else 0
-            if max((len(part.split()) for part in inside), default=0) > 3:
+            labels = split_labels(value, separator)
+            parts.update(set(labels))
+            n_multiple += times if len(labels) > 1 else 0
+            if max((len(part.split()) for part in labels), default=0) > 3:
                 break
         else:
             recurring = sum(times > 1 for times in parts.values())
-            enough = several >= max(2, column.count / 20)
-            few = 2 <= len(parts) <= max(4, column.count / 3)
-            if enough and few and recurring >= max(2, len(parts) / 2):
+            are_frequent = n_multiple >= max(2, column.count / 20)
+            are_few = 2 <= len(parts) <= max(4, column.count / 3)
+            if are_frequent and are_few and recurring >= max(2, len(parts) / 2):
                 return separator
     return None

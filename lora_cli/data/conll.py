@@ -1,13 +1,13 @@
-"""Files in the form of CoNLL: a word a line with its tags, a blank line between sentences.
+"""Read CoNLL files: one word with its tags per line, a blank line between sentences.
 
     -DOCSTART- -X- -X- O
 
     EU      NNP  B-NP  B-ORG
     rejects VBZ  B-VP  O
 
-The columns stand between tabs or spaces. The first is the word and the last its tag, unless
-`data.format.columns` names them otherwise; a row has a list for each column. Lines of comments and
-of documents (`-DOCSTART-`) are no words, nor are CoNLL-U's ranges (`1-2`) and empty nodes (`1.1`).
+Columns are separated by tabs or spaces. The first is the word and the last its tag, unless
+`data.format.columns` says otherwise; a row has one list per column. Comments, document markers
+(`-DOCSTART-`), and CoNLL-U's multiword ranges (`1-2`) and empty nodes (`1.1`) are skipped.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ TOKENS, TAGS = "tokens", "tags"
 WORD_NAMES = ("word", "words", "token", "tokens", "form")
 TAG_NAMES = ("tag", "tags", "label", "labels", "ner", "ner_tag", "ner_tags", "entity", "bio", "iob")
 UNIVERSAL = ("id", TOKENS, "lemma", "upos", "xpos", "feats", "head", "deprel", "deps", "misc")
-FEWEST_COUNTED = 3  # words of a sentence, where the first column may count them
-FEWEST_LINES = 10  # by which such a file is recognised
-MOSTLY = 0.95  # of its lines
+MIN_NUMBERED_WORDS = 3  # words in a sentence by which to tell whether the first column numbers them
+MIN_LINES = 10  # needed to recognise a CoNLL file
+TAGGED_SHARE = 0.95  # share of the lines that end with a tag
 
 
 def read_conll(path: Path, spec: FormatSpec) -> Iterator[RawRow]:
-    """Yield the sentences of a file, a list for each column.
+    """Yield the sentences of a file, with one list per column.
 
     Raises:
-        LoraError: If `data.format.columns` names another number of columns than the file has.
+        LoraError: If `data.format.columns` does not name as many columns as the file has.
     """
     reader: _Columns | None = None
     words: list[list[str]] = []
@@ -54,19 +54,21 @@ def read_conll(path: Path, spec: FormatSpec) -> Iterator[RawRow]:
             if _is_comment(text, is_word=_is_tag(SPACES.split(text)[-1])):
                 continue
             reader = _Columns.of(text, spec, path)
-            if _is_header(reader.divided(text)):
+            if _is_header(reader.split(text)):
                 continue
-        fields = reader.divided(text)
-        begins = not words and not error
-        is_part = reader.universal and not fields[0].isdecimal()  # of words, or left out of a text
-        if is_part or (begins and _is_comment(text, is_word=len(fields) == reader.count)):
+        fields = reader.split(text)
+        at_start = not words and not error
+        is_part = (
+            reader.universal and not fields[0].isdecimal()
+        )  # a multiword range or an empty node
+        if is_part or (at_start and _is_comment(text, is_word=len(fields) == reader.count)):
             continue
-        first = number if begins else first
-        if bad := byte_error(text, spec.encoding):
-            error = error or f"line {number}: {bad}"
+        first = number if at_start else first
+        if encoding_fault := byte_error(text, spec.encoding):
+            error = error or f"line {number}: {encoding_fault}"
         elif len(fields) != reader.count:
-            wanted = f"where there are {reader.count}"
-            error = error or f"line {number} has {counted(len(fields), 'column')} {wanted}"
+            expected = f"where there are {reader.count}"
+            error = error or f"line {number} has {counted(len(fields), 'column')} {expected}"
         words.append(fields)
     if words or error:
         yield _row(reader, words, f"{path.name}:{first}", error)
@@ -85,19 +87,19 @@ def _is_comment(text: str, is_word: bool) -> bool:
 
     Args:
         text: The line.
-        is_word: It has the columns of a word.
+        is_word: Whether the line has the columns of a word.
     """
-    alone = MARK.match(text) is not None and not is_word
-    return alone or COMMENT.match(text) is not None
+    has_mark = MARK.match(text) is not None and not is_word
+    return has_mark or COMMENT.match(text) is not None
 
 
 def _is_header(fields: Sequence[str]) -> bool:
-    """Return whether the first line names the columns, as a few such files have it."""
+    """Return whether the first line is a header, which a few CoNLL files have."""
     return fields[0].lower() in WORD_NAMES and fields[-1].lower() in TAG_NAMES
 
 
 class _Columns:
-    """How the lines of a file are divided, by the first one that holds a word."""
+    """How the lines of a file are split into columns, according to its first word line."""
 
     def __init__(
         self, has_tabs: bool, names: Sequence[str], universal: bool, path: Path, named: bool
@@ -125,12 +127,12 @@ class _Columns:
         return cls(has_tabs, names, universal, path, spec.columns is not None)
 
     def require_words(self, first: Sequence[str]) -> None:
-        """Check by the first column of a sentence that it holds words, and does not count them.
+        """Check that the first column of a sentence has the words, not their numbers.
 
         Raises:
-            LoraError: If it does, in the first sentence of some words.
+            LoraError: If it numbers the words of the first sentence with enough words.
         """
-        if self.are_known or len(first) < FEWEST_COUNTED:
+        if self.are_known or len(first) < MIN_NUMBERED_WORDS:
             return
         self.are_known = True
         start = int(first[0]) if first[0] in ("0", "1") else None
@@ -140,12 +142,12 @@ class _Columns:
             hint = f"name the columns: `--set 'data.format.columns=[{', '.join(names)}]'`"
             raise LoraError(what, str(self.path), hint)
 
-    def divided(self, text: str) -> list[str]:
-        """Return the fields of a line; one that lacks the file's tabs may have spaces."""
+    def split(self, text: str) -> list[str]:
+        """Split a line into fields: by spaces if it lacks the tabs of the file."""
         fields = [field.strip(" ") for field in text.split("\t")] if self.has_tabs else []
-        return fields if len(fields) == self.count else self._by_spaces(text, fields)
+        return fields if len(fields) == self.count else self._split_by_spaces(text, fields)
 
-    def _by_spaces(self, text: str, fields: list[str]) -> list[str]:
+    def _split_by_spaces(self, text: str, fields: list[str]) -> list[str]:
         spaced = SPACES.split(text)
         return spaced if len(spaced) == self.count or not fields else fields
 
@@ -156,13 +158,17 @@ def _default_names(count: int) -> list[str]:
 
 
 def is_conll(lines: Sequence[str]) -> bool:
-    """Return whether lines are those of such a file: nearly all end with a tag, some are not O."""
+    """Return whether lines look like CoNLL: nearly all end with a tag, and not all tags are O."""
     filled = [text for line in lines if (text := line.strip(" \t\r\n\ufeff"))]
     filled = [text for text in filled if not text.startswith(DOCUMENT)]
     fields = [SPACES.split(text) for text in filled]
-    fields = [some for some in fields if not _is_comment(" ".join(some), _is_tag(some[-1]))]
-    tags = [some[-1] for some in fields if len(some) > 1 and _is_tag(some[-1])]
-    return len(fields) >= FEWEST_LINES and len(tags) >= MOSTLY * len(fields) and len(set(tags)) > 1
+    fields = [
+        columns for columns in fields if not _is_comment(" ".join(columns), _is_tag(columns[-1]))
+    ]
+    tags = [columns[-1] for columns in fields if len(columns) > 1 and _is_tag(columns[-1])]
+    return (
+        len(fields) >= MIN_LINES and len(tags) >= TAGGED_SHARE * len(fields) and len(set(tags)) > 1
+    )
 
 
 def _is_tag(text: str) -> bool:

@@ -1,20 +1,20 @@
-r"""How the quotation marks of a table are meant, decided from the whole file.
+r"""Decide from the whole file how the quotation marks of a table are meant.
 
-Some tables quote (csv: `"a, b"` is one field, `""` a mark inside it), some do not (the tsv files of
-many corpora: a mark is a letter like others). Read in the wrong way, rows are lost or joined. Both
-readings are tried on every line:
+Some tables use quoting (csv: `"a, b"` is one field, and `""` a quotation mark inside it), others do
+not (the tsv files of many corpora, where a quotation mark is an ordinary character). Reading a file
+in the wrong way loses or joins rows. Both readings are tried on every line:
 
-1. The reading that gives more lines the number of fields of the header is right. But where quoting
-   is plain to see - the header is quoted, or at least half of the values of a column, or more
-   fields with doubled marks than there are broken rows - the file is csv, and has broken rows. So
-   it is where columns are not divided by tabs, and `none` too leaves a tenth as many lines over.
-2. Where both fit equally and differ, it is csv if quoting is plain to see, or if only such fields
-   are quoted that must be, as csv writers do it; else `none` for columns that are divided by tabs,
-   and csv for all others.
-3. In a file of one column every line has its one field: it is csv if more rows are quoted well than
-   are broken.
-4. Where `\"` stands in the file, and a reading in which the backslash escapes the mark gives more
-   lines their fields than csv, and no fewer than `none`, it is that.
+1. The reading in which more lines have as many fields as the header wins. But if quoting is obvious
+   (the header is quoted, or at least half of the values of a column, or there are more fields with
+   doubled marks than broken rows), the file is csv with broken rows. It is also csv if it is not
+   tab-separated, and `none` leaves at least a tenth as many lines that do not fit.
+2. If both readings fit equally well but differ, the file is csv if quoting is obvious, or if only
+   the fields that need quoting are quoted, as csv writers do. Otherwise tab-separated files are
+   read as `none`, and all others as csv.
+3. In a file with one column, every line has the right number of fields. It is csv if more rows are
+   properly quoted than broken.
+4. If the file contains `\"`, and reading the backslash as an escape character makes more lines fit
+   than csv does, and no fewer than `none`, it is read as `backslash`.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ class Quoting:
 
     Args:
         name: `csv`, `backslash` or `none`.
-        why: What says so; nothing for csv in which no line could be taken for a row.
-        joined: How many rows are made of lines that would each be a row by themselves.
-        first_joined: Number of the line at which the first of them begins.
+        why: The reason; empty for csv without multi-line rows whose lines could each be a row.
+        joined: Number of multi-line rows whose lines could each be a row.
+        first_joined: Line number at which the first of these rows begins.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Quoting:
     first_joined: int = 0
 
     def reason(self, name: str) -> str:
-        """Return what says so, and which lines of the file are joined that may be rows."""
+        """Return the reason, and where lines are joined that may be separate rows."""
         if not self.joined:
             return self.why
         return (
@@ -64,15 +64,15 @@ class Quoting:
 
 @dataclass
 class _Reading:
-    """What a way of reading makes of a file.
+    """The outcome of reading a file in one way.
 
     Args:
         width: Number of fields of the header.
-        lost: Lines of records that are broken, or have another number of fields.
-        joined: Records of several lines of which each has as many fields as the header.
-        first_joined: Line of the first of them.
-        enclosed: Records that can be read, and are not their line alone, divided at the delimiters.
-        differs: Some record, readable or not, is not its line alone.
+        lost: Number of lines in records that are broken or do not have `width` fields.
+        joined: Number of multi-line records whose lines each have `width` fields.
+        first_joined: Line number of the first of these records.
+        enclosed: Number of readable records that differ from splitting their lines at delimiters.
+        differs: Whether any record, readable or not, differs from splitting its lines.
     """
 
     width: int = 0
@@ -85,14 +85,14 @@ class _Reading:
 
 @dataclass
 class _Marks:
-    """Where quotation marks stand in the fields of lines.
+    """How quotation marks are used in the fields of lines.
 
     Args:
-        wrapped: Fields that a pair of marks encloses, by column.
-        filled: Fields that are not empty, by column.
-        doubled: Enclosed fields with marks in them, which are doubled.
-        needless: Enclosed fields with nothing in them that needs quoting.
-        stray: Fields with marks that do not enclose them.
+        wrapped: Number of fields in quotation marks, by column.
+        filled: Number of non-empty fields, by column.
+        doubled: Number of quoted fields with doubled marks inside.
+        needless: Number of quoted fields that need no quoting.
+        stray: Number of fields with marks that do not enclose them.
         header: Whether every field of the header is enclosed.
     """
 
@@ -112,17 +112,17 @@ class _Marks:
 
 
 _decided: dict[tuple[Any, ...], Quoting] = {}
-_said: set[tuple[str, Quoting]] = set()
+_announced: set[tuple[str, Quoting]] = set()
 
 
 def quoting_of(path: Path, spec: FormatSpec) -> Quoting:
     """Return how the quotation marks of a table are read.
 
-    The file is read once or twice as a whole, line by line, unless it has none.
+    This reads the whole file once or twice, line by line, unless it has no quotation marks.
 
     Args:
         path: The file.
-        spec: How it is read; `quoting` says it, or is `auto`.
+        spec: How the file is read; with `quoting: auto`, the file decides.
     """
     if spec.quoting != "auto":
         return Quoting(spec.quoting)
@@ -138,28 +138,28 @@ def quoting_of(path: Path, spec: FormatSpec) -> Quoting:
 
 
 def announce_quoting(path: Path, spec: FormatSpec) -> None:
-    """Print on stderr how the quotation marks of a table are read, if that had to be decided."""
-    found = quoting_of(path, spec)
-    known = (str(path), found)
-    if not found.why or spec.quoting != "auto" or known in _said:
+    """Print on stderr how the quotation marks of a table are read, if that was not obvious."""
+    quoting = quoting_of(path, spec)
+    key = (str(path), quoting)
+    if not quoting.why or spec.quoting != "auto" or key in _announced:
         return
-    _said.add(known)
+    _announced.add(key)
     if os.environ.get("RANK", "0") == "0":
-        print(f"{path.name}: {in_words(found, path.name)}", file=sys.stderr)  # noqa: T201
+        print(f"{path.name}: {describe_quoting(quoting, path.name)}", file=sys.stderr)  # noqa: T201
 
 
-def in_words(found: Quoting, name: str) -> str:
-    """Return how quotation marks are read, and why, for a person."""
-    how = {
+def describe_quoting(quoting: Quoting, name: str) -> str:
+    """Return a sentence on how quotation marks are read, and why."""
+    description = {
         "csv": "quotation marks enclose fields",
         "backslash": 'quotation marks enclose fields, with `\\"` for a mark inside',
         "none": "quotation marks are part of the text",
-    }[found.name]
-    return f"{how} (`data.format.quoting: {found.name}`): {found.reason(name)}"
+    }[quoting.name]
+    return f"{description} (`data.format.quoting: {quoting.name}`): {quoting.reason(name)}"
 
 
 def _has_marks(path: Path, encoding: str) -> bool:
-    """Return whether a quotation mark may stand in a file, by a fast search of its bytes."""
+    """Return whether a file may contain a quotation mark, by a fast search of its bytes."""
     try:
         if b'"' not in '"'.encode(encoding):
             return True
@@ -168,7 +168,7 @@ def _has_marks(path: Path, encoding: str) -> bool:
                 if b'"' in chunk:
                     return True
     except (OSError, EOFError, zlib.error, UnicodeError):
-        return True  # whoever reads the file says what is wrong with it
+        return True  # reading the file reports what is wrong with it
     return False
 
 
@@ -177,7 +177,7 @@ def _decide(path: Path, spec: FormatSpec) -> Quoting:
     marks = _Marks()
     quoted, escapes = _read_quoted(path, spec, "csv")
     if not quoted.differs:
-        # what a file without quoted fields is written back as
+        # both readings are the same; this one decides how `write_rows` writes the file
         return Quoting("none" if delimiter == "\t" else "csv")
     plain = _read_plain(path, spec, marks)
     if escapes:
@@ -192,13 +192,13 @@ def _decide(path: Path, spec: FormatSpec) -> Quoting:
 
 
 def _why_none(quoted: _Reading, plain: _Reading, marks: _Marks, is_tabbed: bool) -> str:
-    """Return why a file is read without quoting, or nothing if it is csv."""
+    """Return the reason to read a file without quoting; empty if it is csv."""
     if plain.width == 1:
         return f"as csv {_not_fitting(quoted)}" if quoted.lost > quoted.enclosed else ""
     if quoted.lost < plain.lost or marks.are_plain or marks.doubled > quoted.lost:
         return ""
-    most = quoted.lost if is_tabbed else quoted.lost / 10
-    if plain.lost < most:
+    limit = quoted.lost if is_tabbed else quoted.lost / 10
+    if plain.lost < limit:
         return f"read so, {_fitting(plain)}; as csv {_not_fitting(quoted)}"
     if is_tabbed and (marks.stray or marks.needless):
         joined = f", and csv would join lines into {counted(quoted.joined, 'row')}"
@@ -218,42 +218,42 @@ def _not_fitting(reading: _Reading) -> str:
 
 
 def _read_quoted(path: Path, spec: FormatSpec, quoting: str) -> tuple[_Reading, bool]:
-    """Return what csv reading makes of a file, and whether a backslash stands before a mark."""
+    """Read a file as csv, and return whether it contains a backslash before a quotation mark."""
     delimiter = delimiter_of(path, spec)
-    found = _Reading(_given_width(spec))
+    reading = _Reading(_known_width(spec))
     escapes = False
     for record in read_records(path, spec, quoting):
-        found.width = found.width or len(record.fields)
-        found.lost += _lost(record, found.width)
+        reading.width = reading.width or len(record.fields)
+        reading.lost += _lost_lines(record, reading.width)
         if len(record.lines) == 1 and '"' not in record.lines[0]:
             continue
         escapes = escapes or any('\\"' in line for line in record.lines)
-        divided = [line.rstrip("\r\n").split(delimiter) for line in record.lines]
-        found.enclosed += divided != [record.fields] and not record.error
-        found.differs = found.differs or divided != [record.fields]
-        if len(divided) > 1 and all(len(fields) == found.width for fields in divided):
-            found.first_joined = found.first_joined or record.line
-            found.joined += 1
-    return found, escapes
+        split_lines = [line.rstrip("\r\n").split(delimiter) for line in record.lines]
+        reading.enclosed += split_lines != [record.fields] and not record.error
+        reading.differs = reading.differs or split_lines != [record.fields]
+        if len(split_lines) > 1 and all(len(fields) == reading.width for fields in split_lines):
+            reading.first_joined = reading.first_joined or record.line
+            reading.joined += 1
+    return reading, escapes
 
 
 def _read_plain(path: Path, spec: FormatSpec, marks: _Marks) -> _Reading:
-    """Return what reading without quoting makes of a file, and note where its marks stand."""
-    found = _Reading(_given_width(spec))
+    """Read a file without quoting, and record how its quotation marks are used."""
+    reading = _Reading(_known_width(spec))
     is_header = spec.header
     for record in read_records(path, spec, "none"):
-        found.width = found.width or len(record.fields)
-        found.lost += _lost(record, found.width)
+        reading.width = reading.width or len(record.fields)
+        reading.lost += _lost_lines(record, reading.width)
         if is_header:
             marks.header = all(map(is_wrapped, record.fields))
             is_header = False
             continue
-        if len(record.fields) == found.width:
-            _note(marks, record.fields)
-    return found
+        if len(record.fields) == reading.width:
+            _count_marks(marks, record.fields)
+    return reading
 
 
-def _note(marks: _Marks, fields: Sequence[str]) -> None:
+def _count_marks(marks: _Marks, fields: Sequence[str]) -> None:
     for column, value in enumerate(fields):
         if not value:
             continue
@@ -270,17 +270,17 @@ def _note(marks: _Marks, fields: Sequence[str]) -> None:
 
 
 def is_wrapped(value: str) -> bool:
-    """Return whether quotation marks enclose a field, and those inside it are doubled."""
+    """Return whether quotation marks enclose a field, with those inside it doubled."""
     value = value.strip()
     if len(value) < 2 or value[0] != '"' or value[-1] != '"':
         return False
     return '"' not in value[1:-1].replace('""', "")
 
 
-def _given_width(spec: FormatSpec) -> int:
+def _known_width(spec: FormatSpec) -> int:
     return len(spec.columns) if spec.columns and not spec.header else 0
 
 
-def _lost(record: Record, width: int) -> int:
+def _lost_lines(record: Record, width: int) -> int:
     fits = not record.error and len(record.fields) == width
     return 0 if fits else len(record.lines)

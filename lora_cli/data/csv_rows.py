@@ -1,7 +1,7 @@
-"""Records of csv and tsv files: fields, lines, and what is wrong with them.
+"""Read the records of csv and tsv files, with their lines and errors.
 
-A record that cannot be read is yielded with its error and costs no other. How quotation marks are
-read is decided from the whole file (`csv_quoting.py`), unless the recipe says it.
+A record that cannot be read is yielded with its error, and no other record is lost. How quotation
+marks are read is decided from the whole file (`csv_quoting.py`), unless the recipe sets it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lora_cli.errors import LoraError, counted
 from lora_cli.recipe import FormatSpec
 
 UNCLOSED = "a quotation mark is not closed, or one inside a quoted field is not doubled"
-MOST_LINES = 100_000  # of one record; a quotation mark that is not closed would take the whole file
+MAX_LINES = 100_000  # per record; an unclosed quotation mark would take the whole file
 BACKSLASH = re.compile(r"\\(.?)", re.DOTALL)
 
 
@@ -30,9 +30,9 @@ class Record(NamedTuple):
 
     Args:
         line: Number of its first line.
-        fields: Its fields; none where it cannot be read.
-        error: Why it cannot be read, or nothing.
-        lines: Its lines, with their ends.
+        fields: Its fields; empty if it cannot be read.
+        error: Why it cannot be read; empty if it can.
+        lines: Its lines, with their line ends.
     """
 
     line: int
@@ -42,7 +42,7 @@ class Record(NamedTuple):
 
 
 def delimiter_of(path: Path, spec: FormatSpec) -> str:
-    """Return what stands between the columns of a table: a tab in `.tsv`, else a comma."""
+    """Return the delimiter of a table: by default a tab in `.tsv` files, otherwise a comma."""
     is_tsv = path.name.removesuffix(".gz").lower().endswith(".tsv")
     return spec.delimiter or ("\t" if is_tsv else ",")
 
@@ -52,18 +52,18 @@ def read_records(path: Path, spec: FormatSpec, quoting: str) -> Iterator[Record]
 
     Args:
         path: The file.
-        spec: Its encoding and delimiter, and how many lines are not read.
+        spec: Its encoding and delimiter, and the number of lines to skip.
         quoting: `csv`, `backslash` or `none`.
     """
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default cuts fields at 128 KiB
     lines = itertools.islice(read_lines(path, spec.encoding), spec.skip_lines, None)
     delimiter = delimiter_of(path, spec)
-    found = (
+    records = (
         _plain_records(lines, delimiter)
         if quoting == "none"
         else _quoted_records(lines, delimiter, has_backslashes=quoting == "backslash")
     )
-    for record in found:
+    for record in records:
         error = record.error or next(
             (f for field in record.fields if (f := byte_error(field, spec.encoding))), ""
         )
@@ -71,7 +71,7 @@ def read_records(path: Path, spec: FormatSpec, quoting: str) -> Iterator[Record]
 
 
 def _plain_records(lines: Iterator[tuple[int, str]], delimiter: str) -> Iterator[Record]:
-    """Yield a record for each line: a quotation mark is a letter like others."""
+    """Yield one record per line: quotation marks are ordinary characters."""
     for number, line in lines:
         text = line.rstrip("\r\n")
         if text.strip(" "):
@@ -79,43 +79,43 @@ def _plain_records(lines: Iterator[tuple[int, str]], delimiter: str) -> Iterator
 
 
 class _Lines:
-    """An iterator over lines that remembers those of one record, and can put them back."""
+    """An iterator over lines that remembers the current record's lines and can put them back."""
 
     def __init__(self, lines: Iterator[tuple[int, str]], has_backslashes: bool) -> None:
         self.lines = lines
         self.has_backslashes = has_backslashes
-        self.taken: list[tuple[int, str]] = []
-        self.again: deque[tuple[int, str]] = deque()
-        self.doubtful = 0  # until this line, a record may be the inside of a broken one
+        self.record_lines: list[tuple[int, str]] = []
+        self.pending: deque[tuple[int, str]] = deque()
+        self.suspect_until = 0  # before this line, a record may be the inside of a broken one
 
     def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
-        if len(self.taken) == MOST_LINES:
+        if len(self.record_lines) == MAX_LINES:
             raise csv.Error('a record is too long: is a " not closed?')
-        line = self.again.popleft() if self.again else next(self.lines)
-        self.taken.append(line)
+        line = self.pending.popleft() if self.pending else next(self.lines)
+        self.record_lines.append(line)
         return BACKSLASH.sub(_escaped, line[1]) if self.has_backslashes else line[1]
 
     def retry(self) -> None:
-        """Put back all lines of the record but the first."""
-        self.doubtful = max(self.doubtful, self.taken[-1][0] + 1)
-        self.again.extendleft(reversed(self.taken[1:]))
+        """Put back all lines of the record except the first."""
+        self.suspect_until = max(self.suspect_until, self.record_lines[-1][0] + 1)
+        self.pending.extendleft(reversed(self.record_lines[1:]))
 
     def inside_broken(self) -> bool:
-        """Return whether the record seems to be the inside of a broken one: by an odd quote."""
-        last = self.taken[-1][0]
-        odd = sum(line.count('"') for _, line in self.taken) % 2 == 1
-        if last > self.doubtful or not odd:
+        """Return whether an odd number of quotes suggests the inside of a broken record."""
+        last = self.record_lines[-1][0]
+        odd = sum(line.count('"') for _, line in self.record_lines) % 2 == 1
+        if last > self.suspect_until or not odd:
             return False
-        self.doubtful = max(self.doubtful, last + 1)  # which may go on
+        self.suspect_until = max(self.suspect_until, last + 1)  # the broken record may go on
         return True
 
 
-def _escaped(found: re.Match[str]) -> str:
-    r"""Return `\"` and `\\` as they are, and any other backslash doubled: it stands for itself."""
-    return found[0] if found[1] in ('"', "\\") and found[1] else f"\\\\{found[1]}"
+def _escaped(match: re.Match[str]) -> str:
+    r"""Keep `\"` and `\\`, and double any other backslash, which stands for itself."""
+    return match[0] if match[1] in ('"', "\\") and match[1] else f"\\\\{match[1]}"
 
 
 def _quoted_records(
@@ -123,8 +123,8 @@ def _quoted_records(
 ) -> Iterator[Record]:
     """Yield records in which a quoted field may hold delimiters and line ends.
 
-    A quotation mark that is never closed would swallow the rest of the file: a broken record costs
-    its first line, and what followed is read again.
+    A quotation mark that is never closed would swallow the rest of the file. So only the first line
+    of a broken record is lost, and the lines after it are read again.
     """
     record = _Lines(lines, has_backslashes)
 
@@ -134,7 +134,7 @@ def _quoted_records(
 
     reader = new_reader()
     while True:
-        record.taken = []
+        record.record_lines = []
         try:
             fields = next(reader)
         except StopIteration:
@@ -143,28 +143,31 @@ def _quoted_records(
             error = (
                 UNCLOSED if '"' in str(failure) or "end of data" in str(failure) else str(failure)
             )
-            yield Record(record.taken[0][0], [], error, [record.taken[0][1]])
+            yield Record(record.record_lines[0][0], [], error, [record.record_lines[0][1]])
             record.retry()
             reader = new_reader()
             continue
-        if not fields or not any(line.strip(" \r\n") for _, line in record.taken):
+        if not fields or not any(line.strip(" \r\n") for _, line in record.record_lines):
             continue
         error = "this line belongs to the broken row above it" if record.inside_broken() else ""
-        yield Record(record.taken[0][0], fields, error, [line for _, line in record.taken])
+        yield Record(
+            record.record_lines[0][0], fields, error, [line for _, line in record.record_lines]
+        )
 
 
 def width_error(fields: Sequence[str], width: int) -> str:
-    """Return what is wrong with the number of fields of a record, or nothing."""
+    """Return an error if a record does not have `width` fields; empty if it does."""
     if len(fields) == width:
         return ""
     return f"{counted(len(fields), 'field')} where there are {width} columns"
 
 
 def column_names(path: Path, spec: FormatSpec, records: Iterator[Record]) -> list[str] | None:
-    """Return the names of the columns of a table, if there are any; its header is taken.
+    """Return the column names of a table, or None if it has none; consumes the header.
 
     Raises:
-        LoraError: If the header cannot be read, or does not name each column once.
+        LoraError: If the header cannot be read, has duplicate names, or does not match
+            `data.format.columns` in length.
     """
     names = spec.columns
     if not spec.header:
@@ -192,14 +195,14 @@ def require_unique(names: Sequence[str], place: str) -> None:
     """Check that no two columns have the same name.
 
     Raises:
-        LoraError: If two have; its hint gives each a name of its own.
+        LoraError: If two columns do; the hint suggests unique names.
     """
-    twice = [name for name, times in Counter(names).items() if times > 1]
-    if twice:
+    duplicates = [name for name, times in Counter(names).items() if times > 1]
+    if duplicates:
         unique = [n if n not in names[:i] else f"{n}_{i + 1}" for i, n in enumerate(names)]
         listed = json.dumps(unique, ensure_ascii=False)
         raise LoraError(
-            f"two columns are called `{twice[0]}`",
+            f"two columns are called `{duplicates[0]}`",
             place,
             f"give each a name: `--set 'data.format.columns={listed}'`",
         )

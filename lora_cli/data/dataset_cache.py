@@ -1,9 +1,9 @@
-"""Data sets that are made once and then read from the disk, and are checked before every use.
+"""Cache data sets on disk: build each once, and verify it before every use.
 
-Each lies in a folder of its own, named by a hash of all that its rows depend on, with a manifest of
-sizes and SHA-256 sums. The folder appears whole or not at all, so there are no locks: if two
-processes make the same data set, the first to finish wins. What is damaged is rebuilt, and that
-is said.
+Each data set has its own folder, named by a hash of everything its rows depend on, with a manifest
+of sizes and SHA-256 sums. The folder is moved into place when complete, so no locks are needed: if
+two processes build the same data set, the first to finish wins. A damaged data set is rebuilt, with
+a warning.
 """
 
 from __future__ import annotations
@@ -39,21 +39,26 @@ from lora_cli.files import (
 from lora_cli.format_version import FORMAT, require_format
 
 TABLE = "rows.arrow"
-KEY = "key.json"  # the hash of what the rows depend on: a folder that was renamed is found out
-LIBRARIES = ("datasets", "pyarrow", "tokenizers", "transformers")  # which make or read the rows
+KEY = "key.json"  # the full hash of what the rows depend on, which exposes a renamed folder
+LIBRARIES = (
+    "datasets",
+    "pyarrow",
+    "tokenizers",
+    "transformers",
+)  # whose versions affect how rows are written or read
 BATCH_ROWS = 1000
-BATCH_BYTES = 2**25  # of text and media that wait to be written
-FULL = (errno.ENOSPC, errno.EDQUOT)
-PATIENCE_S = 2.0  # before progress is shown
+BATCH_BYTES = 2**25  # of text and media buffered before a write
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+PROGRESS_DELAY_S = 2.0  # seconds before progress is shown
 LEFTOVER = re.compile(r"\.[0-9a-f]{32}\.(.+)\.(\d+)\.[0-9a-f]+\.tmp")
 
 
 class _ReadError(Exception):
-    """The system could not read what the rows are made from, which is no error of the cache."""
+    """The source of the rows could not be read, which is not an error of the cache."""
 
 
 class SourceChangedError(Exception):
-    """What the rows were made from has changed meanwhile, so they are not kept."""
+    """The source of the rows changed while they were read, so they are not cached."""
 
 
 def cached_dataset(
@@ -62,35 +67,36 @@ def cached_dataset(
     features: Any,
     changed: Callable[[], bool] = lambda: False,
 ) -> Any:
-    """Return a data set that is made once and then read from the disk.
+    """Return a data set from the cache, building it first if necessary.
 
     Args:
         generator: Function that yields the rows.
-        key: What the rows depend on; the folder in the cache is named by its hash.
-        features: Types of the columns.
-        changed: Says, after the last row, whether what the rows were made from is another now.
+        key: Everything that the rows depend on; its hash names the folder in the cache.
+        features: The `datasets.Features` of the columns.
+        changed: Returns whether the source of the rows has changed; called after the last row.
 
     Raises:
-        SourceChangedError: If it is; then nothing is kept.
+        SourceChangedError: If the source has changed; nothing is cached.
         ResourceError: If the cache cannot be written to.
+        IntegrityError: If the rows just written cannot be read back.
     """
     import datasets
 
     versions = [f"{name} {installed_version(name)}" for name in LIBRARIES]
-    whole = json.dumps([__version__, versions, *key, str(features)])
-    sha256 = hashlib.sha256(whole.encode()).hexdigest()
-    about, digest = {"format": FORMAT, "lora": __version__, "sha256": sha256}, sha256[:32]
+    depends_on = json.dumps([__version__, versions, *key, str(features)])
+    sha256 = hashlib.sha256(depends_on.encode()).hexdigest()
+    stamp, digest = {"format": FORMAT, "lora": __version__, "sha256": sha256}, sha256[:32]
     root = Path(datasets.config.HF_DATASETS_CACHE) / "lora"
-    if (found := _open(root / digest, about)) is not None:
-        return found
+    if (cached := _open(root / digest, stamp)) is not None:
+        return cached
     try:
-        temporary = _make(root, digest, about, generator(), features, changed)
-        _publish(temporary, root / digest, about)
+        temporary = _write(root, digest, stamp, generator(), features, changed)
+        _publish(temporary, root / digest, stamp)
     except _ReadError as error:
         raise (error.__cause__ or error) from None
     except OSError as error:
         raise _cannot_write(root, error) from error
-    cached = _open(root / digest, about)
+    cached = _open(root / digest, stamp)
     if cached is None:
         what = "a data set that was just written to the cache reads back otherwise"
         hint = "is the disk damaged? Name another: `HF_DATASETS_CACHE=DIR lora …`"
@@ -98,8 +104,8 @@ def cached_dataset(
     return cached
 
 
-def _open(folder: Path, about: dict[str, Any], say: Callable[[str], None] = warn) -> Any:
-    """Return the data set in a folder; None if there is none, or it is damaged, which is said."""
+def _open(folder: Path, stamp: dict[str, Any], warn_user: Callable[[str], None] = warn) -> Any:
+    """Return the data set in a folder; None if it is missing, or damaged (with a warning)."""
     import datasets
 
     if not os.path.lexists(folder):
@@ -107,32 +113,32 @@ def _open(folder: Path, about: dict[str, Any], say: Callable[[str], None] = warn
     try:
         if not verify_manifest(folder, TABLE, KEY):
             raise IntegrityError(f"`{MANIFEST}` is missing", str(folder))
-        found = json.loads(read_bounded(folder / KEY))
-        require_format(found, str(folder / KEY))
-        if {"format": FORMAT, **found} != about:
+        saved_stamp = json.loads(read_bounded(folder / KEY))
+        require_format(saved_stamp, str(folder / KEY))
+        if {"format": FORMAT, **saved_stamp} != stamp:
             raise IntegrityError("it holds the rows of something else", str(folder))
         return datasets.Dataset.from_file(str(folder / TABLE))
     except LoraError as error:
         reason = error.problems[0].what
-    except Exception as error:  # of pyarrow and the system, in any form they like
+    except Exception as error:  # pyarrow and the system raise errors of many types
         reason = str(error) or type(error).__name__
-    say(f"cached rows are damaged and were rebuilt: {reason}, in {folder}")
+    warn_user(f"cached rows are damaged and were rebuilt: {reason}, in {folder}")
     return None
 
 
-def _make(
+def _write(
     root: Path,
     digest: str,
-    about: dict[str, Any],
+    stamp: dict[str, Any],
     rows: Iterable[dict[str, Any]],
     features: Any,
     changed: Callable[[], bool],
 ) -> Path:
-    """Write the rows into a temporary folder, with a manifest, and return it."""
+    """Write the rows and their manifest into a temporary folder, and return it."""
     from datasets.arrow_writer import ArrowWriter
 
     root.mkdir(parents=True, exist_ok=True)
-    _delete_of_dead(root)
+    _delete_leftovers(root)
     host, process = socket.gethostname(), os.getpid()
     temporary = root / f".{digest}.{host}.{process}.{uuid.uuid4().hex}.tmp"
     temporary.mkdir()
@@ -151,7 +157,7 @@ def _make(
             writer.finalize()
         if changed():
             raise SourceChangedError
-        write_json(temporary / KEY, about)
+        write_json(temporary / KEY, stamp)
         write_manifest(temporary)
         sync_tree(temporary)
     except BaseException:
@@ -161,18 +167,18 @@ def _make(
 
 
 def _size_of(value: Any) -> int:
-    """Return about how many bytes a text, a medium or a tensor takes; of numbers none."""
+    """Return the approximate size of text and media in bytes; 0 for numbers."""
     if isinstance(value, dict):
         return sum(map(_size_of, value.values()))
     return len(value) if isinstance(value, str | bytes) else 0
 
 
-def _publish(temporary: Path, folder: Path, about: dict[str, Any]) -> None:
-    """Give a temporary folder its name; where another process was first, its folder stays."""
+def _publish(temporary: Path, folder: Path, stamp: dict[str, Any]) -> None:
+    """Rename a temporary folder to its final name, unless another process did so first."""
     aside = temporary.with_name(f"{temporary.stem}-old.tmp")
     try:
-        if os.path.lexists(folder) and _open(folder, about, lambda _: None) is None:
-            folder.rename(aside)  # it is damaged; who has it open can read on
+        if os.path.lexists(folder) and _open(folder, stamp, lambda _: None) is None:
+            folder.rename(aside)  # it is damaged; processes that have it open can still read it
         try:
             temporary.rename(folder)
         except OSError as error:
@@ -186,16 +192,16 @@ def _publish(temporary: Path, folder: Path, about: dict[str, Any]) -> None:
                 path.unlink(missing_ok=True)
 
 
-def _delete_of_dead(root: Path) -> None:
-    """Delete what processes of this machine left that ended while they wrote."""
+def _delete_leftovers(root: Path) -> None:
+    """Delete temporary folders left by processes of this machine that no longer run."""
     for path in root.glob(".*.tmp"):
-        found = LEFTOVER.fullmatch(path.name)
-        if found is not None and found[1] == socket.gethostname() and not is_alive(int(found[2])):
+        match = LEFTOVER.fullmatch(path.name)
+        if match is not None and match[1] == socket.gethostname() and not is_alive(int(match[2])):
             shutil.rmtree(path, ignore_errors=True)
 
 
 def _with_progress(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yield rows, and show on a terminal how many there were, if it takes long."""
+    """Yield rows, and show their number on a terminal if it takes long."""
     shown = began = time.monotonic()
     iterator = iter(rows)
     for number in itertools.count(1):
@@ -207,7 +213,7 @@ def _with_progress(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             raise _ReadError from error
         if number % 1000 == 0 and sys.stderr.isatty():
             now = time.monotonic()
-            if now - began > PATIENCE_S and now - shown > 0.2:
+            if now - began > PROGRESS_DELAY_S and now - shown > 0.2:
                 sys.stderr.write(f"\r{counted(number, 'row')}")
                 sys.stderr.flush()
                 shown = now
@@ -216,23 +222,23 @@ def _with_progress(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def _cannot_write(root: Path, error: OSError) -> ResourceError:
-    found = re.search(r"\[errno (\d+)\]", str(error), re.IGNORECASE)
-    number = error.errno or (int(found[1]) if found else None)
+    match = re.search(r"\[errno (\d+)\]", str(error), re.IGNORECASE)
+    number = error.errno or (int(match[1]) if match else None)
     reason = os.strerror(number) if number else str(error)
     what = f"the cache of data sets cannot be written to: {reason.lower()}"
-    way = "free some space there" if number in FULL else "allow it to be written to"
-    hint = f"{way}, or name another folder: `HF_DATASETS_CACHE=DIR lora …`"
+    advice = "free some space there" if number in DISK_FULL else "allow it to be written to"
+    hint = f"{advice}, or name another folder: `HF_DATASETS_CACHE=DIR lora …`"
     return ResourceError(what, str(root), hint)
 
 
-# ------------------------------------------------------------------------- what others keep there
+# -------------------------------------------------------------------------------- Hub data sets
 
 
 def damaged_files(dataset: Any) -> list[str]:
-    """Return the files of a data set of the Hub that are not what they were when first used.
+    """Return the cache files of a Hub data set that have changed since their first use.
 
-    `datasets` keeps no sums of what it has prepared. So they are noted at the first use, beside
-    our own data sets.
+    `datasets` keeps no checksums of the files that it prepares. So they are recorded at the first
+    use, next to the data sets of this cache.
     """
     import datasets
 
@@ -257,7 +263,7 @@ def damaged_files(dataset: Any) -> list[str]:
 
 
 def forget_files(dataset: Any) -> None:
-    """Forget the sums of a data set of the Hub, which has been prepared again."""
+    """Forget the checksums of a Hub data set that has been prepared again."""
     import datasets
 
     files = sorted(entry["filename"] for entry in dataset.cache_files)

@@ -1,7 +1,7 @@
-"""Find out how a data file is written, from its bytes: as csv, JSON, parquet, text or CoNLL.
+"""Detect the format of a data file from its bytes: csv, JSON, parquet, text or CoNLL.
 
-What is found becomes `data.format` of the recipe. The rows are then read as training reads them, so
-that both understand a file in the same way.
+The result becomes `data.format` of the recipe. The rows are then read with it as in training, so
+that `lora init` and training interpret a file in the same way.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.data.conll import is_conll
-from lora_cli.data.detect_table import DELIMITERS, FoundFormat, find_delimiter, find_table
+from lora_cli.data.detect_table import DELIMITERS, DetectedFormat, find_delimiter, find_table
 from lora_cli.data.file_formats import KINDS, read_rows
 from lora_cli.data.json_layouts import reject_whole
 from lora_cli.data.labelled_text import FASTTEXT, label_source
@@ -27,10 +27,10 @@ from lora_cli.recipe import FormatSpec
 
 SAMPLE_BYTES = 1 << 20
 HEAD_BYTES = 1 << 17
-WHAT_TO_DO = "check the file: is it what its name says, and complete?"
+CHECK_FILE = "check the file: is it what its name says, and complete?"
 EMPTY = "was it copied completely?"
 PARQUET = b"PAR1"
-LABELS_ARE = {
+LABEL_REASONS = {
     "first_word": "each line begins with one of a few words",
     "fasttext": f"each line begins with `{FASTTEXT}`",
     "folder": "each folder holds the texts of one label",
@@ -39,7 +39,7 @@ LABELS_ARE = {
 
 @dataclass(frozen=True)
 class DataFile:
-    """A file of rows, and how it is written.
+    """The rows of a file, and its format.
 
     Args:
         path: The file.
@@ -48,8 +48,8 @@ class DataFile:
         rows: The rows that can be read.
         errors: The rows that cannot be read.
         columns: The names of the columns, in order.
-        named: Whether the file itself names them.
-        about: The kind of file in words: `table, semicolon between the columns, cp1252`.
+        named: Whether the file itself names its columns.
+        about: The format in words: `table, semicolon between the columns, cp1252`.
     """
 
     path: Path
@@ -64,14 +64,14 @@ class DataFile:
 
 @dataclass(frozen=True)
 class Head:
-    """How a file is written, found from its beginning.
+    """The format of a file, detected from its beginning.
 
     Args:
         kind: csv, json, parquet, text or conll.
-        form: How it is read.
+        form: The settings to read the file with.
         named: Whether its first line names the columns.
-        line_end: What its lines end with.
-        has_mark: Whether it begins with the byte order mark of UTF-8.
+        line_end: Its line ending.
+        has_mark: Whether it begins with a UTF-8 byte order mark.
         raw: The beginning of the file, in whole lines.
     """
 
@@ -84,10 +84,11 @@ class Head:
 
 
 def read_data_file(path: Path) -> DataFile:
-    """Find out how a file is written, and read it.
+    """Detect the format of a file, and read its rows.
 
     Raises:
-        LoraError: If the file is not there, is empty, or holds no rows that can be read.
+        LoraError: If the file does not exist or is empty, or if no row or less than half of its
+            rows can be read.
     """
     raw = bytes_of(path)
     if not raw.strip():
@@ -95,30 +96,37 @@ def read_data_file(path: Path) -> DataFile:
     reject_binary(raw, path)
     if not raw.startswith(PARQUET):
         reject_other_lines(raw, encoding_of(raw)[0], path)
-    found = _find(raw, path)
-    spec = FormatSpec.model_validate(found.values)
+    detected = _detect(raw, path)
+    spec = FormatSpec.model_validate(detected.values)
     rows = list(read_rows(path, spec))
-    good = [row.columns for row in rows if row.columns is not None and not row.error]
+    readable = [row.columns for row in rows if row.columns is not None and not row.error]
     errors = [row for row in rows if row.columns is None or row.error]
-    if not good:
+    if not readable:
         what = f"no row can be read: {errors[0].error}" if errors else "the file has no rows"
-        raise LoraError(what, errors[0].place if errors else str(path), WHAT_TO_DO)
-    if len(errors) > len(good):
+        raise LoraError(what, errors[0].place if errors else str(path), CHECK_FILE)
+    if len(errors) > len(readable):
         what = f"{len(errors)} of {counted(len(rows), 'row')} cannot be read: {errors[0].error}"
-        raise LoraError(what, errors[0].place, WHAT_TO_DO)
-    if found.kind == "json" and len(rows) == 1:
-        reject_whole(good[0], path)
-    columns = list(dict.fromkeys(name for row in good for name in row))
+        raise LoraError(what, errors[0].place, CHECK_FILE)
+    if detected.kind == "json" and len(rows) == 1:
+        reject_whole(readable[0], path)
+    columns = list(dict.fromkeys(name for row in readable for name in row))
     return DataFile(
-        path, found.values, found.why, good, errors, columns, found.has_names, _about(found, path)
+        path,
+        detected.values,
+        detected.why,
+        readable,
+        errors,
+        columns,
+        detected.has_names,
+        _in_words(detected, path),
     )
 
 
 def read_head(path: Path) -> Head:
-    """Find out how a file is written from its first lines, whatever its size.
+    """Detect the format of a file from its first lines only, as the file may be large.
 
     Raises:
-        LoraError: If the file is not there or is empty.
+        LoraError: If the file does not exist or is empty.
     """
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
@@ -129,41 +137,41 @@ def read_head(path: Path) -> Head:
         raise LoraError("the file is empty", str(path), EMPTY)
     reject_binary(raw, path)
     is_parquet = raw.startswith(PARQUET)
-    whole = raw[: raw.rfind(b"\n") + 1] if len(raw) == HEAD_BYTES and not is_parquet else raw
-    found = _find(whole or raw, path, for_recipe=False)
-    form = FormatSpec.model_validate(found.values)
-    end = None if is_parquet else LINE_END.search(_sample(whole or raw, form.encoding))
+    whole_lines = raw[: raw.rfind(b"\n") + 1] if len(raw) == HEAD_BYTES and not is_parquet else raw
+    detected = _detect(whole_lines or raw, path, for_recipe=False)
+    form = FormatSpec.model_validate(detected.values)
+    end = None if is_parquet else LINE_END.search(_sample(whole_lines or raw, form.encoding))
     ends = end[0] if end else "\n"
-    return Head(found.kind, form, found.has_names, ends, raw.startswith(BOM), whole)
+    return Head(detected.kind, form, detected.has_names, ends, raw.startswith(BOM), whole_lines)
 
 
-def _find(raw: bytes, path: Path, for_recipe: bool = True) -> FoundFormat:
-    """Return the kind of a file, and the values of `data.format` for it; see `find_table`."""
+def _detect(raw: bytes, path: Path, for_recipe: bool = True) -> DetectedFormat:
+    """Return the kind of a file and its values of `data.format`; see `find_table`."""
     by_name = KINDS.get(Path(path.name.removesuffix(".gz")).suffix.lower())
     if raw.startswith(PARQUET):
-        found = FoundFormat("parquet")
+        detected = DetectedFormat("parquet")
     else:
         encoding, why = encoding_of(raw)
         text = _sample(raw, encoding)
         lines = text.splitlines()
         is_tagged = by_name == "conll" or (by_name in (None, "text", "csv") and is_conll(lines))
         if is_tagged and by_name == "csv" and find_delimiter(text, ",;|") is not None:
-            is_tagged = False  # texts with their tags, in columns
+            is_tagged = False  # a table of texts and their tags
         label_from = None if is_tagged or by_name in ("csv", "json") else label_source(lines)
-        found = FoundFormat(
+        detected = DetectedFormat(
             "text" if label_from else "conll" if is_tagged else _kind(text, by_name)
         )
         if encoding != "utf-8":
-            found.set("encoding", encoding, why)
-        if found.kind == "csv":
-            find_table(found, path, text, for_recipe)
+            detected.set("encoding", encoding, why)
+        if detected.kind == "csv":
+            find_table(detected, path, text, for_recipe)
         elif label_from:
-            found.set("label_from", label_from, LABELS_ARE[label_from])
-        elif found.kind == "text" and _has_paragraphs(text):
-            found.set("sample_by", "paragraph", "blank lines divide the text")
-    if found.kind != by_name and "label_from" not in found.values:
-        found.set("type", found.kind, "by its content; the name does not say so")
-    return found
+            detected.set("label_from", label_from, LABEL_REASONS[label_from])
+        elif detected.kind == "text" and _has_paragraphs(text):
+            detected.set("sample_by", "paragraph", "blank lines divide the text")
+    if detected.kind != by_name and "label_from" not in detected.values:
+        detected.set("type", detected.kind, "by its content; the name does not say so")
+    return detected
 
 
 def _sample(raw: bytes, encoding: str) -> str:
@@ -175,10 +183,10 @@ def _sample(raw: bytes, encoding: str) -> str:
 
 
 def bytes_of(path: Path) -> bytes:
-    """Return the content of a file, unpacked.
+    """Return the content of a file, decompressed if it is gzipped.
 
     Raises:
-        LoraError: If it cannot be read.
+        LoraError: If the file cannot be read.
     """
     if path.is_dir():
         raise LoraError("this is a folder", str(path), "name one file in it")
@@ -193,30 +201,32 @@ def bytes_of(path: Path) -> bytes:
         raise unreadable(path, error) from error
 
 
-def _about(found: FoundFormat, path: Path) -> str:
-    if found.kind == "parquet":
+def _in_words(detected: DetectedFormat, path: Path) -> str:
+    if detected.kind == "parquet":
         return "parquet"
     kinds = {"csv": "table", "json": "JSON", "text": "plain text", "conll": "a word a line"}
-    words = [kinds[found.kind]]
-    if found.kind == "csv":
+    words = [kinds[detected.kind]]
+    if detected.kind == "csv":
         is_tsv = path.name.removesuffix(".gz").lower().endswith(".tsv")
-        delimiter = found.values.get("delimiter") or ("\t" if is_tsv else ",")
-        one = "delimiter" in found.values and delimiter not in DELIMITERS
-        words.append("one column" if one else f"{DELIMITERS[delimiter]} between the columns")
-        words.append("with a header" if found.has_names else "without a header")
-    return ", ".join([*words, found.values.get("encoding", "utf-8")])
+        delimiter = detected.values.get("delimiter") or ("\t" if is_tsv else ",")
+        is_one_column = "delimiter" in detected.values and delimiter not in DELIMITERS
+        words.append(
+            "one column" if is_one_column else f"{DELIMITERS[delimiter]} between the columns"
+        )
+        words.append("with a header" if detected.has_names else "without a header")
+    return ", ".join([*words, detected.values.get("encoding", "utf-8")])
 
 
 def _kind(text: str, by_name: str | None) -> str:
-    """Return csv, json or text: by the content if it is clear, else by the name."""
+    """Return csv, json or text, by the content if that is clear, otherwise by the name."""
     lines = [line for line in lines_of(text) if line.strip()]
     if lines and _is_json(text, lines[0]):
         return "json"
     if by_name == "json" and lines and lines[0].lstrip().startswith(("{", "[", '"')):
         return "json"  # although it is broken
     if by_name == "text":
-        even = any({line.count(mark) for line in lines} == {1} for mark in ";|")
-        return "csv" if even or find_delimiter(text, "\t") else "text"
+        has_two_columns = any({line.count(mark) for line in lines} == {1} for mark in ";|")
+        return "csv" if has_two_columns or find_delimiter(text, "\t") else "text"
     if by_name == "csv":
         return "csv"
     return "csv" if find_delimiter(text) else "text"

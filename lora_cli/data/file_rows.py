@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from lora_cli.data import pascal_voc, yolo
-from lora_cli.data.annotated_folder import annotation_of, read_annotated
-from lora_cli.data.bad_rows import without
+from lora_cli.data.annotated_folder import annotation_file, read_annotated
+from lora_cli.data.bad_rows import drop_bad_rows
 from lora_cli.data.coco_rows import coco_names, is_coco, places_of_pictures, read_coco
 from lora_cli.data.csv_quoting import announce_quoting
 from lora_cli.data.dataset_cache import SourceChangedError, cached_dataset
@@ -114,7 +114,7 @@ def file_rows(recipe: Recipe, files: list[Path]) -> Rows:
         warn(f"{left} are left out, the first is {others[0]}: by its name it is of another kind")
     rows = Rows(dataset, source, sha256, np.arange(len(dataset)), labels, media=media)
     errors = {i: f for i, f in enumerate(dataset["fault"]) if f}
-    return without(*_with_hashes(rows, errors), recipe)
+    return drop_bad_rows(*_with_hashes(rows, errors), recipe)
 
 
 def _warn_of_texts_alone(folder: Path, recipe: Recipe) -> None:
@@ -176,7 +176,9 @@ def _names_of(recipe: Recipe, files: list[Path], are_media: bool) -> list[str]:
 
 def _first_pixels(files: list[Path]) -> list[str]:
     """Return from which number the boxes of pictures count, for each folder of xml files."""
-    folders = {file.parent for file in map(annotation_of, files) if file and file.suffix == ".xml"}
+    folders = {
+        file.parent for file in map(annotation_file, files) if file and file.suffix == ".xml"
+    }
     return [f"{folder} from {pascal_voc.first_pixel(folder)}" for folder in sorted(folders)]
 
 
@@ -193,7 +195,9 @@ def _read_unchanged(
         found = transcript_files([file for file in files if is_media_file(file)])
         parts += dict.fromkeys(text for texts in found.values() for text in texts)
     if recipe.task.boxes_column is not None:
-        parts += [boxes for file in files if is_media_file(file) and (boxes := annotation_of(file))]
+        parts += [
+            boxes for file in files if is_media_file(file) and (boxes := annotation_file(file))
+        ]
     for _ in range(READINGS):
         state = [_state_of(part) for part in parts]
         hashes = [sha256 for sha256, _ in state]

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_cli.data.annotated_folder import annotated_files, annotation_of
+from lora_cli.data.annotated_folder import annotated_files, annotation_file
 from lora_cli.data.coco_rows import is_coco
 from lora_cli.data.file_formats import KINDS, kind_by_name, kind_of
 from lora_cli.data.folder_files import files_inside
@@ -173,7 +173,7 @@ def _has_boxes_beside(folder: Path, tables: Sequence[Path], recipe: Recipe) -> b
     if any(file.stem == "metadata" or is_coco(folder / file) for file in tables):
         return False
     pictures = media_files(folder, recipe)[:SAMPLE] if tables else []
-    return any(annotation_of(folder / picture) for picture in pictures)
+    return any(annotation_file(folder / picture) for picture in pictures)
 
 
 def _readable(file: Path, recipe: Recipe) -> bool:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from lora_cli.data.answer_choices import ASKED
+from lora_cli.data.answer_choices import QUESTION_NAME
 from lora_cli.data.column_kinds import Column, is_blank
 from lora_cli.data.jq_commands import field, jq_command
 from lora_cli.data.text_columns import flat_name
@@ -34,7 +34,7 @@ def require_flat(
     Raises:
         LoraError: If there are such; its hint makes columns of them.
     """
-    texts = [c.name for c in columns if ASKED.fullmatch(c.name) and c.kind == "text"]
+    texts = [c.name for c in columns if QUESTION_NAME.fullmatch(c.name) and c.kind == "text"]
     asked = next((name for name in texts if name != "context"), texts[0]) if texts else None
     target = flat_name(place)
     for column in columns:

@@ -12,7 +12,7 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
-from lora_cli.data.boxes import FORMAT, SIZE, said_size
+from lora_cli.data.boxes import FORMAT, SIZE, stated_size
 from lora_cli.data.media_folder import SUFFIXES
 from lora_cli.data.text_lines import unreadable, whole_text
 from lora_cli.errors import printable
@@ -26,7 +26,7 @@ SHOWN = 60
 Json = dict[str, Any]
 
 
-def listed_pictures(file: Path) -> list[Path]:
+def listed_images(file: Path) -> list[Path]:
     """Return the pictures that a list of VOC names."""
     folder = file.parents[2] / PICTURES
     stems = [line.split()[0] for line in whole_text(file).splitlines() if line.strip()]
@@ -83,7 +83,7 @@ def read_xml(file: Path, first: int) -> tuple[Json, str]:
     # the last pixel belongs to the box
     boxes = [[x0 - first, y0 - first, x1, y1] for x0, y0, x1, y1 in boxes]
     found: Json = {"bbox": boxes, "category": categories, "iscrowd": difficult, FORMAT: "xyxy"}
-    if size := said_size({side: root.findtext(f"size/{side}") for side in ("width", "height")}):
+    if size := stated_size({side: root.findtext(f"size/{side}") for side in ("width", "height")}):
         found[SIZE] = size
     return found, ""
 

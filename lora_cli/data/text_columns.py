@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_cli.data.column_kinds import TALK, Column, is_blank
+from lora_cli.data.column_kinds import CONVERSATION_NAME, Column, is_blank
 from lora_cli.data.jq_commands import field, jq_command
 from lora_cli.errors import LoraError, counted
 
@@ -68,7 +68,7 @@ def unnested(column: Column, rows: Sequence[dict[str, Any]], place: str) -> str:
     if isinstance(turn.get("role"), str) and isinstance(turn.get("parts"), list):
         return _of_gemini(own, rows[0], place)
     who, said = (next((k for k in names if isinstance(turn.get(k), str)), "") for names in TURN)
-    if who and said and TALK.fullmatch(column.name):
+    if who and said and CONVERSATION_NAME.fullmatch(column.name):
         how = f"{{messages: [{own}[] | {{role: .{who}, content: .{said}}}]}}"
         return f"write the turns as messages: {jq_command(how, place, MESSAGES)}"
     how = f"{own}[]" if isinstance(value, list) else own

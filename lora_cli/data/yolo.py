@@ -129,7 +129,7 @@ def _yaml(file: Path) -> Json:
     return content | ({"names": names["names"]} if content.get("names") else {})
 
 
-def pictures_of_split(file: Path, split: str, recipe: Recipe) -> list[Path] | None:
+def images_of_split(file: Path, split: str, recipe: Recipe) -> list[Path] | None:
     """Return the pictures of a split as YOLO's YAML file names them; None if it is no such file."""
     content = _yaml(file)
     if not content.get("names") or not any(

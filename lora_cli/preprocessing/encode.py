@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_cli.data.bad_rows import without
+from lora_cli.data.bad_rows import drop_bad_rows
 from lora_cli.data.dataset_cache import cached_dataset
 from lora_cli.data.file_formats import require_columns
 from lora_cli.data.load_rows import Rows, load_rows
@@ -60,7 +60,7 @@ def check_data(task: Task, splits: Sequence[str]) -> dict[str, Rows]:
             what = f"no row of the {name} split can be used: {errors[0]}"
             hint = "is the column named correctly? `data.on_bad_row: skip` leaves no row here"
             raise LoraError(what, split.place(0), hint)
-        rows[name] = without(split, errors, recipe)
+        rows[name] = drop_bad_rows(split, errors, recipe)
     task.learn_from(rows)
     return rows
 

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from lora_cli.data.annotated_folder import annotation_of
+from lora_cli.data.annotated_folder import annotation_file
 from lora_cli.data.coco_rows import coco_names, coco_summary, is_coco
 from lora_cli.data.detect_format import DataFile
 from lora_cli.data.file_rows import read_files
@@ -94,7 +94,7 @@ def _is_one_file(source: Path) -> bool:
 
 def _has_boxes(picture: Path) -> bool:
     """Return whether the file next to a picture holds boxes; a text file may hold its caption."""
-    file = annotation_of(picture)
+    file = annotation_file(picture)
     if file is None or file.suffix == ".xml":
         return file is not None
     lines = file.read_text(encoding="utf-8", errors="replace").splitlines()

@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.data.column_kinds import SPLIT_NAMES
-from lora_cli.data.detect_format import LABELS_ARE, SAMPLE_BYTES, DataFile, bytes_of, read_data_file
+from lora_cli.data.detect_format import (
+    LABEL_REASONS,
+    SAMPLE_BYTES,
+    DataFile,
+    bytes_of,
+    read_data_file,
+)
 from lora_cli.data.file_formats import kind_by_name, read_rows
 from lora_cli.data.find_files import SPLITS, files_of
 from lora_cli.data.folder_files import files_inside
@@ -155,7 +161,7 @@ def _has_class_folders(files: Sequence[Path]) -> bool:
 
 def _read_class_folders(folder: Path) -> DataFile:
     form: dict[str, Any] = {"label_from": "folder"}
-    why = dict(LABELS_ARE)
+    why = dict(LABEL_REASONS)
     why["label_from"] = why["folder"]
     files = split_files(folder, form, "train")
     encoding, reason = _encoding_of([*files, *split_files(folder, form, "test")])

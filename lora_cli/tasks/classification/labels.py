@@ -16,10 +16,10 @@ from lora_cli.data.cell_values import (
     FLOAT32_MAX,
     NumberForm,
     currency_of,
-    divided,
     flag,
     other_forms,
     read_number,
+    split_labels,
 )
 from lora_cli.data.file_formats import is_blank
 from lora_cli.data.label_lists import listed_labels
@@ -142,7 +142,7 @@ class Labels:
             if (items := listed_labels(value)) is not None:
                 value = items
             elif isinstance(value, str) and self.spec.label_separator is not None:
-                parts = divided(value, self.spec.label_separator)
+                parts = split_labels(value, self.spec.label_separator)
                 return None if is_multi_hot(parts) else parts
             if not isinstance(value, list) or any(_is_blank(item) for item in value):
                 return None
@@ -339,7 +339,7 @@ def is_multi_hot(value: Any, separator: str | None = None) -> bool:
     """
     items = listed_labels(value) if isinstance(value, str) else value
     if items is None and isinstance(value, str) and separator is not None:
-        items = divided(value, separator)
+        items = split_labels(value, separator)
     if not isinstance(items, list):
         return False
     marks = [_text(item) for item in items]

@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 from lora_cli.characters import difference_of_form
-from lora_cli.data.boxes import BoxError, categories_in, crowd_marks_in
+from lora_cli.data.boxes import BoxError, categories_in, crowd_flags_in
 from lora_cli.data.load_rows import Rows, stream_label_names
 from lora_cli.errors import LoraError, Problem, counted, did_you_mean, printable
 from lora_cli.recipe import ObjectDetectionSpec, Recipe
@@ -51,7 +51,7 @@ class DetectionLabels:
         """
         column, has_any = self.spec.objects_column, False
         for row in rows:
-            marks = crowd_marks_in(row.get(column))
+            marks = crowd_flags_in(row.get(column))
             if not all(marks):
                 return
             has_any = has_any or bool(marks)
