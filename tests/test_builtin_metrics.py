@@ -1,4 +1,4 @@
-"""The functions behind the built-in metrics, each on a few rows that can be counted by hand."""
+"""Tests of the built-in metrics on small inputs with results computed by hand."""
 
 from __future__ import annotations
 
@@ -23,54 +23,62 @@ from lora_cli.metrics.retrieval_scores import RETRIEVAL_METRICS, retrieval_score
 # ------------------------------------------------------------------------------ error rates
 
 
-def n_edits(wanted: str | list[str], said: str | list[str]) -> int:
+def edit_distance(reference: str | list[str], hypothesis: str | list[str]) -> int:
     """Return the Levenshtein distance."""
-    row = list(range(len(said) + 1))
-    for i, one in enumerate(wanted, 1):
-        before, row[0] = row[0], i
-        for j, other in enumerate(said, 1):
-            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (one != other))
+    row = list(range(len(hypothesis) + 1))
+    for i, a in enumerate(reference, 1):
+        diagonal, row[0] = row[0], i
+        for j, b in enumerate(hypothesis, 1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (a != b))
     return row[-1]
 
 
-def test_precision_is_of_what_is_found_and_recall_of_what_is_there() -> None:
+def test_entity_precision_and_recall() -> None:
     pytest.importorskip("seqeval")
-    wanted, said = [["B-A", "O", "O", "O"]], [["B-A", "B-A", "O", "B-B"]]
-    assert builtin_value("seqeval", "precision", said, wanted) == pytest.approx(1 / 3)
-    assert builtin_value("seqeval", "recall", said, wanted) == 1.0
+    references, predictions = [["B-A", "O", "O", "O"]], [["B-A", "B-A", "O", "B-B"]]
+    assert builtin_value("seqeval", "precision", predictions, references) == pytest.approx(1 / 3)
+    assert builtin_value("seqeval", "recall", predictions, references) == 1.0
 
 
-def test_error_rates_count_edits_of_all_rows_together() -> None:
+def test_error_rates_sum_edits_over_all_rows() -> None:
     pytest.importorskip("jiwer")
-    wanted = ["the cat sat on the mat", "a dog ran", "one two three four"]
-    said = ["the cat on a mat", "a big old dog ran far", "one two three four"]
-    words = sum(n_edits(w.split(), s.split()) for w, s in zip(wanted, said, strict=True))
-    assert words == 2 + 3  # one left out, one exchanged; three put in
-    assert builtin_value("wer", "wer", said, wanted) == pytest.approx(words / (6 + 3 + 4))
-    letters = sum(n_edits(w, s) for w, s in zip(wanted, said, strict=True))
-    found = builtin_value("cer", "cer", said, wanted)
-    assert found == pytest.approx(letters / sum(map(len, wanted)))
+    references = ["the cat sat on the mat", "a dog ran", "one two three four"]
+    predictions = ["the cat on a mat", "a big old dog ran far", "one two three four"]
+    n_word_edits = sum(
+        edit_distance(reference.split(), prediction.split())
+        for reference, prediction in zip(references, predictions, strict=True)
+    )
+    assert n_word_edits == 2 + 3  # a deletion and a substitution; three insertions
+    assert builtin_value("wer", "wer", predictions, references) == pytest.approx(
+        n_word_edits / (6 + 3 + 4)
+    )
+    n_character_edits = sum(
+        edit_distance(reference, prediction)
+        for reference, prediction in zip(references, predictions, strict=True)
+    )
+    error_rate = builtin_value("cer", "cer", predictions, references)
+    assert error_rate == pytest.approx(n_character_edits / sum(map(len, references)))
 
 
 @pytest.mark.parametrize(
-    ("said", "wanted", "rate"),
+    ("prediction", "references", "rate"),
     [
         ("a", "x", 1.0),
-        ("a", ["x", "a b c d"], 3 / 4),  # a smaller share of edits, though there are more
+        ("a", ["x", "a b c d"], 3 / 4),  # the lower error rate counts, not fewer edits
         ("a b", ["a b c", "a x"], 1 / 3),
-        ("a b c", "", 3.0),  # of no words, each one too many counts
+        ("a b c", "", 3.0),  # an empty reference: the rate is the number of insertions
         ("", "a b", 1.0),
     ],
 )
-def test_the_error_rate_of_one_row(said: str, wanted: Any, rate: float) -> None:
+def test_error_rate_of_a_single_row(prediction: str, references: Any, rate: float) -> None:
     pytest.importorskip("jiwer")
-    assert builtin_value("wer", "wer", [said], [wanted]) == pytest.approx(rate)
+    assert builtin_value("wer", "wer", [prediction], [references]) == pytest.approx(rate)
 
 
-# ---------------------------------------------------------------------------- whole answers
+# ---------------------------------------------------------------------------- answers
 
 
-def test_texts_are_compared_whole_where_there_is_no_pattern() -> None:
+def test_whole_texts_are_compared_without_a_pattern() -> None:
     assert references_of("a") == ["a"]
     assert references_of(["a", "b"]) == ["a", "b"]
     assert is_exact_match(" a\n", ["b", "a "])
@@ -78,27 +86,27 @@ def test_texts_are_compared_whole_where_there_is_no_pattern() -> None:
     assert lacks_answer("a", "a") is None
 
 
-def test_final_answers_are_compared_where_there_is_a_pattern() -> None:
-    pattern = MetricContext(answer_pattern=r"= (\d+)")
-    for said, wanted, right, lacks in (
+def test_final_answers_are_compared_with_a_pattern() -> None:
+    context = MetricContext(answer_pattern=r"= (\d+)")
+    for prediction, reference, is_right, has_no_answer in (
         ("so = 4", "x = 4", True, False), ("so = 5", "x = 4", False, False),
         ("x = 4", ["y = 3", "y = 4"], True, False), ("4", "x = 4", False, True),
         ("four", "four", True, None), ("= 4", "four", False, None),
         ("four", ["four", "x = 4"], True, True), ("x = 5", "= 5 or = 6", False, False),
     ):  # fmt: skip
-        assert is_exact_match(said, wanted, pattern) is right
-        assert lacks_answer(said, wanted, pattern) is lacks
-    said, wanted = ["= 1", "= 2", "none", "?"], ["= 1", "= 3", "= 4", "?"]
-    assert builtin_value("exact_match", "exact_match", said, wanted, pattern) == 2 / 4
-    assert builtin_value("no_answer", "no_answer", said, wanted, pattern) == 1 / 3
-    assert math.isnan(builtin_value("no_answer", "no_answer", ["a"], ["a"], pattern))
+        assert is_exact_match(prediction, reference, context) is is_right
+        assert lacks_answer(prediction, reference, context) is has_no_answer
+    prediction, reference = ["= 1", "= 2", "none", "?"], ["= 1", "= 3", "= 4", "?"]
+    assert builtin_value("exact_match", "exact_match", prediction, reference, context) == 2 / 4
+    assert builtin_value("no_answer", "no_answer", prediction, reference, context) == 1 / 3
+    assert math.isnan(builtin_value("no_answer", "no_answer", ["a"], ["a"], context))
 
 
-# ------------------------------------------------------------------------------------ search
+# --------------------------------------------------------------------------------- retrieval
 
 
-def test_scores_of_a_search_are_means_over_rows() -> None:
-    # the second row's only right text comes last of ten; the third has twelve right ones
+def test_retrieval_scores_are_means_over_rows() -> None:
+    # the second row's only relevant text is ranked 10th; the third row has twelve relevant texts
     ranks, counts = [[1, 3], [10], [2, 11], []], [2, 1, 12, 1]
     best = [1 + 1 / math.log2(3), 1.0, sum(1 / math.log2(i + 2) for i in range(10))]
     gains = [(1 + 1 / 2) / best[0], 1 / math.log2(11) / best[1], 1 / math.log2(3) / best[2], 0]
@@ -120,16 +128,17 @@ def test_scores_of_a_search_are_means_over_rows() -> None:
 # ------------------------------------------------------------------------------------- boxes
 
 
-def test_scores_of_boxes_found_exactly_or_shifted() -> None:
+def test_box_scores_of_exact_and_shifted_boxes() -> None:
     pytest.importorskip("faster_coco_eval")
-    # one of `a` exactly, one of `a` overlaps by 80 of 120 and one by 92 of 108; `b` is missed
-    wanted = [[(0, 0, 10, 10, 0, 0), (50, 50, 60, 60, 1, 0)], [(0, 0, 10, 10, 0, 0)]]
-    found = [[(0, 0, 10, 10, 0.9, 0)], [(0, 2, 10, 12, 0.8, 0)]]
-    scores = box_scores(found, wanted, ("a", "b", "c"))
+    # one `a` is exact, and one is shifted by 2 of 10 pixels (IoU 80 / 120); `b` is missed
+    references = [[(0, 0, 10, 10, 0, 0), (50, 50, 60, 60, 1, 0)], [(0, 0, 10, 10, 0, 0)]]
+    predictions = [[(0, 0, 10, 10, 0.9, 0)], [(0, 2, 10, 12, 0.8, 0)]]
+    scores = box_scores(predictions, references, ("a", "b", "c"))
     assert list(scores) == [*BOX_METRICS, "ap_a", "ap_b", "ap_c"]
-    # with the second one wrong, precision is 1 up to a recall of one half: 51 of 101 points
+    # if the second box is wrong, precision is 1 up to a recall of 0.5: at 51 of 101 points
     half = 51 / 101
-    ap_a = (4 * 1.0 + 6 * half) / 10  # right at overlaps of 0.50, 0.55, 0.60 and 0.65
+    # the shifted box is right at the thresholds 0.50, 0.55, 0.60 and 0.65
+    ap_a = (4 * 1.0 + 6 * half) / 10
     assert scores["ap_a"] == pytest.approx(ap_a)
     assert scores["ap_b"] == 0.0
     assert math.isnan(scores["ap_c"])
@@ -138,62 +147,60 @@ def test_scores_of_boxes_found_exactly_or_shifted() -> None:
     assert scores["map_75"] == pytest.approx(half / 2)
     assert scores["mar_100"] == pytest.approx((4 * 1.0 + 6 * 0.5) / 10 / 2)
     assert builtin_value(
-        "coco", "ap_a", found, wanted, MetricContext(labels=("a", "b"))
+        "coco", "ap_a", predictions, references, MetricContext(labels=("a", "b"))
     ) == pytest.approx(ap_a)
 
 
-def test_only_the_hundred_surest_boxes_of_a_picture_count() -> None:
+def test_only_the_100_boxes_with_the_highest_scores_count() -> None:
     pytest.importorskip("faster_coco_eval")
     wrong = [(50.0, 50.0, 60.0, 60.0, 0.9, 0)]
     right = (0.0, 0.0, 10.0, 10.0, 0.1, 0)
-    wanted = [[(0, 0, 10, 10, 0, 0)]]
-    recalls = [box_scores([wrong * n + [right]], wanted)["mar_100"] for n in (99, 100)]
+    references = [[(0, 0, 10, 10, 0, 0)]]
+    recalls = [box_scores([wrong * n + [right]], references)["mar_100"] for n in (99, 100)]
     assert recalls == [1.0, 0.0]
 
 
-def test_a_crowd_is_neither_right_nor_wrong() -> None:
+def test_crowds_are_ignored() -> None:
     pytest.importorskip("faster_coco_eval")
     crowd = (0, 0, 10, 10, 0, 1)
     assert all(math.isnan(v) for v in box_scores([[]], [[crowd]], ("a",)).values())
-    found = [[(0, 0, 5, 10, 0.9, 0), (50, 0, 60, 10, 0.5, 0)]]
-    assert box_scores(found, [[crowd, (50, 0, 60, 10, 0, 0)]])["map"] == pytest.approx(1.0)
+    predictions = [[(0, 0, 5, 10, 0.9, 0), (50, 0, 60, 10, 0.5, 0)]]
+    assert box_scores(predictions, [[crowd, (50, 0, 60, 10, 0, 0)]])["map"] == pytest.approx(1.0)
 
 
-def test_labels_without_names_are_known_by_the_boxes() -> None:
+def test_labels_without_names_are_taken_from_the_boxes() -> None:
     pytest.importorskip("faster_coco_eval")
-    wanted = [[(0, 0, 10, 10, 3, 0)]]
-    assert box_scores([[(0, 0, 10, 10, 0.5, 3)]], wanted) == dict.fromkeys(BOX_METRICS, 1.0)
-    assert box_scores([[(0, 0, 10, 10, 0.5, 2)]], wanted) == dict.fromkeys(BOX_METRICS, 0.0)
-    both = [[(0, 0, 10, 10, 3, 0), (50, 50, 60, 60, 5, 0)]]
-    assert box_scores([[(50, 50, 60, 60, 0.5, 5)]], both) == dict.fromkeys(BOX_METRICS, 0.5)
+    references = [[(0, 0, 10, 10, 3, 0)]]
+    assert box_scores([[(0, 0, 10, 10, 0.5, 3)]], references) == dict.fromkeys(BOX_METRICS, 1.0)
+    assert box_scores([[(0, 0, 10, 10, 0.5, 2)]], references) == dict.fromkeys(BOX_METRICS, 0.0)
+    two_labels = [[(0, 0, 10, 10, 3, 0), (50, 50, 60, 60, 5, 0)]]
+    assert box_scores([[(50, 50, 60, 60, 0.5, 5)]], two_labels) == dict.fromkeys(BOX_METRICS, 0.5)
 
 
-def test_up_to_twenty_labels_have_a_score_of_their_own() -> None:
+def test_up_to_20_labels_have_their_own_score() -> None:
     assert len(label_result_names([str(i) for i in range(20)])) == 20
     assert label_result_names([str(i) for i in range(21)]) == []
 
 
 @pytest.mark.parametrize(("overlap", "thresholds"), [(52, 1), (74, 5), (77, 6), (100, 10)])
-def test_boxes_count_from_an_overlap_of_a_half_and_of_three_quarters(
-    overlap: int, thresholds: int
-) -> None:
+def test_overlap_thresholds_are_inclusive(overlap: int, thresholds: int) -> None:
     pytest.importorskip("faster_coco_eval")
     scores = box_scores([[(20, 30, 20 + overlap, 40, 0.9, 0)]], [[(20, 30, 120, 40, 0, 0)]])
-    wanted = {"map": thresholds / 10, "map_50": 1.0, "map_75": float(overlap >= 75),
+    expected = {"map": thresholds / 10, "map_50": 1.0, "map_75": float(overlap >= 75),
               "mar_100": thresholds / 10}  # fmt: skip
-    assert scores == pytest.approx(wanted)
+    assert scores == pytest.approx(expected)
 
 
 # ------------------------------------------------------------------------------------- names
 
 
-def test_one_row_with_one_of_one_label() -> None:
-    one = MetricContext(1, True, ("a",))
-    assert builtin_value("f1", "f1", [[1]], [[1]], one) == 1.0
-    assert builtin_value("accuracy", "accuracy", [[1]], [[0]], one) == 0.0
+def test_multi_label_scores_with_a_single_label() -> None:
+    context = MetricContext(1, True, ("a",))
+    assert builtin_value("f1", "f1", [[1]], [[1]], context) == 1.0
+    assert builtin_value("accuracy", "accuracy", [[1]], [[0]], context) == 0.0
 
 
-def test_which_metric_gives_a_number() -> None:
+def test_metric_of_a_result_name() -> None:
     assert metric_of_result("f1", "label") == "f1"
     assert metric_of_result("f1", "tags") == "seqeval"
     assert metric_of_result("rougeL", "text") == "rouge"
@@ -209,7 +216,7 @@ def test_which_metric_gives_a_number() -> None:
     )
 
 
-def test_what_each_kind_of_task_may_be_measured_by() -> None:
+def test_metrics_for_each_channel() -> None:
     pattern = MetricContext(answer_pattern="x")
     usable = {
         channel: [n for n in known_metrics() if not check_metric_names([n], channel, pattern)]
@@ -225,7 +232,7 @@ def test_what_each_kind_of_task_may_be_measured_by() -> None:
     assert check_metric_names(["no_answer"]) == []
 
 
-def test_a_script_is_known_by_its_ending_or_by_where_its_path_starts(tmp_path: Any) -> None:
+def test_scripts_are_recognised_by_suffix_or_path(tmp_path: Any) -> None:
     (tmp_path / "mine.py").write_text("")
     assert check_metric_names([str(tmp_path / "mine.py"), str(tmp_path), "meteor"]) == []
     (problem,) = check_metric_names([str(tmp_path / "yours")])

@@ -1,4 +1,4 @@
-"""How pictures are drawn: what a pipeline is asked for, and what becomes of its latents."""
+"""Tests of image generation: the arguments of the pipeline, and the decoding of latents."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lora_cli.tasks.diffusion.drawing import ImageGenerator
 
 
 class Vae:
-    """Makes of each latent a pixel of thrice its value."""
+    """An autoencoder whose pixels are three times the latents."""
 
     dtype = torch.float64
 
@@ -30,37 +30,37 @@ class Vae:
 
 
 class Pipeline:
-    """Draws the first random numbers of each generator, and notes what it is asked for."""
+    """A pipeline that returns the generators' first random numbers, and records its options."""
 
     def __init__(self, vae: Vae) -> None:
-        self.vae, self.asked = vae, dict[str, Any]()
-        self.image_processor = SimpleNamespace(postprocess=self._pictures)
+        self.vae, self.options = vae, dict[str, Any]()
+        self.image_processor = SimpleNamespace(postprocess=self._postprocess)
         self.factor = 1.0
 
-    def __call__(self, prompts: list[str], **asked: Any) -> Any:
-        self.prompts, self.asked = prompts, asked
-        noise = [torch.randn(1, 2, 2, generator=g) for g in asked["generator"]]
+    def __call__(self, prompts: list[str], **options: Any) -> Any:
+        self.prompts, self.options = prompts, options
+        noise = [torch.randn(1, 2, 2, generator=g) for g in options["generator"]]
         return SimpleNamespace(images=self.factor * torch.stack(noise))
 
-    def _pictures(self, pixels: Tensor, output_type: str) -> list[Tensor]:
+    def _postprocess(self, pixels: Tensor, output_type: str) -> list[Tensor]:
         assert output_type == "pil"
         assert pixels.dtype == torch.float32
         return list(pixels)
 
 
-def drawing(
+def build_generator(
     side: int = 24, vae: Vae | None = None, **settings: Any
 ) -> tuple[ImageGenerator, Pipeline]:
     pipeline = Pipeline(vae or Vae())
-    seen: list[int] = []
+    sides: list[int] = []
 
-    def latents_of(drawn: Tensor, side: int) -> Tensor:
-        seen.append(side)
-        return drawn + 10
+    def latents_of(outputs: Tensor, side: int) -> Tensor:
+        sides.append(side)
+        return outputs + 10
 
-    made = ImageGenerator(pipeline, DrawingSpec(**settings), side, latents_of)
-    made.seen = seen  # type: ignore[attr-defined]
-    return made, pipeline
+    generator = ImageGenerator(pipeline, DrawingSpec(**settings), side, latents_of)
+    generator.sides = sides  # type: ignore[attr-defined]
+    return generator, pipeline
 
 
 def noise(seed: int) -> Tensor:
@@ -68,53 +68,53 @@ def noise(seed: int) -> Tensor:
 
 
 @pytest.mark.parametrize("seeds", [(7,), (7, 8, 9)])
-def test_each_text_starts_from_noise_of_its_own_seed(seeds: tuple[int, ...]) -> None:
-    made, pipeline = drawing(steps=3, guidance_scale=2.5)
-    found = made.generate(["a", "b", "c"], *seeds)
-    each = seeds * 3 if len(seeds) == 1 else seeds
-    for picture, seed in zip(found, each, strict=True):
-        assert torch.allclose(picture, 3 * (noise(seed) + 10) / 0.5)
+def test_each_image_starts_from_noise_of_its_seed(seeds: tuple[int, ...]) -> None:
+    generator, pipeline = build_generator(steps=3, guidance_scale=2.5)
+    images = generator.generate(["a", "b", "c"], *seeds)
+    image_seeds = seeds * 3 if len(seeds) == 1 else seeds
+    for image, seed in zip(images, image_seeds, strict=True):
+        assert torch.allclose(image, 3 * (noise(seed) + 10) / 0.5)
     assert pipeline.prompts == ["a", "b", "c"]
-    asked = {key: value for key, value in pipeline.asked.items() if key != "generator"}
-    assert asked == {
+    options = {key: value for key, value in pipeline.options.items() if key != "generator"}
+    assert options == {
         "negative_prompt": None, "height": 24, "width": 24, "num_inference_steps": 3,
         "guidance_scale": 2.5, "output_type": "latent",
     }  # fmt: skip
-    assert made.seen == [24]  # type: ignore[attr-defined]
+    assert generator.sides == [24]  # type: ignore[attr-defined]
 
 
-def test_pixels_are_decoded_in_the_autoencoder_s_own_precision() -> None:
-    made, _ = drawing()
+def test_the_autoencoder_decodes_without_autocast() -> None:
+    generator, _ = build_generator()
     with torch.autocast("cpu", torch.bfloat16):
-        (found,) = made.generate(["a"], 7)
-    assert torch.allclose(found, 3 * (noise(7) + 10) / 0.5)
+        (image,) = generator.generate(["a"], 7)
+    assert torch.allclose(image, 3 * (noise(7) + 10) / 0.5)
 
 
-def test_one_text_is_the_same_whatever_is_drawn_with_it() -> None:
-    made, _ = drawing()
-    assert torch.equal(made.generate(["a", "b"], 1, 2)[1], made.generate(["b"], 2)[0])
+def test_an_image_does_not_depend_on_the_other_prompts() -> None:
+    generator, _ = build_generator()
+    assert torch.equal(generator.generate(["a", "b"], 1, 2)[1], generator.generate(["b"], 2)[0])
 
 
-def test_a_negative_prompt_is_one_for_each_text() -> None:
-    made, pipeline = drawing(negative_prompt="blurred")
-    made.generate(["a", "b"], 1)
-    assert pipeline.asked["negative_prompt"] == ["blurred", "blurred"]
+def test_the_negative_prompt_is_repeated_for_each_text() -> None:
+    generator, pipeline = build_generator(negative_prompt="blurred")
+    generator.generate(["a", "b"], 1)
+    assert pipeline.options["negative_prompt"] == ["blurred", "blurred"]
 
 
 @pytest.mark.parametrize(("config", "shift"), [({}, 0.0), ({"shift_factor": None}, 0.0),
                                                ({"shift_factor": 0.25}, 0.25)])  # fmt: skip
-def test_latents_are_scaled_and_shifted_as_the_autoencoder_says(
+def test_latents_are_scaled_and_shifted_by_the_autoencoder_s_config(
     config: dict[str, Any], shift: float
 ) -> None:
-    made, _ = drawing(vae=Vae(**config))
-    (found,) = made.generate(["a"], 5)
-    assert torch.allclose(found, 3 * ((noise(5) + 10) / 0.5 + shift))
+    generator, _ = build_generator(vae=Vae(**config))
+    (image,) = generator.generate(["a"], 5)
+    assert torch.allclose(image, 3 * ((noise(5) + 10) / 0.5 + shift))
 
 
 @pytest.mark.parametrize("factor", [float("nan"), float("inf")])
-def test_what_is_not_finite_is_an_error_and_no_picture(factor: float) -> None:
-    made, pipeline = drawing()
+def test_values_that_are_not_finite_are_an_error(factor: float) -> None:
+    generator, pipeline = build_generator()
     pipeline.factor = factor
     with pytest.raises(NumericsError, match="numbers that are not finite") as caught:
-        made.generate(["a"], 1)
+        generator.generate(["a"], 1)
     assert caught.value.problems[0].at == "train.precision"

@@ -1,4 +1,4 @@
-"""Scores of entities, against a count that is made here of what begins and ends where."""
+"""Tests of entity scores against an independent implementation of conlleval's rule."""
 
 from __future__ import annotations
 
@@ -13,35 +13,38 @@ SCORES = ("f1", "precision", "recall")
 
 
 def entities(tags: list[str]) -> set[tuple[int, int, str]]:
-    """Return the first word, the last and the type of each entity, by conlleval's rule."""
-    found: set[tuple[int, int, str]] = set()
-    before = start = kind = None
+    """Return the first word, last word and type of each entity, by conlleval's rule."""
+    spans: set[tuple[int, int, str]] = set()
+    previous = start = kind = None
     for i, tag in enumerate([*tags, "O"]):
-        goes_on = tag[0] == "I" and before is not None and before[2:] == tag[2:]
-        if kind is not None and not goes_on:
+        continues = tag[0] == "I" and previous is not None and previous[2:] == tag[2:]
+        if kind is not None and not continues:
             assert start is not None
-            found.add((start, i - 1, kind))
+            spans.add((start, i - 1, kind))
             kind = None
-        if tag != "O" and not goes_on:
+        if tag != "O" and not continues:
             start, kind = i, tag[2:]
-        before = None if tag == "O" else tag
-    return found
+        previous = None if tag == "O" else tag
+    return spans
 
 
-def drawn(seed: int, rows: int = 40) -> tuple[list[list[str]], list[list[str]]]:
-    """Return tags as a model and as the data might have them, not at all alike in number."""
+def random_tags(seed: int, rows: int = 40) -> tuple[list[list[str]], list[list[str]]]:
+    """Return random predictions and references with different numbers of entities."""
     rng = random.Random(seed)
-    wanted = [[rng.choice(TAGS) for _ in range(rng.randint(1, 9))] for _ in range(rows)]
-    said = [[tag if rng.random() < 0.7 else "O" for tag in tags] for tags in wanted]
-    return said, wanted
+    references = [[rng.choice(TAGS) for _ in range(rng.randint(1, 9))] for _ in range(rows)]
+    predictions = [[tag if rng.random() < 0.7 else "O" for tag in tags] for tags in references]
+    return predictions, references
 
 
-def counted(said: list[list[str]], wanted: list[list[str]]) -> dict[str, float]:
-    pairs = [(entities(one), entities(other)) for one, other in zip(said, wanted, strict=True)]
-    right = sum(len(one & other) for one, other in pairs)
-    found, there = (sum(len(pair[i]) for pair in pairs) for i in (0, 1))
-    assert found != there
-    precision, recall = right / found, right / there
+def expected_scores(predictions: list[list[str]], references: list[list[str]]) -> dict[str, float]:
+    pairs = [
+        (entities(predicted), entities(true))
+        for predicted, true in zip(predictions, references, strict=True)
+    ]
+    n_right = sum(len(predicted & true) for predicted, true in pairs)
+    n_predicted, n_true = (sum(len(pair[i]) for pair in pairs) for i in (0, 1))
+    assert n_predicted != n_true
+    precision, recall = n_right / n_predicted, n_right / n_true
     return {
         "f1": 2 * precision * recall / (precision + recall),
         "precision": precision,
@@ -50,29 +53,32 @@ def counted(said: list[list[str]], wanted: list[list[str]]) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_scores_are_those_of_an_own_count(seed: int) -> None:
-    said, wanted = drawn(seed)
-    assert entity_scores(said, wanted) == pytest.approx(counted(said, wanted))
+def test_scores_equal_an_independent_count(seed: int) -> None:
+    predictions, references = random_tags(seed)
+    assert entity_scores(predictions, references) == pytest.approx(
+        expected_scores(predictions, references)
+    )
 
 
 @pytest.mark.parametrize("score", SCORES)
-def test_a_score_is_the_quotient_of_what_rows_add(score: str) -> None:
-    said, wanted = drawn(9)
-    parts = [entity_sums(score, *pair) for pair in zip(said, wanted, strict=True)]
-    above, below = (sum(part[i] for part in parts) for i in (0, 1))
-    assert above / below == pytest.approx(counted(said, wanted)[score])
+def test_row_sums_add_up_to_the_score(score: str) -> None:
+    predictions, references = random_tags(9)
+    sums = [entity_sums(score, *pair) for pair in zip(predictions, references, strict=True)]
+    numerator, denominator = (sum(part[i] for part in sums) for i in (0, 1))
+    assert numerator / denominator == pytest.approx(expected_scores(predictions, references)[score])
 
 
-def test_what_one_row_adds() -> None:
-    said = ["B-A", "I-A", "O", "B-B", "B-A"]
-    wanted = ["B-A", "I-A", "O", "B-A", "O"]
-    assert entity_sums("f1", said, wanted) == (2.0, 5.0)
-    assert entity_sums("precision", said, wanted) == (1.0, 3.0)
-    assert entity_sums("recall", said, wanted) == (1.0, 2.0)
+def test_sums_of_one_row() -> None:
+    predicted = ["B-A", "I-A", "O", "B-B", "B-A"]
+    reference = ["B-A", "I-A", "O", "B-A", "O"]
+    assert entity_sums("f1", predicted, reference) == (2.0, 5.0)
+    assert entity_sums("precision", predicted, reference) == (1.0, 3.0)
+    assert entity_sums("recall", predicted, reference) == (1.0, 2.0)
 
 
 @pytest.mark.parametrize(
-    ("said", "wanted"), [(["O", "O"], ["B-A", "O"]), (["B-A", "O"], ["O", "O"]), (["O"], ["O"])]
+    ("predicted", "reference"),
+    [(["O", "O"], ["B-A", "O"]), (["B-A", "O"], ["O", "O"]), (["O"], ["O"])],
 )
-def test_where_nothing_is_right_each_score_is_zero(said: list[str], wanted: list[str]) -> None:
-    assert entity_scores([said], [wanted]) == dict.fromkeys(SCORES, 0.0)
+def test_scores_are_zero_if_nothing_is_right(predicted: list[str], reference: list[str]) -> None:
+    assert entity_scores([predicted], [reference]) == dict.fromkeys(SCORES, 0.0)

@@ -1,3 +1,5 @@
+"""Tests of final answers: extraction, comparison, and the metrics of a language model."""
+
 from __future__ import annotations
 
 import json
@@ -25,7 +27,7 @@ GSM8K = "#### (-?[0-9.,]+)"
 
 
 @pytest.mark.parametrize(
-    ("pattern", "text", "found"),
+    ("pattern", "text", "expected"),
     [
         (GSM8K, "half of 48 is 24\n#### 72", "72"),
         (GSM8K, "#### 1\nQuestion: another\n#### 2", "2"),  # the last one
@@ -38,13 +40,13 @@ GSM8K = "#### (-?[0-9.,]+)"
         (r"答え：(\d+)", "答え：７２", "７２"),
     ],
 )
-def test_the_last_match_is_the_final_answer(pattern: str, text: str, found: str | None) -> None:
-    said = final_answer(pattern, text)
-    assert said == (found and "Zo\u00eb" if found == "Zoe\u0308" else found)
+def test_the_last_match_is_the_final_answer(pattern: str, text: str, expected: str | None) -> None:
+    answer = final_answer(pattern, text)
+    assert answer == (expected and "Zo\u00eb" if expected == "Zoe\u0308" else expected)
 
 
 @pytest.mark.parametrize(
-    ("one", "other", "same"),
+    ("a", "b", "same"),
     [
         ("1,234", "1234", True), ("72.", "72", True), ("72.0", "72", True), ("0.50", ".5", True),
         ("-3", "-3.00", True), ("+3", "3", True), ("７２", "72", True), ("3", "-3", False),
@@ -53,20 +55,20 @@ def test_the_last_match_is_the_final_answer(pattern: str, text: str, found: str 
         (",", "", False), ("", "", True),
     ],
 )  # fmt: skip
-def test_numbers_are_compared_by_value(one: str, other: str, same: bool) -> None:
-    assert is_same_answer(one, other) is is_same_answer(other, one) is same
+def test_numbers_are_compared_by_value(a: str, b: str, same: bool) -> None:
+    assert is_same_answer(a, b) is is_same_answer(b, a) is same
 
 
-def test_exact_match_compares_final_answers_and_counts_those_that_are_missing() -> None:
-    said = ["so #### 1,200", "so #### 7", "no idea", "Paris ", "#### 3", "Rome"]
-    wanted = ["#### 1200", "#### 8", "#### 9", "Paris", "x #### 3.0", ["Oslo", "#### 4"]]
+def test_exact_match_and_no_answer_with_a_pattern() -> None:
+    predictions = ["so #### 1,200", "so #### 7", "no idea", "Paris ", "#### 3", "Rome"]
+    references = ["#### 1200", "#### 8", "#### 9", "Paris", "x #### 3.0", ["Oslo", "#### 4"]]
     context = MetricContext(answer_pattern=GSM8K, several_references=True)
     metrics = MetricSet(["exact_match", "no_answer"], "text", context)
-    metrics.add_batch("text", said, wanted)
+    metrics.add_batch("text", predictions, references)
     # of the five references with an answer, "no idea" and "Rome" have none; Paris is a whole text
     assert metrics.compute() == {"exact_match": 3 / 6, "no_answer": 2 / 5}
     rows = [Prediction(i, None, None, metric_inputs={"text": pair}) for i, pair in
-            enumerate(zip(said, wanted, strict=True))]  # fmt: skip
+            enumerate(zip(predictions, references, strict=True))]  # fmt: skip
     rows.append(Prediction(6, None, None))  # not answered
     for metric, total, count in (("exact_match", 3, 6), ("no_answer", 2, 5)):
         sums = row_sums(metric, rows, context)
@@ -74,7 +76,7 @@ def test_exact_match_compares_final_answers_and_counts_those_that_are_missing() 
         assert sums.sum(0).tolist() == [total, count]
 
 
-def test_a_pattern_that_takes_too_long_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_pattern_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lora_cli.metrics.final_answers.TIMEOUT_S", 0.02)
     with pytest.raises(LoraError, match=r"takes more than 0\.02 s for one text"):
         final_answer("(a|aa)+$", "a" * 60 + "b")
@@ -95,7 +97,7 @@ def recipe_of(tmp_path: Path, rows: list[dict[str, str]], **sections: Any) -> Pa
     return tiny.recipe(tiny.save_llama(tmp_path / "base"), tmp_path, **values)
 
 
-def test_answers_of_a_language_model_are_those_of_transformers(
+def test_answers_equal_those_of_transformers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [{"q": text, "a": f"so it is {'abc'[i % 3]}"} for i, text in enumerate(tiny.CORPUS)]
@@ -108,30 +110,30 @@ def test_answers_of_a_language_model_are_those_of_transformers(
     split = load_data(task)["validation"]
     model, _ = task.load_model(torch.device("cpu"))
     file, generate = tmp_path / "predictions.jsonl", task.generate
-    at_once: list[int] = []
+    batch_sizes: list[int] = []
     monkeypatch.setattr(
-        task, "generate", lambda *args: (at_once.append(len(args[1])), generate(*args))[1]
+        task, "generate", lambda *args: (batch_sizes.append(len(args[1])), generate(*args))[1]
     )
-    found = evaluate(model, task, split, Accelerator(cpu=True), file)
-    assert at_once == [4]  # all that are answered, and none for the other four rows
+    metrics = evaluate(model, task, split, Accelerator(cpu=True), file)
+    assert batch_sizes == [4]  # the four rows to answer in one batch
 
-    right = missing = 0
-    asked = [0, 2, 4, 6]  # four of eight rows, spread evenly
-    for i in asked:
+    n_right = n_missing = 0
+    answered = [0, 2, 4, 6]  # four of eight rows, spread evenly
+    for i in answered:
         ids = task.tokenizer(rows[i]["q"], return_tensors="pt")["input_ids"]
         output = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=tiny.PAD)
         text = task.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
         answers = re.findall(r"(\w)\W*$", text)
-        missing += not answers
-        right += answers[-1:] == [rows[i]["a"][-1]]
-    assert found["exact_match"] == right / 4
-    assert found["no_answer"] == missing / 4
+        n_missing += not answers
+        n_right += answers[-1:] == [rows[i]["a"][-1]]
+    assert metrics["exact_match"] == n_right / 4
+    assert metrics["no_answer"] == n_missing / 4
     lines = [json.loads(line) for line in file.read_text().splitlines()]
-    assert [i for i, line in enumerate(lines) if "prediction" in line] == asked
+    assert [i for i, line in enumerate(lines) if "prediction" in line] == answered
     assert "at most 4 rows" in task.metric_definitions()["exact_match"]
 
 
-def test_what_the_model_says_is_shown_at_each_evaluation(tmp_path: Path) -> None:
+def test_samples_are_shown_for_each_evaluation(tmp_path: Path) -> None:
     rows = [{"q": text, "a": "fine a"} for text in tiny.CORPUS]
     path = recipe_of(
         tmp_path, rows, train={"max_steps": 6, "optimizer": {"learning_rate": 0.05}},
@@ -142,7 +144,7 @@ def test_what_the_model_says_is_shown_at_each_evaluation(tmp_path: Path) -> None
         {"place", "prompt", "reference", "before", "during", "after"}
     ]
     for sample in report["samples"]:
-        steps = {one["step"]: one["text"] for one in sample["during"]}
+        steps = {during["step"]: during["text"] for during in sample["during"]}
         assert list(steps) == [2, 4, 6]
         assert sample["after"] == steps[report["best"]["step"]]
     page = (tmp_path / "out/report.html").read_text()

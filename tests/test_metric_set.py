@@ -1,4 +1,4 @@
-"""What a set of metrics takes, and what it hands on to metrics of other people."""
+"""Tests of `MetricSet`: batches, rows per channel, and metrics that are not built in."""
 
 from __future__ import annotations
 
@@ -18,45 +18,47 @@ evaluate = pytest.importorskip("evaluate")
 BINARY = MetricContext(n_labels=2)
 
 
-class Foreign:
-    """A metric of somebody else: it keeps what it is given."""
+class ExternalMetric:
+    """A metric that is not built in, and records its batches."""
 
     features: Any = {"predictions": None, "references": None}
 
     def __init__(self) -> None:
-        self.given: list[tuple[list[Any], list[Any]]] = []
+        self.batches: list[tuple[list[Any], list[Any]]] = []
 
     def add_batch(self, predictions: list[Any], references: list[Any]) -> None:
-        self.given.append((predictions, references))
+        self.batches.append((predictions, references))
 
     def compute(self) -> dict[str, float]:
-        return {"batches": len(self.given)}
+        return {"batches": len(self.batches)}
 
 
 @pytest.fixture
-def foreign(monkeypatch: pytest.MonkeyPatch) -> Foreign:
-    metric = Foreign()
+def external_metric(monkeypatch: pytest.MonkeyPatch) -> ExternalMetric:
+    metric = ExternalMetric()
     monkeypatch.setattr(evaluate, "load", lambda name, **_: metric)
     return metric
 
 
 @pytest.mark.parametrize("several", [False, True])
-def test_texts_reach_another_metric_as_the_data_have_them(several: bool, foreign: Foreign) -> None:
+def test_external_metrics_get_texts_in_the_task_s_form(
+    several: bool, external_metric: ExternalMetric
+) -> None:
     context = MetricContext(several_references=several)
     metrics = MetricSet(["meteor", "exact_match"], "text", context)
     metrics.add_batch("text", ["a", "b"], ["c", "b"])
-    wanted = [["c"], ["b"]] if several else ["c", "b"]
-    assert foreign.given == [(["a", "b"], wanted)]
+    expected = [["c"], ["b"]] if several else ["c", "b"]
+    assert external_metric.batches == [(["a", "b"], expected)]
     assert metrics.compute() == {"batches": 1.0, "exact_match": 0.5}
 
 
-def test_sums_keep_their_fractions() -> None:
+def test_nll_sums_are_not_rounded() -> None:
     metrics = MetricSet(["perplexity"], "nll")
     metrics.add_batch("nll", [1.5, 0.25], [3, 4])
     assert metrics.compute()["perplexity"] == pytest.approx(math.exp(1.75 / 7))
 
 
-def test_what_no_metric_reads_is_not_examined_and_no_rows_are_none() -> None:
+def test_other_channels_and_empty_batches_are_ignored() -> None:
     metrics = MetricSet(["accuracy"], "label", BINARY)
     metrics.add_batch("label", [], [])
     metrics.add_batch("value", [object()], [object()])
@@ -67,7 +69,7 @@ def test_what_no_metric_reads_is_not_examined_and_no_rows_are_none() -> None:
     assert metrics.without_rows == ["accuracy"]
 
 
-def test_numbers_of_a_metric_without_rows_may_be_left_out() -> None:
+def test_metrics_without_rows_may_be_left_out() -> None:
     metrics = MetricSet(["perplexity", "exact_match"], "text", may_lack_rows=True)
     metrics.add_batch("nll", [2.0], [2])
     assert metrics.compute() == pytest.approx({"perplexity": math.e})
@@ -75,17 +77,17 @@ def test_numbers_of_a_metric_without_rows_may_be_left_out() -> None:
     assert metrics.compute() == {"exact_match": 1.0}
 
 
-def test_a_metric_of_several_forms_is_taken_in_its_first(foreign: Foreign) -> None:
-    ours, other = Foreign.features, {"sources": None, "predictions": None}
-    foreign.features = [ours, other]
+def test_the_first_of_several_feature_sets_counts(external_metric: ExternalMetric) -> None:
+    usable, unusable = ExternalMetric.features, {"sources": None, "predictions": None}
+    external_metric.features = [usable, unusable]
     assert MetricSet(["meteor"], "text").channels == {"text"}
-    foreign.features = [other, ours]
+    external_metric.features = [unusable, usable]
     with pytest.raises(LoraError, match="expects sources, predictions; a task yields"):
         MetricSet(["meteor"], "text")
 
 
 @pytest.mark.parametrize(
-    ("name", "error", "said"),
+    ("name", "error", "message"),
     [
         ("meteor", FileNotFoundError("none"), "unknown metric `meteor`: it is not built in"),
         ("meteor", ImportError("no nltk\nat all"), "`meteor` cannot be loaded: ImportError: no nl"),
@@ -93,8 +95,8 @@ def test_a_metric_of_several_forms_is_taken_in_its_first(foreign: Foreign) -> No
         ("./m.py", FileNotFoundError("w.txt"), "`./m.py` cannot be loaded: FileNotFoundError: w.t"),
     ],
 )
-def test_why_a_metric_cannot_be_loaded(
-    name: str, error: Exception, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_loading_errors_name_the_metric_and_the_reason(
+    name: str, error: Exception, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def load(*_: Any, **__: Any) -> None:
         raise error
@@ -105,10 +107,10 @@ def test_why_a_metric_cannot_be_loaded(
     with pytest.raises(LoraError) as caught:
         MetricSet([name], "text")
     (problem,) = caught.value.problems
-    assert said in problem.what
+    assert message in problem.what
 
 
-def test_a_scratch_folder_that_is_gone_already_is_no_error(
+def test_a_missing_scratch_folder_is_not_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -120,7 +122,7 @@ def test_a_scratch_folder_that_is_gone_already_is_no_error(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_rows_of_each_channel_are_stored_as_their_metrics_read_them() -> None:
+def test_rows_of_each_channel_are_stored_losslessly() -> None:
     for name, channel, predictions, references, context, expected in (
         ("f1", "tags", [["B-A", "O"]], [["B-A", "B-A"]], MetricContext(), 2 / 3),
         ("mrr_at_10", "ranks", [[2, 3], []], [2, 1], MetricContext(), 1 / 4),
