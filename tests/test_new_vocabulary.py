@@ -1,4 +1,4 @@
-"""A new vocabulary of letters, against the usual recipe with transformers and PEFT."""
+"""Tests of new vocabularies, against transformers' fine-tuning examples and PEFT."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import torch
 import yaml
 from closeness import assert_close, assert_different
 from peft import PeftModel
-from test_ctc_recognition import batch_of, heard_by, opened, run, write_recipe_of
+from test_ctc_recognition import decode, load_task_and_data, make_batch, run, write_recipe_file
 from transformers import (
     AutoModelForCTC,
     AutoProcessor,
@@ -57,7 +57,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def write(folder: Path, kind: str = "wav2vec2", **sections: Any) -> Path:
     """Write a base without a vocabulary, recordings and a recipe."""
     tiny_ctc.save_pretrained(folder / "base", kind)
-    path = write_recipe_of(folder, **sections)
+    path = write_recipe_file(folder, **sections)
     for i, text in enumerate(TEXTS):
         (folder / f"speech/train/{i}.txt").write_text(f"{text}\n")
     for file in (*folder.glob("speech/validation/*.txt"), *folder.glob("speech/test/*.txt")):
@@ -65,8 +65,8 @@ def write(folder: Path, kind: str = "wav2vec2", **sections: Any) -> Path:
     return path
 
 
-def usual_processor(folder: Path, base: Path) -> Wav2Vec2Processor:
-    """Return the processor of the well-known recipe for fine-tuning wav2vec2."""
+def example_processor(folder: Path, base: Path) -> Wav2Vec2Processor:
+    """Return a processor as transformers' fine-tuning examples build it."""
     texts = [re.sub(r"[\,\?\.\!\-\;\:\"]", "", text).lower() for text in TEXTS]
     letters = sorted(set(" ".join(texts)))
     vocabulary = {letter: i for i, letter in enumerate(letters)}
@@ -84,30 +84,32 @@ def usual_processor(folder: Path, base: Path) -> Wav2Vec2Processor:
 @pytest.mark.slow_after(1)
 @pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask")  # WavLM's
 @pytest.mark.parametrize("kind", ["wav2vec2", "hubert", "wavlm"])
-def test_letters_and_losses_are_those_of_the_usual_recipe(kind: str, tmp_path: Path) -> None:
-    task, model, data = opened(write(tmp_path, kind))
-    processor = usual_processor(tmp_path / "usual", tmp_path / "base")
+def test_vocabulary_and_losses_equal_those_of_transformers_examples(
+    kind: str, tmp_path: Path
+) -> None:
+    task, model, data = load_task_and_data(write(tmp_path, kind))
+    processor = example_processor(tmp_path / "usual", tmp_path / "base")
     assert task.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
     reference = AutoModelForCTC.from_pretrained(
         tmp_path / "base", ctc_loss_reduction="sum", dtype=torch.float64,
         pad_token_id=processor.tokenizer.pad_token_id, vocab_size=len(processor.tokenizer),
     ).eval()  # fmt: skip
-    reference.lm_head.load_state_dict(model.lm_head.state_dict())  # which is drawn
+    reference.lm_head.load_state_dict(model.lm_head.state_dict())  # randomly initialised
     split = data["train"]
-    batch = batch_of(task, split, range(5))
+    batch = make_batch(task, split, range(5))
     output = task.forward(model, batch)
-    found = task.losses(model, output, batch)["loss"]
-    said = task.predictions(model, output, batch)
+    losses = task.losses(model, output, batch)["loss"]
+    predictions = task.predictions(model, output, batch)
     for i in range(5):
         samples, rate = soundfile.read(split.rows[i]["audio"]["path"])
         inputs = processor(samples, sampling_rate=rate, return_tensors="pt")
         text = re.sub(r"[\,\?\.\!\-\;\:\"]", "", split.rows[i]["text"]).lower()
         labels = processor(text=text, return_tensors="pt")["input_ids"]
         assert list(split.examples[i]["labels"]) == labels[0].tolist()
-        wanted = reference(inputs["input_values"].double(), labels=labels)
-        assert_close(found[i], wanted.loss.detach(), 1e-5)
-        best = wanted.logits[0].argmax(-1)
-        assert said[i].prediction == heard_by(processor, best)
+        expected = reference(inputs["input_values"].double(), labels=labels)
+        assert_close(losses[i], expected.loss.detach(), 1e-5)
+        best = expected.logits[0].argmax(-1)
+        assert predictions[i].prediction == decode(processor, best)
 
 
 def test_a_run_from_training_to_the_merged_model(
@@ -122,22 +124,22 @@ def test_a_run_from_training_to_the_merged_model(
     assert recipe.task.letters == "'adefghilmoprstuwy"  # type: ignore[union-attr]
     before, after = (report["metrics"][when]["validation"]["loss"] for when in ("before", "after"))
     assert after < before
-    found = evaluate_adapter(out, recipe, "validation")["validation"]
-    assert found["loss"] == pytest.approx(after, rel=1e-5)
+    metrics = evaluate_adapter(out, recipe, "validation")["validation"]
+    assert metrics["loss"] == pytest.approx(after, rel=1e-5)
 
     task, model, accelerator = open_adapter(out, recipe)
     processor = Wav2Vec2Processor.from_pretrained(out)
     assert processor.tokenizer.get_vocab() == task.tokenizer.get_vocab()
-    given = {"vocab_size": len(processor.tokenizer),
+    options = {"vocab_size": len(processor.tokenizer),
              "pad_token_id": processor.tokenizer.pad_token_id}  # fmt: skip
-    base = AutoModelForCTC.from_pretrained(tmp_path / "base", **given)
+    base = AutoModelForCTC.from_pretrained(tmp_path / "base", **options)
     adapted = PeftModel.from_pretrained(base, out).eval()
     samples, rate = soundfile.read(file, dtype="float32")
     inputs = processor(samples, sampling_rate=rate, return_tensors="pt")
     scores = adapted(**inputs).logits
-    text = heard_by(processor, scores.argmax(-1)[0])
-    ((said,),) = answer(model, task, [task.parse_input(str(file))], accelerator)
-    assert said == text
+    text = decode(processor, scores.argmax(-1)[0])
+    ((answer_text,),) = answer(model, task, [task.parse_input(str(file))], accelerator)
+    assert answer_text == text
 
     merge_adapter(None, out, tmp_path / "merged")
     merged = AutoModelForCTC.from_pretrained(tmp_path / "merged").eval()
@@ -147,8 +149,8 @@ def test_a_run_from_training_to_the_merged_model(
     again = AutoProcessor.from_pretrained(tmp_path / "merged")
     assert again.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
 
-    # the merged model is a base like any other, whose vocabulary is kept
-    on_top = write_recipe_of(tmp_path, model={"name": str(tmp_path / "merged")})
+    # the merged model can be used as a base, and keeps its vocabulary
+    on_top = write_recipe_file(tmp_path, model={"name": str(tmp_path / "merged")})
     task = build_task(load_recipe(on_top))
     task.load_processor()
     assert not task.is_new
@@ -166,24 +168,24 @@ def test_a_run_from_training_to_the_merged_model(
 
 
 @pytest.mark.parametrize(
-    ("text", "wanted"),
+    ("text", "expected"),
     [
         ("Well, GREAT!", "well great"),
         ("it's  3 o'clock\n", "it's 3 o'clock"),
-        ("E\u0301te\u0301", "été"),  # of two characters each
+        ("E\u0301te\u0301", "été"),  # letters and combining accents
         ("a|b", "ab"),
         ("über-groß", "übergroß"),
-        ("नमस्ते", "नमस्ते"),  # whose vowels are marks
+        ("नमस्ते", "नमस्ते"),  # vowels are combining marks
         ("東京。", "東京"),
         ("?!", ""),
         ("don\u2019t, well-known\u2014or", "don't wellknown or"),
     ],
 )
-def test_what_a_new_vocabulary_writes(text: str, wanted: str) -> None:
-    assert normalise_transcript(text) == wanted
+def test_transcripts_are_normalised(text: str, expected: str) -> None:
+    assert normalise_transcript(text) == expected
 
 
-def test_letters_are_in_order_and_the_blank_is_the_last() -> None:
+def test_letters_are_sorted_and_the_blank_is_last() -> None:
     letters = letters_of(["Ba b", "c'"])
     assert letters == "'abc"
     vocabulary = {name: i for name, i in build_tokenizer("cb'a").get_vocab().items() if i < 7}
@@ -191,20 +193,20 @@ def test_letters_are_in_order_and_the_blank_is_the_last() -> None:
     assert build_tokenizer("e\u0301").get_vocab() == build_tokenizer("é").get_vocab()
 
 
-def test_the_letters_of_turkish_have_no_mark_and_both_i() -> None:
-    found = letters_of(["İzmir'de IŞIK ve dağ", "ılık"])
-    assert found == "".join(sorted(set("izmir'deışıkvedağlık")))
-    assert letters_of(["I AM İN ISTANBUL"]) == "abilmnstu"  # another language
+def test_turkish_letters() -> None:
+    letters = letters_of(["İzmir'de IŞIK ve dağ", "ılık"])
+    assert letters == "".join(sorted(set("izmir'deışıkvedağlık")))
+    assert letters_of(["I AM İN ISTANBUL"]) == "abilmnstu"  # not Turkish
 
 
-def test_letters_that_train_lacks_are_said_and_read_as_unknown(tmp_path: Path) -> None:
+def test_letters_missing_in_train_are_noted_and_unknown(tmp_path: Path) -> None:
     path = write(tmp_path)
     (tmp_path / "speech/validation/0.txt").write_text("a żart\n")
-    task, _, data = opened(path)
-    said = "\n".join(task.notes)
-    assert "a new vocabulary of 18 letters, `'adefghilmoprstuwy`" in said
-    assert "transcripts are read in lower case" in said
-    assert "letters of 1 validation transcript that the vocabulary lacks are [UNK]: ż" in said
+    task, _, data = load_task_and_data(path)
+    notes = "\n".join(task.notes)
+    assert "a new vocabulary of 18 letters, `'adefghilmoprstuwy`" in notes
+    assert "transcripts are read in lower case" in notes
+    assert "letters of 1 validation transcript that the vocabulary lacks are [UNK]: ż" in notes
     split = data["validation"]
     texts = ["".join(task.tokenizer.convert_ids_to_tokens(e["labels"])) for e in split.examples]
     assert "a|[UNK]art" in texts
@@ -212,39 +214,47 @@ def test_letters_that_train_lacks_are_said_and_read_as_unknown(tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_letters_of_the_recipe_replace_those_of_the_base(tmp_path: Path) -> None:
+def test_letters_of_the_recipe_replace_the_base_s_vocabulary(tmp_path: Path) -> None:
     base = tiny_ctc.save(tmp_path / "base", letters="ABCDEFGHIJKLMNOPQRSTUVWXYZ")
-    task, model, data = opened(write_recipe_of(tmp_path, task={"letters": "GREATWHLPOMFDUISNY"}))
+    task, model, data = load_task_and_data(
+        write_recipe_file(tmp_path, task={"letters": "GREATWHLPOMFDUISNY"})
+    )
     vocabulary = task.tokenizer.get_vocab()
     assert vocabulary["A"] == 1
     assert model.lm_head.out_features == len(vocabulary)
-    known = AutoModelForCTC.from_pretrained(base, dtype=torch.float64)
+    base_model = AutoModelForCTC.from_pretrained(base, dtype=torch.float64)
     assert_close(model.wav2vec2.encoder.layers[0].attention.k_proj.weight,
-                 known.wav2vec2.encoder.layers[0].attention.k_proj.weight, 1e-6)  # fmt: skip
+                 base_model.wav2vec2.encoder.layers[0].attention.k_proj.weight, 1e-6)  # fmt: skip
     text = task.tokenizer.convert_ids_to_tokens(data["train"].examples[0]["labels"])
     assert "".join(text).isupper()
-    # as many as the base has: its output layer is of other letters all the same
-    n_letters = known.config.vocab_size - 5
-    same = "".join(chr(ord("a") + i) for i in range(26))[:n_letters]
-    task, model, _ = opened(write_recipe_of(tmp_path, task={"letters": same}))
-    assert model.lm_head.weight.shape == known.lm_head.weight.shape
-    assert_different(model.lm_head.weight, known.lm_head.weight)
+    # with as many letters as the base's, the output layer is initialised anew all the same
+    n_letters = base_model.config.vocab_size - 5
+    as_many_letters = "".join(chr(ord("a") + i) for i in range(26))[:n_letters]
+    task, model, _ = load_task_and_data(
+        write_recipe_file(tmp_path, task={"letters": as_many_letters})
+    )
+    assert model.lm_head.weight.shape == base_model.lm_head.weight.shape
+    assert_different(model.lm_head.weight, base_model.lm_head.weight)
     assert task.drawn == {"lm_head.weight", "lm_head.bias"}
 
 
-def test_letters_that_the_base_has_are_no_new_vocabulary(tmp_path: Path) -> None:
+def test_the_base_s_own_letters_are_not_a_new_vocabulary(tmp_path: Path) -> None:
     letters = "abcdefghilmnoprstuwy"
-    own = build_tokenizer(letters)
-    base = tiny_ctc.save(tmp_path / "base", vocab_size=len(own), pad_token_id=own.pad_token_id)
-    own.save_pretrained(base)
-    for given, is_new in ((letters[::-1], False), (letters[1:], True), ("z", True)):
-        task: Any = build_task(load_recipe(write_recipe_of(tmp_path, task={"letters": given})))
+    tokenizer = build_tokenizer(letters)
+    base = tiny_ctc.save(
+        tmp_path / "base", vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id
+    )
+    tokenizer.save_pretrained(base)
+    for recipe_letters, is_new in ((letters[::-1], False), (letters[1:], True), ("z", True)):
+        task: Any = build_task(
+            load_recipe(write_recipe_file(tmp_path, task={"letters": recipe_letters}))
+        )
         task.load_processor()
         assert task.is_new is is_new
-        assert set("".join(task.tokenizer.get_vocab())) >= set(given)
+        assert set("".join(task.tokenizer.get_vocab())) >= set(recipe_letters)
 
 
-def test_an_output_layer_is_counted_before_data_are_loaded(tmp_path: Path) -> None:
+def test_a_new_output_layer_is_known_without_a_model(tmp_path: Path) -> None:
     model = empty_adapted_model(load_recipe(write(tmp_path)))
     head: Any = model.get_submodule("lm_head")
     assert next(head.parameters()).shape[0] == 18 + 5
@@ -260,15 +270,13 @@ def test_an_output_layer_is_counted_before_data_are_loaded(tmp_path: Path) -> No
         ({"letters": ""}, "letters"),
     ],
 )
-def test_letters_that_are_none_are_rejected(
-    task: dict[str, Any], message: str, tmp_path: Path
-) -> None:
+def test_invalid_letters_are_rejected(task: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(LoraError) as error:
         load_recipe(write(tmp_path, task=task))
     assert message in str(error.value)
 
 
-def test_a_transcript_without_letters_is_an_error_of_its_row(tmp_path: Path) -> None:
+def test_a_transcript_without_letters_is_a_row_error(tmp_path: Path) -> None:
     path = write(tmp_path)
     (tmp_path / "speech/train/1.txt").write_text("?!\n")
     task = build_task(load_recipe(path))
@@ -277,56 +285,58 @@ def test_a_transcript_without_letters_is_an_error_of_its_row(tmp_path: Path) -> 
         load_data(task)
 
 
-def test_a_base_that_has_lost_its_tokenizer_gets_no_new_one(tmp_path: Path) -> None:
+def test_a_fine_tuned_base_without_a_tokenizer_is_an_error(tmp_path: Path) -> None:
     tiny_ctc.save(tmp_path / "base")
     for name in ("vocab.json", "tokenizer_config.json", "added_tokens.json"):
         (tmp_path / "base" / name).unlink(missing_ok=True)
     with pytest.raises(LoraError, match="tokenizer"):
-        build_task(load_recipe(write_recipe_of(tmp_path))).load_processor()
+        build_task(load_recipe(write_recipe_file(tmp_path))).load_processor()
 
 
-def test_whisper_takes_no_letters(tmp_path: Path) -> None:
+def test_whisper_rejects_letters(tmp_path: Path) -> None:
     base = tiny_speech.save(tmp_path / "base")
-    path = write_recipe_of(tmp_path, model={"name": str(base)}, task={"letters": "abc"})
+    path = write_recipe_file(tmp_path, model={"name": str(base)}, task={"letters": "abc"})
     with pytest.raises(LoraError, match="writes tokens of its own, and takes no `letters`"):
         build_task(load_recipe(path)).load_processor()
 
 
 @pytest.mark.slow
-def test_an_adapter_is_continued_with_its_own_letters(tmp_path: Path) -> None:
+def test_continued_adapters_keep_their_letters(tmp_path: Path) -> None:
     path = write(tmp_path)
     run(path)
-    for i in range(len(TEXTS)):  # as many letters, and others
+    for i in range(len(TEXTS)):  # as many letters, but not the same
         file = tmp_path / f"speech/train/{i}.txt"
         file.write_text(file.read_text().replace("w", "k"))
-    more = tmp_path / "more"
-    given = [f"adapter.from={tmp_path / 'out'}", f"output_dir={more}"]
+    continued = tmp_path / "more"
+    overrides = [f"adapter.from={tmp_path / 'out'}", f"output_dir={continued}"]
     printed = io.StringIO()
     with contextlib.redirect_stderr(printed):
-        train(load_recipe(path, given))
-    assert load_adapter_recipe(more).task.letters == "'adefghilmoprstuwy"  # type: ignore[union-attr]
-    said = "letters of 3 train transcripts that the vocabulary lacks are [UNK]: k"
-    assert said in printed.getvalue()
+        train(load_recipe(path, overrides))
+    assert load_adapter_recipe(continued).task.letters == "'adefghilmoprstuwy"  # type: ignore[union-attr]
+    message = "letters of 3 train transcripts that the vocabulary lacks are [UNK]: k"
+    assert message in printed.getvalue()
     with pytest.raises(LoraError, match=r"tokenizer|letters"):
-        train(load_recipe(path, [*given, "task.letters='adefghilmoprstuky", "output_dir=third"]))
+        train(
+            load_recipe(path, [*overrides, "task.letters='adefghilmoprstuky", "output_dir=third"])
+        )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["full", "none", "bitfit"])
-def test_other_ways_to_train_keep_the_letters(kind: str, tmp_path: Path) -> None:
+def test_other_adapter_types_keep_the_letters(kind: str, tmp_path: Path) -> None:
     path = write(tmp_path, train={"max_steps": 2})
     values = yaml.safe_load(path.read_text())
     path.write_text(yaml.safe_dump({**values, "adapter": {"type": kind}}))
     (tmp_path / "speech/validation/0.txt").write_text("a żart\n")
     report, out = run(path), tmp_path / "out"
-    found = evaluate_adapter(out, load_adapter_recipe(out), "validation")["validation"]
-    assert found["loss"] == pytest.approx(report["metrics"]["after"]["validation"]["loss"])
-    with contextlib.redirect_stderr(io.StringIO()):  # a complete run goes on
-        more = ["train.max_steps=3", "checkpoint.allow_changes=true"]
-        assert train(load_recipe(path, more), resume=True)["training"]["steps"] == 3
+    metrics = evaluate_adapter(out, load_adapter_recipe(out), "validation")["validation"]
+    assert metrics["loss"] == pytest.approx(report["metrics"]["after"]["validation"]["loss"])
+    with contextlib.redirect_stderr(io.StringIO()):  # continues a finished run
+        overrides = ["train.max_steps=3", "checkpoint.allow_changes=true"]
+        assert train(load_recipe(path, overrides), resume=True)["training"]["steps"] == 3
 
 
-def test_streamed_transcripts_need_letters(tmp_path: Path) -> None:
+def test_streamed_data_need_letters_in_the_recipe(tmp_path: Path) -> None:
     path = write(tmp_path, data={"streaming": True})
     with pytest.raises(LoraError, match="the letters of a new vocabulary are those of all"):
         build_task(load_recipe(path)).load_processor()
@@ -335,40 +345,40 @@ def test_streamed_transcripts_need_letters(tmp_path: Path) -> None:
     assert task.knows_labels
 
 
-def test_a_double_letter_is_shown_twice(tmp_path: Path) -> None:
-    task, _, data = opened(write(tmp_path))
-    shown = [task.shown(one, False)[1] for one in data["validation"].examples]
+def test_repeated_letters_are_shown(tmp_path: Path) -> None:
+    task, _, data = load_task_and_data(write(tmp_path))
+    shown = [task.shown(example, False)[1] for example in data["validation"].examples]
     assert all(text.endswith("⟦a dull story⟧") for text in shown)
     assert "\x1b[32ma dull story\x1b[0m" in task.shown(data["validation"].examples[0], True)[1]
 
 
-def test_a_recording_that_is_too_short_to_hear_says_nothing(tmp_path: Path) -> None:
-    task, model, _ = opened(write(tmp_path))
+def test_very_short_recordings_have_empty_transcripts(tmp_path: Path) -> None:
+    task, model, _ = load_task_and_data(write(tmp_path))
     parts = [tiny_speech.sound(1, 0.6), np.zeros(20, np.float32), tiny_speech.sound(2, 0.6)]
-    found = task.transcripts(model, parts, None)
-    alone = [task.transcripts(model, [parts[i]], None)[0] for i in (0, 2)]
-    assert found == [alone[0], "", alone[1]]
+    transcripts = task.transcripts(model, parts, None)
+    separately = [task.transcripts(model, [parts[i]], None)[0] for i in (0, 2)]
+    assert transcripts == [separately[0], "", separately[1]]
     assert task.transcripts(model, parts[1:2], None) == [""]
 
 
-def test_init_says_where_the_letters_come_from(tmp_path: Path) -> None:
+def test_init_notes_a_new_vocabulary(tmp_path: Path) -> None:
     write(tmp_path)
     draft = draft_recipe(tmp_path / "speech", str(tmp_path / "base"), tmp_path / "new.yaml")
-    said = dict(draft.findings)["task"]
-    assert "only pretrained: its letters will be those of the transcripts" in said
+    finding = dict(draft.findings)["task"]
+    assert "only pretrained: its letters will be those of the transcripts" in finding
     tiny_ctc.save(tmp_path / "known")
     draft = draft_recipe(tmp_path / "speech", str(tmp_path / "known"), tmp_path / "new.yaml")
     assert dict(draft.findings)["task"] == "speech_recognition"
 
 
-def test_a_tokenizer_that_cannot_be_looked_for_is_an_error_with_the_model_s_name(
+def test_errors_of_looking_for_a_tokenizer_name_the_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise ValueError("an odd answer")
 
     monkeypatch.setattr("lora_cli.tasks.speech.new_vocabulary.cached_file", fail)
-    recipe = load_recipe(write_recipe_of(tmp_path))
+    recipe = load_recipe(write_recipe_file(tmp_path))
     with pytest.raises(LoraError, match=r"tokenizer(.|\n)*an odd answer") as caught:
         has_tokenizer(recipe)
     assert recipe.model.name in str(caught.value)

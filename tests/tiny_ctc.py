@@ -1,9 +1,9 @@
-"""Tiny models that write by CTC, made in code.
+"""Tiny CTC models, built in code.
 
-folder = tiny_ctc.save(tmp_path / "base")                     rows may be filled, with a mask
-folder = tiny_ctc.save(tmp_path / "base", norm="group")       filling changes what it hears
+folder = tiny_ctc.save(tmp_path / "base")                     supports padding, with a mask
+folder = tiny_ctc.save(tmp_path / "base", norm="group")       padding changes its output
 folder = tiny_ctc.save_pretrained(tmp_path / "base")          without a tokenizer or an output layer
-folder = tiny_ctc.save_spectrograms(tmp_path / "base")        the same, of wav2vec2-bert
+folder = tiny_ctc.save_spectrograms(tmp_path / "base")        likewise, a wav2vec2-bert
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ'0123456789"
 
 
 def tokenizer(folder: Path, letters: str = LETTERS) -> Wav2Vec2CTCTokenizer:
-    """Return a tokenizer of letters, whose vocabulary is written into a folder."""
+    """Return a tokenizer of letters; write its vocabulary to a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = {token: i for i, token in enumerate([*SPECIAL, *letters])}
     file = folder / "vocab.json"
@@ -41,7 +41,7 @@ def tokenizer(folder: Path, letters: str = LETTERS) -> Wav2Vec2CTCTokenizer:
 
 
 def config(kind: str = "wav2vec2", norm: str = "layer", **changes: Any) -> Any:
-    """Return a configuration of 50 moments a second, of 16,000 samples."""
+    """Return a configuration with 50 output steps per second at 16 kHz."""
     values: dict[str, Any] = {
         "vocab_size": len(SPECIAL) + len(LETTERS), "hidden_size": 32, "num_hidden_layers": 2,
         "num_attention_heads": 4, "intermediate_size": 48, "conv_dim": (8, 8),
@@ -63,35 +63,35 @@ def save(
 ) -> Path:
     """Save a model, its tokenizer and its feature extractor, and return the folder."""
 
-    def write_all(place: Path) -> None:
-        tokenizer(place, letters).save_pretrained(place)
+    def write_all(target: Path) -> None:
+        tokenizer(target, letters).save_pretrained(target)
         size = len(SPECIAL) + len(letters)
         model = AutoModelForCTC.from_config(config(kind, norm, **{"vocab_size": size, **changes}))
         tiny.enliven(model, 0)
-        model.save_pretrained(place)
-        Wav2Vec2FeatureExtractor(return_attention_mask=norm == "layer").save_pretrained(place)
+        model.save_pretrained(target)
+        Wav2Vec2FeatureExtractor(return_attention_mask=norm == "layer").save_pretrained(target)
 
     return tiny.saved_once(folder, ("ctc", kind, norm, letters, tuple(changes.items())), write_all)
 
 
 def save_pretrained(folder: Path, kind: str = "wav2vec2", **changes: Any) -> Path:
-    """Save a model that was pretrained on recordings alone, as the Hub has it."""
+    """Save a model as pretrained on recordings alone, like those on the Hub."""
 
-    def write_all(place: Path) -> None:
+    def write_all(target: Path) -> None:
         values = {"vocab_size": 32, "codevector_dim": 16, "proj_codevector_dim": 16, **changes}
         auto = AutoModelForPreTraining if kind == "wav2vec2" else AutoModel
         model = auto.from_config(config(kind, **values))
         tiny.enliven(model, 0)
-        model.save_pretrained(place)
-        Wav2Vec2FeatureExtractor(return_attention_mask=True).save_pretrained(place)
+        model.save_pretrained(target)
+        Wav2Vec2FeatureExtractor(return_attention_mask=True).save_pretrained(target)
 
     return tiny.saved_once(folder, ("pretrained", kind, tuple(changes.items())), write_all)
 
 
 def save_spectrograms(folder: Path, **changes: Any) -> Path:
-    """Save a model that was pretrained on recordings alone, and reads spectrograms."""
+    """Save a model as pretrained on recordings alone that reads spectrograms."""
 
-    def write_all(place: Path) -> None:
+    def write_all(target: Path) -> None:
         values = {
             "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
             "intermediate_size": 48, "layerdrop": 0.1, "conv_depthwise_kernel_size": 7,
@@ -101,7 +101,7 @@ def save_spectrograms(folder: Path, **changes: Any) -> Path:
         }  # fmt: skip
         model = AutoModel.from_config(Wav2Vec2BertConfig(**{**values, **changes}))
         tiny.enliven(model, 0)
-        model.save_pretrained(place)
-        SeamlessM4TFeatureExtractor().save_pretrained(place)
+        model.save_pretrained(target)
+        SeamlessM4TFeatureExtractor().save_pretrained(target)
 
     return tiny.saved_once(folder, ("spectrograms", tuple(changes.items())), write_all)
