@@ -100,7 +100,7 @@ def test_batches_of_resamples_make_no_difference_but_in_memory(
 ) -> None:
     task, old, new = build_task(tiny.recipe_of()), rows_of([True, False] * 30), rows_of([True] * 60)
     whole = bootstrap("accuracy", task, old, new)[2]
-    monkeypatch.setattr(comparison, "AT_ONCE", 100)
+    monkeypatch.setattr(comparison, "MAX_COUNTS", 100)
     assert np.array_equal(bootstrap("accuracy", task, old, new)[2], whole)
 
 

@@ -220,7 +220,7 @@ def test_it_stands_alone(tmp_path: Path, more: list[str]) -> None:
 def test_a_line_of_any_length_is_passed_over_in_bounded_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(conversation, "MOST_CHARACTERS", 10)
+    monkeypatch.setattr(conversation, "MAX_LINE_CHARACTERS", 10)
     sizes, notes = list[int](), list[str]()
 
     class Recording(io.StringIO):

@@ -26,7 +26,7 @@ from lora_cli.evaluation import evaluate_split as evaluation
 from lora_cli.evaluation.evaluate_adapter import evaluate_adapter, with_test_file
 from lora_cli.evaluation.evaluate_split import best_by, evaluate
 from lora_cli.evaluation.open_adapter import open_adapter
-from lora_cli.evaluation.samples import MOST_EVALUATIONS, add_samples
+from lora_cli.evaluation.samples import MAX_EVALUATIONS, add_samples
 from lora_cli.preprocessing.encode import load_data
 from lora_cli.recipe import Recipe, load_recipe
 from lora_cli.tasks import build_task
@@ -229,7 +229,7 @@ def test_the_examples_of_a_row_are_joined_wherever_a_window_ends(cuts: list[int]
         part(3, "6", 32.0, 5),
     ]
     task: Any = Parts()
-    joined = evaluation._Joined(task, task)
+    joined = evaluation._RowJoiner(task, task)
     found, start = [], 0
     for end in cuts:
         rows = joined.add(parts[start:end], end == 6)
@@ -250,7 +250,7 @@ def test_examples_that_are_rows_pass_through() -> None:
     task: Any = Parts()
     task.joins_examples = False
     parts = [part(0, "1", 1.0, 1), part(0, "2", 2.0, 1)]
-    assert evaluation._Joined(task, task).add(parts, is_last=False) is parts
+    assert evaluation._RowJoiner(task, task).add(parts, is_last=False) is parts
 
 
 @pytest.mark.parametrize("answered", [range(9), [], [1, 2, 6]])
@@ -407,7 +407,7 @@ def test_samples_are_of_the_first_rows_and_get_both_answers() -> None:
         add_samples(model, task, split, accelerator, samples, step)
     kept = [one["step"] for one in samples[0]["during"]]
     assert kept == [2, 4, 6, 8, 9, 10, 11]
-    assert len(kept) <= MOST_EVALUATIONS
+    assert len(kept) <= MAX_EVALUATIONS
     del samples[0]["during"][-1]
     samples[0]["during"].append({"step": 11, "text": "as at step 11"})
     add_samples(model, task, split, accelerator, samples, "after", {"step": 11})

@@ -1,1 +1,1 @@
-"""What a trained adapter is worth and what it says: evaluate, compare, predict, converse."""
+"""Use a trained adapter: evaluate it, compare it with another, predict, converse."""

@@ -1,8 +1,8 @@
-"""Is a new adapter worse than an old one? Both on the same rows, with a paired bootstrap.
+"""Test whether a new adapter is worse than an old one, with a paired bootstrap over the rows.
 
-The rows of a test split are a sample. The bootstrap draws rows with replacement, the same rows for
-both adapters, and takes the difference again each time: the middle 95 % of these differences is the
-interval that is reported (Efron and Tibshirani, 1993, chapter 13).
+The rows of a test split are a sample. Each resample draws rows with replacement, the same rows for
+both adapters, and computes the difference of the metric. The reported interval contains the middle
+95 % of these differences (Efron and Tibshirani, 1993, chapter 13).
 """
 
 from __future__ import annotations
@@ -43,27 +43,27 @@ from lora_cli.tasks.contract import Task
 from lora_cli.tasks.examples import Encoded, Prediction
 
 RESAMPLES = 10_000
-FEWER_RESAMPLES = 1_000  # where a metric has to be computed again each time
+FEWER_RESAMPLES = 1_000  # for metrics that have to be recomputed for each resample
 SEED = 0
-ROUNDING = 5e-7  # of a value: so much may be what float32 rounds, and tells no adapters apart
-AT_ONCE = 4_000_000  # counts in memory together
+ROUNDING = 5e-7  # relative: smaller differences may come from rounding to float32
+MAX_COUNTS = 4_000_000  # in memory at once
 Floats = NDArray[np.float64]
 
 
 @dataclass
 class Comparison:
-    """What `lora eval --against` reports; `difference` is new - old, whichever is better."""
+    """The result of `lora eval --against`; `difference` is always new - old."""
 
     split: str
     metric: str
     mode: str
-    """Whether less (`min`) or more (`max`) is better."""
+    """Whether lower (`min`) or higher (`max`) values are better."""
     rows: int
     old: float
     new: float
     difference: float
     interval: tuple[float, float]
-    """95 % of the differences of the resamples."""
+    """Contains 95 % of the differences of the resamples."""
     resamples: int
     max_drop: float
     definition: str = ""
@@ -71,12 +71,12 @@ class Comparison:
 
     @property
     def drop(self) -> float:
-        """How much worse the new one is; negative where it is better."""
+        """How much worse the new adapter is; negative if it is better."""
         return self.difference if self.mode == "min" else -self.difference
 
     @property
     def worse(self) -> bool:
-        """Whether the drop that was measured is too large; of NaN it is."""
+        """Whether the drop exceeds `max_drop`; a drop of NaN counts as too large."""
         return not self.drop <= self.max_drop
 
     @property
@@ -87,7 +87,7 @@ class Comparison:
             return "the new adapter is equal to the old one"
         if math.isclose(self.old, self.new, rel_tol=ROUNDING):
             return "the new adapter is equal to the old one, but for rounding"
-        how = f"{'worse' if not self.drop < 0 else 'better'} by {abs(self.drop):.4f}"
+        change = f"{'worse' if not self.drop < 0 else 'better'} by {abs(self.drop):.4f}"
         allowed = "more than" if self.worse else "within"
         limit = "" if self.drop <= 0 else f", {allowed} the {self.max_drop:g} that is allowed"
         doubt = (
@@ -96,7 +96,7 @@ class Comparison:
             if low <= 0 <= high
             else "zero is outside the 95 % interval, so that is hardly chance"
         )
-        return f"the new adapter is {how}{limit}; {doubt}"
+        return f"the new adapter is {change}{limit}; {doubt}"
 
 
 def compare(
@@ -111,14 +111,14 @@ def compare(
 
     Args:
         new: Folder of the new adapter.
-        old: Folder of the old one, which supplies weights only.
-        recipe: Of the new one: it says the base, the task and the data for both.
-        metric: A built-in metric or `loss`. Default: what chooses the best adapter.
-        max_drop: How much worse the new one may be.
-        split: Which rows. Default: test, or validation if there is no test.
+        old: Folder of the old adapter. Only its weights are used.
+        recipe: The recipe of the new adapter. Defines the base, the task and the data for both.
+        metric: A built-in metric or `loss`. Default: the metric that selects the best adapter.
+        max_drop: How much worse the new adapter may be.
+        split: The split to measure. Default: test, or validation if there is no test split.
 
     Raises:
-        LoraError: If there is no such split or metric, or the two cannot be compared.
+        LoraError: If there is no such split or metric, or the adapters cannot be compared.
     """
     split = _split(recipe, split)
     _reject_others(old, recipe)
@@ -127,40 +127,45 @@ def compare(
     recipe = recipe.with_values({"evaluate.metrics": measured, "evaluate.best": None})
     task = open_task(new, recipe)
     data = load_data(task, [split])
-    ours = _measure(new, task, task, data, accelerator)
-    theirs = _measure(old, _loader(old, task.learned.completed(recipe)), task, data, accelerator)
-    of_set, of_rows = recipe.data.set_of_metric(name)
-    if of_set is not None:
-        inside = set(data[split].rows.sets.get(of_set, np.empty(0, dtype=np.int64)).tolist())
-        ours, theirs = ([p for p in rows if p.row in inside] for rows in (ours, theirs))
-        if not ours:
-            what = f"the set `{of_set}` has no {split} rows to compare by `{name}`"
+    new_predictions = _measure(new, task, task, data, accelerator)
+    old_predictions = _measure(
+        old, _loader(old, task.learned.completed(recipe)), task, data, accelerator
+    )
+    set_name, row_metric = recipe.data.set_of_metric(name)
+    if set_name is not None:
+        inside = set(data[split].rows.sets.get(set_name, np.empty(0, dtype=np.int64)).tolist())
+        new_predictions, old_predictions = (
+            [p for p in rows if p.row in inside] for rows in (new_predictions, old_predictions)
+        )
+        if not new_predictions:
+            what = f"the set `{set_name}` has no {split} rows to compare by `{name}`"
             raise LoraError(what, "--metric", "name another metric, or another `--split`")
-    old_value, new_value, differences = bootstrap(of_rows, task, theirs, ours)
-    channel = (
-        channel_of(measured[0]) if measured else None
-    )  # rows without an answer are not compared
+    old_value, new_value, differences = bootstrap(
+        row_metric, task, old_predictions, new_predictions
+    )
+    # rows without a reference do not count as compared
+    channel = channel_of(measured[0]) if measured else None
     finite = differences[np.isfinite(differences)]
     low, high = np.quantile(finite, [0.025, 0.975]) if len(finite) else (np.nan, np.nan)
     return Comparison(
         split,
         name,
         mode,
-        len({p.row for p in ours if channel is None or channel in p.metric_inputs}),
+        len({p.row for p in new_predictions if channel is None or channel in p.metric_inputs}),
         old_value,
         new_value,
         new_value - old_value,
         (float(low), float(high)),
         len(differences),
         max_drop,
-        task.metric_definitions().get(of_rows, ""),
+        task.metric_definitions().get(row_metric, ""),
     )
 
 
 def _split(recipe: Recipe, split: str | None) -> str:
     present = [name for name in SPLITS if recipe.data.has(name)]
-    wanted = [split] if split else ["test", "validation"]
-    for name in wanted:
+    candidates = [split] if split else ["test", "validation"]
+    for name in candidates:
         if name in present:
             return name
     raise LoraError(
@@ -171,26 +176,26 @@ def _split(recipe: Recipe, split: str | None) -> str:
 
 
 def _reject_others(old: Path, recipe: Recipe) -> None:
-    """Reject an old adapter of another base or other labels, which would measure nonsense."""
+    """Reject an old adapter with another base or other labels: comparing them means nothing."""
     if not old.exists():
         raise LoraError(f"there is no folder {old}", "--against", name_neighbours(old))
     if not (old / RECIPE_FILE).is_file():
         return
-    theirs = load_adapter_recipe(old)
+    old_recipe = load_adapter_recipe(old)
     for key in ("labels", "problem"):
-        ours, other = (getattr(r.task, key, None) for r in (recipe, theirs))
-        if ours is not None and other is not None and ours != other:
+        value, old_value = (getattr(r.task, key, None) for r in (recipe, old_recipe))
+        if value is not None and old_value is not None and value != old_value:
             raise LoraError(
-                f"`task.{key}` {_differ(other, ours)}",
+                f"`task.{key}` {_differ(old_value, value)}",
                 "--against",
                 "only adapters of the same task can be compared",
             )
-    moved = recipe.is_overridden("model.name")
-    if "full" in (recipe.adapter.type, theirs.adapter.type) or moved:
+    base_is_overridden = recipe.is_overridden("model.name")
+    if "full" in (recipe.adapter.type, old_recipe.adapter.type) or base_is_overridden:
         return
-    if theirs.model.name != recipe.model.name:
+    if old_recipe.model.name != recipe.model.name:
         raise LoraError(
-            f"the old adapter was trained on `{theirs.model.name}`, the new one on "
+            f"the old adapter was trained on `{old_recipe.model.name}`, the new one on "
             f"`{recipe.model.name}`",
             "--against",
             "if these are the same model, say where it is with `--set model.name=`",
@@ -198,16 +203,16 @@ def _reject_others(old: Path, recipe: Recipe) -> None:
 
 
 def _differ(old: Any, new: Any) -> str:
-    """Return in words how two values differ, of lists only what one has and the other has not."""
+    """Describe how two values differ; for two lists, name the items that only one of them has."""
     if isinstance(old, list) and isinstance(new, list) and set(old) != set(new):
-        only = [[x for x in a if x not in b] for a, b in ((old, new), (new, old))]
-        shown = (", ".join(map(str, x[:5])) + ", …" * (len(x) > 5) or "nothing" for x in only)
+        unshared = [[x for x in a if x not in b] for a, b in ((old, new), (new, old))]
+        shown = (", ".join(map(str, x[:5])) + ", …" * (len(x) > 5) or "nothing" for x in unshared)
         return "is not the same: the old adapter alone has {}; the new one {}".format(*shown)
     return f"is {old} in the old adapter and {new} in the new one"
 
 
 def _loader(folder: Path, recipe: Recipe) -> Task:
-    """Return the task that loads a folder, which may be an adapter or a whole model."""
+    """Return the task that loads a folder, which may hold an adapter or a full model."""
     if not (folder / "adapter_config.json").is_file() and (folder / "config.json").is_file():
         recipe = recipe.with_values({"adapter": AdapterSpec(type="full")})
     elif recipe.adapter.type == "full":
@@ -215,21 +220,21 @@ def _loader(folder: Path, recipe: Recipe) -> Task:
     return open_task(folder, recipe)
 
 
-def _metric(task: Task, wanted: str | None) -> tuple[str, str, list[str]]:
-    """Return what is compared, its mode, and the metrics that have to be measured for it."""
+def _metric(task: Task, requested: str | None) -> tuple[str, str, list[str]]:
+    """Return the name of the compared result, its mode, and the metrics to measure for it."""
     name, mode = best_by(task.recipe, task)
-    if wanted is not None and wanted != name:
-        name, mode = wanted, metric_mode(task.recipe.data.set_of_metric(wanted)[1]) or ""
-    _, of_rows = task.recipe.data.set_of_metric(name)
-    of = metric_of_result(of_rows, task.metric_channel)
-    if of is None and of_rows != "loss":
+    if requested is not None and requested != name:
+        name, mode = requested, metric_mode(task.recipe.data.set_of_metric(requested)[1]) or ""
+    _, row_metric = task.recipe.data.set_of_metric(name)
+    measured = metric_of_result(row_metric, task.metric_channel)
+    if measured is None and row_metric != "loss":
         known = ["loss", *(result for m in known_metrics() for result in result_names(m))]
         raise LoraError(
             f"`{name}` is not a metric that two adapters are compared by",
             "--metric",
             did_you_mean(name, known, "these are:"),
         )
-    return name, mode, [] if of is None else [of]
+    return name, mode, [] if measured is None else [measured]
 
 
 def _measure(
@@ -249,10 +254,10 @@ def _measure(
 def bootstrap(
     metric: str, task: Task, old: list[Prediction], new: list[Prediction]
 ) -> tuple[float, float, Floats]:
-    """Return a metric of the old and the new predictions, and the differences of the resamples.
+    """Return a metric of the old and of the new predictions, and the differences of the resamples.
 
-    Where a metric is a function of sums over rows, a resample is a product of matrices; any other
-    (f1, a correlation, bleu) is computed again for each of `FEWER_RESAMPLES`.
+    If the metric is a function of sums over rows, all resamples are one matrix product. Other
+    metrics (f1, correlations, bleu) are recomputed for each of `FEWER_RESAMPLES` resamples.
     """
     generator = np.random.default_rng(SEED)
     sums = [row_sums(metric, rows, task.metric_context) for rows in (old, new)]
@@ -262,16 +267,16 @@ def bootstrap(
     table = np.concatenate([sums[0], sums[1]], axis=1)
     n = len(table)
     differences = []
-    per_batch = max(1, AT_ONCE // n)
+    per_batch = max(1, MAX_COUNTS // n)
     for start in range(0, RESAMPLES, per_batch):
         size = min(per_batch, RESAMPLES - start)
         drawn = generator.integers(0, n, (size, n)) + np.arange(size)[:, None] * n
         counts = np.bincount(drawn.ravel(), minlength=size * n).reshape(size, n)
-        totals = counts @ table
-        differences.append(value(totals[:, 2:]) - value(totals[:, :2]))
-    whole = table.sum(0, keepdims=True)
-    ours, theirs = float(value(whole[:, 2:])[0]), float(value(whole[:, :2])[0])
-    return theirs, ours, np.concatenate(differences)
+        resampled = counts @ table
+        differences.append(value(resampled[:, 2:]) - value(resampled[:, :2]))
+    totals = table.sum(0, keepdims=True)
+    new_value, old_value = float(value(totals[:, 2:])[0]), float(value(totals[:, :2])[0])
+    return old_value, new_value, np.concatenate(differences)
 
 
 def _ratio(totals: Floats) -> Floats:
@@ -287,27 +292,29 @@ _VALUES: dict[str, Callable[[Floats], Floats]] = {
 def row_sums(
     metric: str, predictions: list[Prediction], context: MetricContext | None = None
 ) -> Floats | None:
-    """Return (rows, 2): what each row adds to the numerator and the denominator of a metric.
+    """Return the contribution of each row to the numerator and the denominator of a metric.
 
-    A row may have several examples, which are drawn together; one without an answer adds nothing.
-    None for a metric that is not a function of such sums.
+    The examples of a row are resampled together. A row without a reference contributes zeros.
+
+    Returns:
+        Shape (rows, 2); None if the metric is not a function of such sums.
     """
     context = MetricContext() if context is None else context
     per_example: list[tuple[float, float]]
     if metric == "loss":
-        if len(predictions[0].losses) > 1:  # a sum of means, each over items of its own
+        if len(predictions[0].losses) > 1:  # a sum of means with different denominators
             return None
         per_example = [pair for p in predictions for pair in p.losses.values()]
     elif metric == "perplexity":
         per_example = [p.metric_inputs["nll"] for p in predictions]
     elif metric in result_names("seqeval") and "tags" in predictions[0].metric_inputs:
         per_example = [entity_sums(metric, *p.metric_inputs["tags"]) for p in predictions]
-    elif metric in result_names("retrieval"):  # a mean over the rows that have something to find
-        found = (p.metric_inputs.get("ranks") for p in predictions)
+    elif metric in result_names("retrieval"):  # a mean over the rows with relevant documents
+        ranks = (p.metric_inputs.get("ranks") for p in predictions)
         per_example = [
-            (0.0, 0.0) if one is None else (row_score(metric, *one), 1.0) for one in found
+            (0.0, 0.0) if one is None else (row_score(metric, *one), 1.0) for one in ranks
         ]
-    elif metric in _SCORES:  # a mean over the rows that have something to compare
+    elif metric in _SCORES:  # a mean over the rows with a reference
         channel, score = channel_of("rouge" if metric in _ROUGE else metric) or "", _SCORES[metric]
         pairs = (p.metric_inputs.get(channel) for p in predictions)
         scores = [None if pair is None else score(*pair, context) for pair in pairs]
@@ -324,16 +331,18 @@ _ROUGE = result_names("rouge")
 
 
 def _rouge_of(name: str) -> Callable[[Any, Any, MetricContext], float]:
-    return lambda said, want, context: builtin_value("rouge", name, [said], [want], context)
+    return lambda predicted, expected, context: builtin_value(
+        "rouge", name, [predicted], [expected], context
+    )
 
 
 _SCORES: dict[str, Callable[[Any, Any, MetricContext], float | None]] = {
-    "accuracy": lambda said, want, _: float(said == want),
+    "accuracy": lambda predicted, expected, _: float(predicted == expected),
     "exact_match": is_exact_match,
     "no_answer": lacks_answer,
-    "mse": lambda said, want, _: (said - want) ** 2,
-    "rmse": lambda said, want, _: (said - want) ** 2,
-    "mae": lambda said, want, _: abs(said - want),
+    "mse": lambda predicted, expected, _: (predicted - expected) ** 2,
+    "rmse": lambda predicted, expected, _: (predicted - expected) ** 2,
+    "mae": lambda predicted, expected, _: abs(predicted - expected),
     **{name: _rouge_of(name) for name in _ROUGE},
 }
 
@@ -345,20 +354,20 @@ def _recomputed(
     new: list[Prediction],
     generator: np.random.Generator,
 ) -> tuple[float, float, Floats]:
-    of = metric_of_result(metric, task.metric_channel)
-    assert of is not None, metric
-    channel = channel_of(of) or ""
-    theirs, ours = (
+    name = metric_of_result(metric, task.metric_channel)
+    assert name is not None, metric
+    channel = channel_of(name) or ""
+    old_pairs, new_pairs = (
         [p.metric_inputs[channel] for p in rows if channel in p.metric_inputs]
         for rows in (old, new)
     )
 
     def value(pairs: list[tuple[Any, Any]], indices: Any) -> float:
-        said, want = zip(*(pairs[i] for i in indices), strict=True)
-        return builtin_value(of, metric, list(said), list(want), task.metric_context)
+        predicted, expected = zip(*(pairs[i] for i in indices), strict=True)
+        return builtin_value(name, metric, list(predicted), list(expected), task.metric_context)
 
-    n = len(ours)
-    whole = range(n)
+    n = len(new_pairs)
+    every_row = range(n)
     draws = (generator.integers(0, n, n) for _ in range(FEWER_RESAMPLES))
-    differences = [value(ours, draw) - value(theirs, draw) for draw in draws]
-    return value(theirs, whole), value(ours, whole), np.array(differences)
+    differences = [value(new_pairs, draw) - value(old_pairs, draw) for draw in draws]
+    return value(old_pairs, every_row), value(new_pairs, every_row), np.array(differences)

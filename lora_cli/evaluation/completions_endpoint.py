@@ -1,4 +1,4 @@
-"""Ask an OpenAI-style server for the most likely next tokens, by Python's own http client."""
+"""Request the most likely next tokens from an OpenAI-style server, with Python's http client."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from urllib.request import Request, urlopen
 
 from lora_cli.errors import LoraError, ResourceError, printable
 
-PATIENCE_S = 120.0
-MOST_BYTES = 2**24
-LOG_PROBABILITIES = 5  # the most that OpenAI's own API gives
+TIMEOUT_S = 120.0
+MAX_RESPONSE_BYTES = 2**24
+LOG_PROBABILITIES = 5  # the maximum of OpenAI's own API
 
 
 def next_tokens(url: str, prompts: list[str], model: str | None = None) -> list[dict[str, float]]:
-    """Return what a server holds for the next tokens of prompts.
+    """Return the most likely next tokens of prompts, according to a server.
 
     Args:
-        url: Of the server, with or without `/v1` or `/v1/completions`.
-        prompts: The texts that are continued.
-        model: The name under which it serves the adapter; None: the only one that it has.
+        url: The server's address, with or without `/v1` or `/v1/completions`.
+        prompts: The texts to continue.
+        model: The name under which the server serves the adapter; None if it serves one model.
 
     Returns:
-        Of each prompt, tokens with their log-probabilities.
+        For each prompt, tokens with their log-probabilities.
 
     Raises:
-        LoraError: If the address, or the model's name, is wrong, or the server gives no
+        LoraError: If the address or the model's name is wrong, or the server returns no
             log-probabilities.
-        ResourceError: If it cannot be reached.
+        ResourceError: If the server cannot be reached.
     """
     if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
         what, hint = f"`{url}` is not the address of a server", "write `http://host:port`"
         raise LoraError(what, "--url", hint)
-    top = url.rstrip("/").removesuffix("/completions").removesuffix("/v1") + "/v1"
+    base_url = url.rstrip("/").removesuffix("/completions").removesuffix("/v1") + "/v1"
     if model is None:
-        listed = _asked(f"{top}/models")
-        names = [str(one.get("id")) for one in listed.get("data") or [] if isinstance(one, dict)]
+        models = _request_json(f"{base_url}/models")
+        names = [str(one.get("id")) for one in models.get("data") or [] if isinstance(one, dict)]
         if len(names) != 1:
             what = f"the server serves {len(names)} models: {', '.join(names) or 'none is listed'}"
             hint = "name that of the adapter: `--served-name NAME`"
@@ -46,24 +46,24 @@ def next_tokens(url: str, prompts: list[str], model: str | None = None) -> list[
         model = names[0]
     answers = []
     for prompt in prompts:
-        asked = {
+        body = {
             "model": model, "prompt": prompt, "max_tokens": 1, "temperature": 0,
             "logprobs": LOG_PROBABILITIES,
         }  # fmt: skip
-        answers.append(_log_probabilities(_asked(f"{top}/completions", asked), top))
+        answers.append(_log_probabilities(_request_json(f"{base_url}/completions", body), base_url))
     return answers
 
 
-def _asked(url: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Return the JSON object that a server answers with."""
+def _request_json(url: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Send a request (POST if it has a body) and return the JSON object of the response."""
     data = None if body is None else json.dumps(body).encode()
     request = Request(url, data, {"Content-Type": "application/json"})
     try:
-        with urlopen(request, timeout=PATIENCE_S) as response:
-            value = json.loads(response.read(MOST_BYTES))
+        with urlopen(request, timeout=TIMEOUT_S) as response:
+            value = json.loads(response.read(MAX_RESPONSE_BYTES))
     except HTTPError as error:
-        said = printable(error.read(1000).decode("utf-8", "replace"), 300)
-        what = f"the server answered {error.code}: {said}"
+        error_text = printable(error.read(1000).decode("utf-8", "replace"), 300)
+        what = f"the server answered {error.code}: {error_text}"
         hint = "is it an OpenAI-style server, and `--served-name` the name of the adapter there?"
         raise LoraError(what, url, hint) from error
     except (OSError, HTTPException) as error:
@@ -79,14 +79,16 @@ def _asked(url: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
 
 
 def _log_probabilities(answer: dict[str, Any], url: str) -> dict[str, float]:
-    """Return the tokens of an answer: as OpenAI's completions write them, or its chats."""
+    """Return the log-probability of each token, from the format of completions or of chats."""
     try:
-        found = answer["choices"][0]["logprobs"]
-        if "content" in found:  # llama.cpp's server writes them so
-            first = found["content"][0]["top_logprobs"]
-            tokens = {str(one["token"]): float(one["logprob"]) for one in first}
+        logprobs = answer["choices"][0]["logprobs"]
+        if (
+            "content" in logprobs
+        ):  # the format of chats, which llama.cpp's server uses for completions too
+            first = logprobs["content"][0]["top_logprobs"]
+            tokens = {str(entry["token"]): float(entry["logprob"]) for entry in first}
         else:
-            tokens = {str(t): float(lp) for t, lp in found["top_logprobs"][0].items()}
+            tokens = {str(t): float(lp) for t, lp in logprobs["top_logprobs"][0].items()}
     except (KeyError, IndexError, TypeError, ValueError, AttributeError):
         tokens = {}
     if not tokens:

@@ -1,4 +1,4 @@
-"""Talk with an adapted model: line by line, at a terminal or through a pipe."""
+"""Converse with an adapted model, line by line, at a terminal or through a pipe."""
 
 from __future__ import annotations
 
@@ -17,29 +17,31 @@ from lora_cli.tasks.contract import Task
 from lora_cli.tasks.generation.text_generation import decode
 
 Write = Callable[[str], object]
-MOST_CHARACTERS = 1_000_000  # of a line; what is longer is no question, and may not end
+MAX_LINE_CHARACTERS = 1_000_000  # a longer line is no question; it may never end
 HELP = "/reset forgets the conversation, /quit ends"
 
 
 class Streamer(BaseStreamer):  # type: ignore[misc]  # transformers is untyped
-    """Writes an answer while it is generated, piece by piece, and nothing that it does not hold.
+    """Writes an answer piece by piece while it is generated.
+
+    Only text that later tokens cannot change is written.
 
     Args:
-        tokenizer: Of the model.
-        write: Takes each piece of text.
-        stops: The tokens that end an answer.
+        tokenizer: The model's tokenizer.
+        write: Called with each piece of text.
+        stops: The ids of the tokens that end an answer.
     """
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, write: Write, stops: Collection[int]
     ) -> None:
         self.tokenizer, self.write, self.stops = tokenizer, write, stops
-        self.ids: list[int] | None = None  # None until the prompt, which comes first, has passed
+        self.ids: list[int] | None = None  # None until the prompt, which is put first, was skipped
         self.written = 0
         self.has_ended = False
 
     def put(self, value: Tensor) -> None:
-        """Take the next token; write what is certain of the text."""
+        """Take the next token; write the text that can no longer change."""
         if self.ids is None:
             self.ids = []
             return
@@ -47,11 +49,11 @@ class Streamer(BaseStreamer):  # type: ignore[misc]  # transformers is untyped
         self.has_ended = self.has_ended or any(i in self.stops for i in new)
         self.ids += [i for i in new if i not in self.stops]
         text = self._text()
-        if not text.endswith("\ufffd"):  # else the rest of a character is yet to come
+        if not text.endswith("\ufffd"):  # otherwise the character is incomplete
             self._write_from(text)
 
     def end(self) -> None:
-        """Write what is left."""
+        """Write the remaining text."""
         self._write_from(decode(self.tokenizer, self.ids or [], is_cut=not self.has_ended))
 
     def _text(self) -> str:
@@ -64,16 +66,19 @@ class Streamer(BaseStreamer):  # type: ignore[misc]  # transformers is untyped
 
 
 def read_line(stream: TextIO, note: Write) -> str:
-    """Return the next line that is not too long, with its end; nothing at the end of the stream.
+    """Return the next line that is not too long, with its newline; "" at the end of the stream.
 
     Args:
-        stream: Where the user writes.
-        note: Takes what to say of a line that is too long; the line is passed over.
+        stream: The user's input.
+        note: Called with a message for each line that is skipped because it is too long.
     """
-    while len(line := stream.readline(MOST_CHARACTERS)) == MOST_CHARACTERS and line[-1] != "\n":
+    while (
+        len(line := stream.readline(MAX_LINE_CHARACTERS)) == MAX_LINE_CHARACTERS
+        and line[-1] != "\n"
+    ):
         while line and line[-1] != "\n":
-            line = stream.readline(MOST_CHARACTERS)
-        note(f"a line has {MOST_CHARACTERS:,} characters or more, and is not answered\n")
+            line = stream.readline(MAX_LINE_CHARACTERS)
+        note(f"a line has {MAX_LINE_CHARACTERS:,} characters or more, and is not answered\n")
     return line
 
 
@@ -85,37 +90,37 @@ def converse(
     write: Write,
     note: Write,
 ) -> None:
-    """Answer line after line, until they end or one is `/quit`.
+    """Answer each line, until the lines end or one is `/quit`.
 
-    A chat model is given the whole conversation each time; any other answers each line by itself.
+    A chat model gets the whole conversation each time; other models answer each line by itself.
 
     Args:
         model: The adapted model.
-        task: What it was trained for.
-        accelerator: Precision and device.
-        lines: What the user says.
-        write: Takes the answers, piece by piece.
-        note: Takes what is not an answer: errors, hints.
+        task: The task that it was trained for.
+        accelerator: The precision and the device.
+        lines: The user's messages.
+        write: Called with the pieces of the answers.
+        note: Called with everything else: errors and hints.
 
     Raises:
-        LoraError: If the next answer would fail too, such as a full disk behind standard output
-            (exit code 5) or scores that are not finite (3). What is wrong with a single message
-            is noted, and the conversation continues.
+        LoraError: If all further answers would fail too, such as a full disk behind standard
+            output (exit code 5) or scores that are not finite (3). An error that concerns one
+            message only is noted, and the conversation continues.
     """
     model.eval()
     history: list[Message] = []
     for line in lines:
-        said = line.strip()
-        if said == "/quit":
+        message = line.strip()
+        if message == "/quit":
             return
-        if said == "/reset":
+        if message == "/reset":
             history = []
             note("the conversation starts over\n")
-        elif said.startswith("/"):
-            note(f"there is no command {said.split()[0]}; {HELP}\n")
-        elif said:
+        elif message.startswith("/"):
+            note(f"there is no command {message.split()[0]}; {HELP}\n")
+        elif message:
             try:
-                _reply(model, task, accelerator, said, history, write, note)
+                _reply(model, task, accelerator, message, history, write, note)
             except LoraError as error:
                 if error.exit_code != LoraError.exit_code:  # every further answer would fail too
                     raise
@@ -126,7 +131,7 @@ def _reply(
     model: nn.Module,
     task: Task,
     accelerator: Accelerator,
-    said: str,
+    message: str,
     history: list[Message],
     write: Write,
     note: Write,
@@ -134,25 +139,25 @@ def _reply(
     """Write the answer to a line, and add both to the history."""
     writer = task.writer
     if writer is None:
-        (values,) = answer(model, task, [task.parse_input(said)], accelerator)
+        (values,) = answer(model, task, [task.parse_input(message)], accelerator)
         write(f"{task.answer_line(values)}\n")
         return
-    writer.note_control_tokens([writer.parse_input(said)])
+    writer.note_control_tokens([writer.parse_input(message)])
     if writer.is_chat:
-        turns = [*history, {"role": "user", "content": said}]
+        turns = [*history, {"role": "user", "content": message}]
         prompt = writer.chat_prompt(turns)
-        room = writer.room_for_prompt
-        while room is not None and len(prompt) > room and len(turns) > 2:
+        max_tokens = writer.room_for_prompt
+        while max_tokens is not None and len(prompt) > max_tokens and len(turns) > 2:
             turns = turns[2:]
             prompt = writer.chat_prompt(turns)
         if len(turns) <= len(history):
             note("the conversation is too long for the model: its oldest turns were dropped\n")
-        whole, prompt = prompt, writer.shortened(prompt)
-        if len(prompt) < len(whole):
+        untruncated, prompt = prompt, writer.shortened(prompt)
+        if len(prompt) < len(untruncated):
             note("what you wrote is too long for the model: its beginning was cut\n")
     else:
         turns = []
-        prompt = writer.text_prompt(said)
+        prompt = writer.text_prompt(message)
     with accelerator.autocast():
         streamer = Streamer(writer.tokenizer, write, writer.stop_ids(model))
         (text,) = writer.generate(model, [prompt], streamer)

@@ -1,4 +1,4 @@
-"""Pictures that a model draws while it is trained: the same texts from the same noise each time."""
+"""Generate sample images during training, from the same prompts and the same noise each time."""
 
 from __future__ import annotations
 
@@ -14,52 +14,54 @@ from lora_cli.files import write_json
 from lora_cli.reporting.page_drawn_pictures import DRAWINGS
 from lora_cli.tasks.contract import Task
 
-SAMPLES = "samples"  # the folder of the pictures, in that of the run
+SAMPLES = "samples"  # the subfolder for the images, in the output folder of the run
 BEST = "best"
 SHOWN_SIDE = 192  # pixels of the longer side in the report
 
 
 @torch.no_grad()
 def draw_samples(
-    model: nn.Module, task: Task, accelerator: Accelerator, folder: Path, when: int | None
+    model: nn.Module, task: Task, accelerator: Accelerator, folder: Path, step: int | None
 ) -> None:
-    """Draw the recipe's `validation_prompts`, on the main process alone.
+    """Generate an image for each of the recipe's `validation_prompts`, on the main process only.
 
     Args:
         model: The model; it is put into eval mode, and back into training mode.
-        task: Of the model; one that does not draw leaves nothing.
-        accelerator: Precision and processes.
-        folder: Of the run; gets `samples/step-000100/0.png` for the first text.
-        when: After which step; None: with the best adapter, when all is done.
+        task: The model's task; nothing is written if it does not generate images.
+        accelerator: The precision and the processes.
+        folder: The output folder of the run; gets `samples/step-000100/0.png` for the first prompt.
+        step: The number of steps so far; None for the best adapter, after training.
     """
     prompts = task.recipe.task.sample_prompts
     if not prompts or not accelerator.is_main_process:
         return
-    place = folder / SAMPLES / (BEST if when is None else f"step-{when:06d}")
-    place.mkdir(parents=True, exist_ok=True)
+    step_folder = folder / SAMPLES / (BEST if step is None else f"step-{step:06d}")
+    step_folder.mkdir(parents=True, exist_ok=True)
     was_training = model.training
     model.eval()
     try:
         with accelerator.autocast():
             for i, prompt in enumerate(prompts):
                 (picture,) = task.draw_pictures(model, [prompt])
-                picture.save(place / f"{i}.png")
+                picture.save(step_folder / f"{i}.png")
     finally:
         if was_training:
             training_mode(model, task.frozen_layers)
-    if when is None:
-        write_json(folder / SAMPLES / DRAWINGS, _shown(folder / SAMPLES, prompts))
+    if step is None:
+        write_json(folder / SAMPLES / DRAWINGS, _thumbnails(folder / SAMPLES, prompts))
 
 
-def _shown(folder: Path, prompts: list[str]) -> dict[str, object]:
-    """Return small copies of all pictures, by when they were drawn, for the report."""
-    places = sorted(place for place in folder.iterdir() if place.name.startswith("step-"))
-    drawn = []
-    for place in [*places, folder / BEST]:
-        files = [place / f"{i}.png" for i in range(len(prompts))]
+def _thumbnails(folder: Path, prompts: list[str]) -> dict[str, object]:
+    """Return thumbnails of all images, by step, for the report."""
+    places = sorted(
+        step_folder for step_folder in folder.iterdir() if step_folder.name.startswith("step-")
+    )
+    snapshots = []
+    for step_folder in [*places, folder / BEST]:
+        files = [step_folder / f"{i}.png" for i in range(len(prompts))]
         if all(file.is_file() for file in files):
             pictures = [
                 thumbnail_of({"bytes": None, "path": str(file)}, SHOWN_SIDE) for file in files
             ]
-            drawn.append({"when": place.name, "pictures": pictures})
-    return {"prompts": prompts, "drawn": drawn}
+            snapshots.append({"when": step_folder.name, "pictures": pictures})
+    return {"prompts": prompts, "drawn": snapshots}

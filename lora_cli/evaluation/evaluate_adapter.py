@@ -1,4 +1,4 @@
-"""Measure a saved adapter, as `lora eval` does: on the recipe's splits, or on another file."""
+"""Evaluate a saved adapter for `lora eval`: on the recipe's splits, or on another file."""
 
 from __future__ import annotations
 
@@ -24,33 +24,33 @@ def with_test_file(recipe: Recipe, file: Path) -> Recipe:
     """Return the recipe with a file as its test split, and without a validation split.
 
     Raises:
-        LoraError: If there is no such file, or the recipe names no labels and its train split, from
-            which they are learned, is on the Hub.
+        LoraError: If there is no such file, or the recipe names no labels and cannot learn them,
+            since its train split is on the Hub.
     """
     is_folder = file.is_dir() and bool(media_files(file, recipe))
-    if recipe.task.boxes_column is not None and file.is_file():  # a list of pictures, with boxes
+    if recipe.task.boxes_column is not None and file.is_file():  # a list of images with boxes
         is_folder = annotated_files(file, "test", recipe) is not None
     if not is_folder:
         require_file(file, "--input")
     path, data = str(file.absolute()), recipe.data
     values: dict[str, Any] = {"data.validation": None, "data.test": path, "data.streaming": False}
     values["data.mix"] = {}
-    columns = build_task(recipe)
-    wanted = [*columns.input_columns().values(), *columns.target_columns().values()]
+    task = build_task(recipe)
+    columns = [*task.input_columns().values(), *task.target_columns().values()]
     if not is_folder:
-        decimal, thousands = data.number_forms[0]  # of the sets, where several are mixed
-        given = data.format.model_copy(update={"decimal": decimal, "thousands": thousands})
-        values["data.format"] = input_form(file, read_head(file), given, wanted)
-    if data.mix:  # the metric may be that of one set of the mixture, and a file has no sets
+        decimal, thousands = data.number_forms[0]  # if several sets are mixed, those of the first
+        form = data.format.model_copy(update={"decimal": decimal, "thousands": thousands})
+        values["data.format"] = input_form(file, read_head(file), form, columns)
+    if data.mix:  # the metric may be for one set of the mixture, and a file has no sets
         values["evaluate.best"] = None
     if data.name is not None or data.mix:
-        if not columns.knows_labels:
+        if not task.knows_labels:
             raise LoraError(
                 "the labels are not known",
                 recipe.at("task.labels"),
                 "name them in the order of the model's outputs: `--set 'task.labels=[no, yes]'`",
             )
-        if columns.reads_train:
+        if task.reads_train:
             hint = "name them in the recipe, or leave them out"
             at = recipe.at("task.class_weights")
             raise LoraError("the weights of the labels are not known", at, hint)
@@ -60,10 +60,10 @@ def with_test_file(recipe: Recipe, file: Path) -> Recipe:
 
 
 def definitions_of(recipe: Recipe) -> dict[str, str]:
-    """Return what the loss and each metric of a recipe measure, by name.
+    """Return the definitions of the loss and of each metric of a recipe, by name.
 
     Args:
-        recipe: A recipe that names its labels, as that of an adapter does.
+        recipe: A recipe that names its labels, as the recipe of a trained adapter does.
     """
     return build_task(recipe).metric_definitions()
 
@@ -71,37 +71,40 @@ def definitions_of(recipe: Recipe) -> dict[str, str]:
 def evaluate_adapter(
     folder: Path, recipe: Recipe, split: str | None = None, learned: Learned | None = None
 ) -> dict[str, dict[str, float]]:
-    """Return the metrics of a saved adapter, by split. The data are checked before it is loaded.
+    """Return the metrics of a saved adapter, by split. The data is checked before loading it.
 
     Args:
         folder: The adapter's folder.
-        recipe: Says the task and the data.
+        recipe: Defines the task and the data.
         split: The split to measure; None measures validation and test.
-        learned: Receives what is learned from the rows, such as the labels.
+        learned: Receives values that are learned from the rows, such as the labels.
 
     Raises:
+        LoraError: If the recipe does not have the split, or it is a streamed train split.
         NumericsError: If a row's loss is NaN or infinite.
     """
     present = [name for name in SPLITS if recipe.data.has(name)]
-    wanted = [name for name in present if name == split or (not split and name != "train")]
-    if not wanted:
+    measured = [name for name in present if name == split or (not split and name != "train")]
+    if not measured:
         raise LoraError(
             f"the recipe has no split `{split or 'validation or test'}`",
             recipe.at("data"),
             f"it has {', '.join(present)}; or name a file with `--input FILE`",
         )
-    if "train" in wanted and recipe.data.streaming:
+    if "train" in measured and recipe.data.streaming:
         hint = "`--set data.streaming=false` reads it as a whole"
         raise LoraError("train is streamed: it has no end", recipe.at("data.streaming"), hint)
     accelerator = start_accelerator(recipe)
     task = open_task(folder, recipe, learned)
-    data = load_data(task, wanted)
-    said = (task.unknown_input(name, data[name].rows, data[name].examples)[1] for name in wanted)
-    if warning := next(filter(None, said), None):
+    data = load_data(task, measured)
+    warnings = (
+        task.unknown_input(name, data[name].rows, data[name].examples)[1] for name in measured
+    )
+    if warning := next(filter(None, warnings), None):
         warn(warning)
     model = load_adapted(folder, task, accelerator)
     splits = with_cached_frozen_outputs(
-        task, model, {name: data[name] for name in wanted}, accelerator
+        task, model, {name: data[name] for name in measured}, accelerator
     )
     return {
         name: evaluate(model, task, encoded, accelerator, strict_loss=True)

@@ -1,6 +1,6 @@
-"""Measure a model on a split: its loss, its metrics, and a prediction for each row.
+"""Evaluate a model on a split: its loss, its metrics, and a prediction for each row.
 
-Training, `lora eval` and `lora eval --against` all use this function.
+Training, `lora eval` and `lora eval --against` all use `evaluate`.
 """
 
 from __future__ import annotations
@@ -30,30 +30,30 @@ from lora_cli.tasks.examples import MAIN, Encoded, Prediction
 from lora_cli.tasks.finite_scores import likely_cause
 from lora_cli.unexpected_errors import phase
 
-WINDOW = 64  # batches: so many at once are sorted by length
-TEXT_LENGTH = 500  # characters of a row that are written next to its prediction
+WINDOW = 64  # batches whose examples are sorted by length together
+TEXT_LENGTH = 500  # characters of a row that are saved next to its prediction
 
 
 class Stop(Protocol):
-    """What can interrupt an evaluation, such as a signal."""
+    """Something that can interrupt an evaluation, such as a signal."""
 
     def is_noted(self) -> bool:
         """Return whether this process was asked to stop."""
 
     def check(self) -> None:
-        """Raise an exception if any process was asked to; all of them call it at the same point."""
+        """Raise an exception if any process was asked to stop. All processes call it together."""
 
 
 def build_metrics(task: Task, may_lack_rows: bool = False) -> MetricSet:
-    """Return the recipe's metrics, or the task's own."""
-    at, context = task.recipe.at("evaluate.metrics"), task.metric_context
-    metrics = MetricSet(task.metric_names, task.metric_channel, context, at, may_lack_rows)
+    """Return the recipe's metrics, or the task's default metrics."""
+    place, context = task.recipe.at("evaluate.metrics"), task.metric_context
+    metrics = MetricSet(task.metric_names, task.metric_channel, context, place, may_lack_rows)
     task.check_metrics(set(metrics.channels))
     return metrics
 
 
 def best_by(recipe: Recipe, task: Task) -> tuple[str, str]:
-    """Return the metric that chooses the best adapter, and whether `min` or `max` is better."""
+    """Return the metric that selects the best adapter, and whether `min` or `max` is better."""
     best = recipe.evaluate.best
     if best is not None:
         _, measured = recipe.data.set_of_metric(best.metric)
@@ -76,40 +76,41 @@ def evaluate(
 ) -> dict[str, float]:
     """Return the loss and the metrics of a model on a split, the same in every process.
 
-    Of each batch only what the metrics read is kept in memory, never the logits.
+    Only the inputs of the metrics are kept in memory, never the logits.
 
     Args:
         model: The model; it is put into eval mode during the evaluation.
         task: Computes the predictions.
         split: The encoded rows.
         accelerator: The device, the precision and the processes.
-        predictions: A file to write, with a line for every prediction in the order of the rows.
-        keep: A list to which every prediction is added, in the same order.
-        stop: Asked after each batch whether to stop.
+        predictions: A file to write, with one line per prediction, in the order of the rows.
+        keep: A list that gets every prediction, in the same order.
+        stop: Checked after each batch; may interrupt the evaluation.
         strict_loss: Raise an error if a row's loss is NaN or infinite.
 
     Raises:
-        NumericsError: If so, with the place of the first such row.
+        LoraError: If no row has a reference for one of the metrics.
+        NumericsError: If `strict_loss` is set and a row's loss is NaN or infinite.
     """
     recipe = task.recipe
     size = recipe.evaluate.micro_batch_size or 2 * task.micro_batch
     sets, main = split.rows.sets, accelerator.is_main_process
     scores = _Scores(task)
-    of_sets = {name: _Scores(task, may_lack_rows=True) for name in sets}
+    set_scores = {name: _Scores(task, may_lack_rows=True) for name in sets}
     task.choose_rows_to_answer([len(positions) for positions in sets.values()] or [len(split.rows)])
     with _whole_file(predictions if main else None) as file, eval_mode(model):
-        joined = _Joined(task, split)
+        joiner = _RowJoiner(task, split)
         for window, is_last in _with_last(_windows(task, split, size)):
             rows = _predict_window(model, task, split, window, accelerator, stop)
             if stop is not None:
                 stop.check()
             if strict_loss:
                 _reject_bad_loss(rows, split, model, recipe)
-            rows = joined.add(rows, is_last)
+            rows = joiner.add(rows, is_last)
             if main:
                 scores.add(rows)
-                for name, part in of_sets.items():
-                    part.add([row for row in rows if split.rows.set_of(row.row) == name])
+                for name, of_set in set_scores.items():
+                    of_set.add([row for row in rows if split.rows.set_of(row.row) == name])
             if keep is not None:
                 keep += rows
             if file is not None:
@@ -120,13 +121,13 @@ def evaluate(
     if main and (missing := scores.metrics.without_rows):
         raise _no_reference(missing, split, recipe)
     results: list[dict[str, float]] = [scores.results() if main else {}]
-    for name, part in of_sets.items() if main else ():
-        results[0] |= {f"{name}/{key}": value for key, value in part.results().items()}
+    for name, of_set in set_scores.items() if main else ():
+        results[0] |= {f"{name}/{key}": value for key, value in of_set.results().items()}
     return dict(gather_object(results)[0])
 
 
 class _Scores:
-    """Adds up the losses of rows, and collects what their metrics are computed from."""
+    """Sums the losses of rows, and collects the inputs of their metrics."""
 
     def __init__(self, task: Task, may_lack_rows: bool = False) -> None:
         self.task, self.metrics = task, build_metrics(task, may_lack_rows)
@@ -143,13 +144,13 @@ class _Scores:
                 self.metrics.add_batch(channel, [p for p, _ in pairs], [r for _, r in pairs])
 
     def results(self) -> dict[str, float]:
-        """Return the losses and the metrics, without metrics for which no row has a reference."""
+        """Return the losses and the metrics, except metrics for which no row has a reference."""
         return {**_mean_losses(self.task, self.sums), **self.metrics.compute()}
 
 
 @contextmanager
 def _whole_file(path: Path | None) -> Iterator[TextIO | None]:
-    """Yield a file that appears at `path` when the block ends without an error; None for None."""
+    """Yield a file that appears at `path` if the block ends without an error; None for None."""
     if path is None:
         yield None
         return
@@ -173,19 +174,19 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 def _mean_losses(task: Task, sums: dict[str, list[float]]) -> dict[str, float]:
     """Return the loss, which is the weighted sum of its terms' means, and the mean of each term.
 
-    A term without items is left out, such as that of the labels if no row has one. The mean of the
-    main term is not returned if it is the only one, since it is the loss.
+    Terms without items are omitted, such as the term for labels if no row has a label. A main term
+    without other terms is omitted too, since it is the loss itself.
     """
     means = {term: total / count for term, (total, count) in sums.items() if count}
     weights = task.loss_weights
     loss = sum(weights[term] * mean for term, mean in means.items()) if means else math.nan
     several = len(sums) > 1 and (len(means) > 1 or MAIN not in means)
-    named = {task.result_of_term(term): mean for term, mean in means.items() if several}
-    return {"loss": loss, **named}
+    result = {task.result_of_term(term): mean for term, mean in means.items() if several}
+    return {"loss": loss, **result}
 
 
 def _no_reference(metrics: list[str], split: Encoded, recipe: Recipe) -> LoraError:
-    """Return the error for a split in which no row has a reference to compare answers with."""
+    """Return the error for a split in which no row has a reference for these metrics."""
     named = " and ".join(f"`{name}`" for name in metrics)
     need = f"metric {named} compares" if len(metrics) == 1 else f"the metrics {named} compare"
     what = f"no row of {split.rows.source} has a label or an answer, which {need} with"
@@ -205,10 +206,10 @@ def _reject_bad_loss(
 
 
 def _windows(task: Task, split: Encoded, size: int) -> Iterator[list[Indices]]:
-    """Yield windows of rows, each divided into batches of examples of similar length.
+    """Yield windows of rows, each split into batches of examples of similar length.
 
-    The rows that the model answers come first: an answer is written token by token, which takes as
-    long for a few rows as for a whole batch.
+    Rows for which an answer is generated come first in a window: generation is token by token,
+    which takes as long for a few rows as for a full batch.
     """
     is_last = np.array([not task.is_answered(row) for row in split.examples["row"][:]], dtype=bool)
     for start in range(0, len(split), size * WINDOW):
@@ -226,45 +227,45 @@ def _predict_window(
     stop: Stop | None,
 ) -> list[Prediction]:
     """Return the predictions of a window in the order of its examples, on every process."""
-    mine: list[tuple[int, Prediction]] = []
+    own: list[tuple[int, Prediction]] = []
     for indices in batches[accelerator.process_index :: accelerator.num_processes]:
         if stop is not None and stop.is_noted():
-            break  # the other processes find out when all of them exchange their predictions
+            break  # the other processes learn of it when the predictions are gathered
         examples = split.examples.__getitems__(indices.tolist())
         prepared = [prepared_for_evaluation(task, example) for example in examples]
         batch = task.batch(prepared).to(accelerator.device)
         first = split.rows.place(batch.rows[0])
         with phase(f"evaluating {first} and the rows after it"), accelerator.autocast():
             predictions = task.predict(model, batch)
-        mine += zip(indices.tolist(), predictions, strict=True)
-    for _, prediction in mine:
+        own += zip(indices.tolist(), predictions, strict=True)
+    for _, prediction in own:
         _add_nll(prediction)
-    together: list[tuple[int, Prediction]] = gather_object(mine)
-    return [prediction for _, prediction in sorted(together, key=lambda pair: pair[0])]
+    gathered: list[tuple[int, Prediction]] = gather_object(own)
+    return [prediction for _, prediction in sorted(gathered, key=lambda pair: pair[0])]
 
 
 def _add_nll(prediction: Prediction) -> None:
-    """Add what perplexity is computed from, if the loss has a main term."""
+    """Add the input of perplexity, if the loss has a main term."""
     if MAIN in prediction.losses:
         prediction.metric_inputs.setdefault("nll", prediction.losses[MAIN])
 
 
 def _with_last(windows: Iterator[list[Indices]]) -> Iterator[tuple[list[Indices], bool]]:
-    """Yield each window, with whether it is the last."""
-    before = next(windows, None)
+    """Yield each window, and whether it is the last."""
+    previous = next(windows, None)
     for window in windows:
-        assert before is not None
-        yield before, False
-        before = window
-    if before is not None:
-        yield before, True
+        assert previous is not None
+        yield previous, False
+        previous = window
+    if previous is not None:
+        yield previous, True
 
 
-class _Joined:
-    """Joins the predictions for the parts of a row, such as windows of a long text, into one.
+class _RowJoiner:
+    """Joins the predictions for the parts of a row, such as chunks of a long text, into one.
 
-    The parts of a row follow each other, and may continue in the next window. Tasks that compare
-    the rows of a split with each other get all of them together, after the last.
+    The parts of a row are consecutive, and may continue in the next window. Tasks that compare
+    the rows of a split with each other get the predictions of all rows after the last window.
     """
 
     def __init__(self, task: Task, split: Encoded) -> None:
@@ -272,7 +273,7 @@ class _Joined:
         self.waiting: list[Prediction] = []
 
     def add(self, parts: list[Prediction], is_last: bool) -> list[Prediction]:
-        """Add predictions for the next examples; return those of the rows that are complete."""
+        """Add the predictions for the next examples; return one for each row that is complete."""
         if self.task.compares_rows:
             self.waiting += parts
             return self.task.compared(self.waiting, self.split) if is_last else []
@@ -284,18 +285,18 @@ class _Joined:
         return [self._join(row) for row in rows]
 
     def _join(self, parts: list[Prediction]) -> Prediction:
-        found = self.task.join(self.split.rows[parts[0].row], parts)
+        joined = self.task.join(self.split.rows[parts[0].row], parts)
         for term in parts[0].losses:
             sums = [part.losses[term] for part in parts]
-            found.losses[term] = (sum(loss for loss, _ in sums), sum(count for _, count in sums))
-        _add_nll(found)
-        return found
+            joined.losses[term] = (sum(loss for loss, _ in sums), sum(count for _, count in sums))
+        _add_nll(joined)
+        return joined
 
 
 def _line(prediction: Prediction, split: Encoded, task: Task) -> str:
     row, reference = split.rows[prediction.row], prediction.reference
-    if reference is None and (wanted := task.shown_reference(row)):
-        reference = _shortened(wanted)
+    if reference is None and (text := task.shown_reference(row)):
+        reference = _shortened(text)
     loss, n_items = prediction.weighted_loss(task.loss_weights)
     line: dict[str, Any] = {
         "row": prediction.row,
@@ -310,8 +311,8 @@ def _line(prediction: Prediction, split: Encoded, task: Task) -> str:
     if prediction.scores is not None:
         line["scores"] = {name: round(score, 6) for name, score in prediction.scores.items()}
     line |= prediction.details
-    kept = {key: value for key, value in line.items() if value is not None}
-    return json.dumps(strict(kept), ensure_ascii=False) + "\n"
+    present = {key: value for key, value in line.items() if value is not None}
+    return json.dumps(strict(present), ensure_ascii=False) + "\n"
 
 
 def _shortened(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Open a trained adapter: the one way in which every command does it."""
+"""Open a trained adapter, in the same way for every command."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lora_cli.tasks.teachers.trained_task import open_task as open_task
 
 
 def open_adapter(folder: Path, recipe: Recipe) -> tuple[Task, nn.Module, Accelerator]:
-    """Return the task, the base model with the adapter of a folder, and where it runs."""
+    """Return the task, the base model with a folder's adapter, and the accelerator it runs on."""
     accelerator = start_accelerator(recipe)
     task = open_task(folder, recipe)
     if not task.knows_labels:

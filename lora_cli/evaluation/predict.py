@@ -1,4 +1,4 @@
-"""Answer new texts with an adapted model, and the rows of files of any size."""
+"""Predict answers for new inputs, or for the rows of a file of any size."""
 
 from __future__ import annotations
 
@@ -65,34 +65,37 @@ def answer_file(
     Args:
         model: The adapted model.
         task: The task of the model.
-        source: A csv, tsv, json lines, parquet or text file, or a folder of pictures.
-        target: A csv, tsv, json lines or parquet file, or for embeddings an array of numpy. It is
-            written completely or not at all.
+        source: A csv, tsv, json lines, parquet or text file, or a folder of images.
+        target: A csv, tsv, json lines or parquet file, or for embeddings a numpy array (.npy). It
+            is written completely or not at all.
         accelerator: The precision and the device.
         overwrite: Whether to replace the target if it exists.
-        report_progress: Called from time to time with the number of rows written so far.
+        report_progress: Called after each chunk with the number of rows written so far.
 
     Returns:
         The number of rows written, and the problems of rows that could not be answered (their new
-        columns are blank) or whose answer the encoding of the output does not have.
+        columns are blank) or whose answer cannot be encoded in the output.
+
+    Raises:
+        LoraError: If a file cannot be used, or no row can be answered.
     """
     reject_target(source, target, overwrite)
     media = task.recipe.task.media_columns
-    rows, output, added = _opened(source, target, task)
+    rows, output, added = _open_source(source, target, task)
     rows, folder = _with_folder(source, rows, media)
-    # for answers that are files: pictures, or recordings
+    # for answers that are files: images, or recordings
     task.answer_folder = target.with_name(f"{target.stem}_{task.answer_files}")
     problems: list[Problem] = []
     written = 0
     blank = [None] * len(added)
     with writing(target, output, overwrite) as write:
         while chunk := list(islice(rows, CHUNK)):
-            asked = [with_media(row, folder, media).columns or {} for row in chunk]
+            inputs = [with_media(row, folder, media).columns or {} for row in chunk]
             errors = [
                 row.error or task.answer_error(columns)
-                for row, columns in zip(chunk, asked, strict=True)
+                for row, columns in zip(chunk, inputs, strict=True)
             ]
-            good = [columns for columns, error in zip(asked, errors, strict=True) if not error]
+            good = [columns for columns, error in zip(inputs, errors, strict=True) if not error]
             answers = iter(answer(model, task, good, accelerator))
             lines = []
             for row, error in zip(chunk, errors, strict=True):
@@ -100,8 +103,8 @@ def answer_file(
                 lines.append({**(row.columns or {}), **dict(zip(added, values, strict=True))})
                 if error:
                     problems.append(Problem(error, row.place, NO_ANSWER))
-                elif lost := _lost(values, output):
-                    problems.append(Problem(lost, row.place, "use .jsonl to keep them"))
+                elif error_text := _unwritable(values, output):
+                    problems.append(Problem(error_text, row.place, "use .jsonl to keep them"))
             write(lines)
             written += len(chunk)
             report_progress(written)
@@ -114,19 +117,19 @@ def answer_file(
 def _with_folder(
     source: Path, rows: Iterator[RawRow], media: Collection[str]
 ) -> tuple[Iterator[RawRow], Path]:
-    """Return rows again, and the folder that the paths in them are relative to."""
+    """Return the rows, and the folder that the paths in them are relative to."""
     if source.is_dir():
         return rows, source
     first = list(islice(rows, LOOKED_FOR))
     return chain(first, rows), folder_of_paths(source, paths_of(first, media))
 
 
-def _opened(
+def _open_source(
     source: Path, target: Path, task: Task
 ) -> tuple[Iterator[RawRow], OutputForm, list[str]]:
-    """Return the rows of a file or a folder, how they are written, and the names of new columns."""
-    recipe, wanted = task.recipe, task.input_columns()
-    (column,) = wanted.values() if len(wanted) == 1 else [""]
+    """Return the rows of a file or a folder, the form of the output, and the new columns' names."""
+    recipe, input_columns = task.recipe, task.input_columns()
+    (column,) = input_columns.values() if len(input_columns) == 1 else [""]
     if (
         source.is_dir()
         and column in recipe.task.media_columns
@@ -138,12 +141,12 @@ def _opened(
     require_file(source, "--input")
     head = read_head(source)
     labels = getattr(task, "labels", ())
-    form = input_form(source, head, recipe.data.format, list(wanted.values()), labels)
+    form = input_form(source, head, recipe.data.format, list(input_columns.values()), labels)
     if kind_of(source, form) == "csv":
         announce_quoting(source, form)
     columns = columns_of(source, form)
     if not (recipe.task.media_columns and FILE_NAME in columns):
-        require_columns(wanted, columns, str(source))
+        require_columns(input_columns, columns, str(source))
     added = _free_names(list(task.answer_columns()), columns)
     if suffix_of(target) == ".npy":
         return read_rows(source, form), OutputForm(added, array=_array_column(added, task)), added
@@ -152,10 +155,10 @@ def _opened(
 
 
 def _array_column(added: list[str], task: Task) -> str:
-    """Return the column that an array of numpy has room for.
+    """Return the column that is saved as a numpy array.
 
     Raises:
-        LoraError: If the answers are no lists of numbers.
+        LoraError: If the answers are not lists of numbers.
     """
     if list(task.answer_columns().values()) != ["list<float>"]:
         what = "an array of numbers has no room for answers in words"
@@ -164,7 +167,7 @@ def _array_column(added: list[str], task: Task) -> str:
 
 
 def _form_of_table(target: Path, columns: list[str], added: list[str], task: Task) -> OutputForm:
-    """Return how rows of texts are written that come from no table."""
+    """Return the form of the output for inputs that do not come from a table."""
     if suffix_of(target) == ".npy":
         return OutputForm(added, array=_array_column(added, task))
     if suffix_of(target) != ".parquet":
@@ -173,7 +176,7 @@ def _form_of_table(target: Path, columns: list[str], added: list[str], task: Tas
 
 
 def _nothing_answered(problems: list[Problem]) -> LoraError:
-    """Return what to say of a file of which no row has an answer: the first rows, and why."""
+    """Return the error for a file of which no row can be answered, with the first few reasons."""
     shown = [Problem(problem.what, problem.at) for problem in problems[:3]]
     what = f"none of {counted(len(problems), 'row')} can be answered, so nothing is written"
     hint = "does the file have the columns and the kind of values that the model was trained on?"
@@ -182,41 +185,41 @@ def _nothing_answered(problems: list[Problem]) -> LoraError:
 
 def _free_names(wanted: Sequence[str], columns: Sequence[str]) -> list[str]:
     """Return names for the new columns that no other column has."""
-    names: list[str] = []
+    free_names: list[str] = []
     for name in wanted:
-        taken = {*columns, *names}
-        free = (n for n in chain([name], (f"{name}_{i}" for i in count(2))) if n not in taken)
-        names.append(next(free))
-    return names
+        used = {*columns, *free_names}
+        free = (n for n in chain([name], (f"{name}_{i}" for i in count(2))) if n not in used)
+        free_names.append(next(free))
+    return free_names
 
 
 # -------------------------------------------------------------------------------------- the output
 
 
-def _lost(values: Sequence[Any], form: OutputForm) -> str:
-    """Return what of an answer the output has no room for, or nothing."""
+def _unwritable(values: Sequence[Any], form: OutputForm) -> str:
+    """Return an error message if the output's format cannot represent an answer, or ""."""
     if form.quoting == "none" and re.search(f"[{re.escape(form.delimiter)}\r\n]", str(values[0])):
         return "the answer holds a tab or a line end, which an output without quoting cannot"
     if form.encoding.lower().startswith("utf"):
         return ""
     text = "".join(str(value) for value in values[:1])
-    kept = text.encode(form.encoding, errors="ignore").decode(form.encoding)
-    lost = sorted(set(text) - set(kept))
-    shown = " ".join(lost[:5])
-    return f"the answer holds letters that {form.encoding} lacks: `{shown}`" if lost else ""
+    encodable = text.encode(form.encoding, errors="ignore").decode(form.encoding)
+    missing = sorted(set(text) - set(encodable))
+    shown = " ".join(missing[:5])
+    return f"the answer holds letters that {form.encoding} lacks: `{shown}`" if missing else ""
 
 
 def _output_form(
     source: Path, target: Path, head: Head, form: FormatSpec, columns: list[str], task: Task
 ) -> OutputForm:
-    """Return how the output is written: a table as the table that it is made from."""
+    """Return the form of the output; a table is written in the format of the input table."""
     if suffix_of(target) == ".parquet":
         copied = source if head.kind == "parquet" else None
         return OutputForm(columns, schema=_schema(source, head, columns, task), copied=copied)
     if kind_of(source, form) != "csv":
         return OutputForm(columns, WRITABLE[suffix_of(target)])
     delimiter = WRITABLE[suffix_of(target)]
-    # of a single column, the delimiter is only one that its texts do not hold
+    # the delimiter of a single-column file is arbitrary: it just does not occur in the texts
     is_single = len(columns) == 1 + len(task.answer_columns())
     if suffix_of(target) == suffix_of(source) and not is_single:
         delimiter = form.delimiter or delimiter
@@ -227,7 +230,7 @@ def _output_form(
 
 
 def _schema(source: Path, head: Head, columns: list[str], task: Task) -> Any:
-    """Return the types of the columns of a parquet file: those of the input, and of the answers."""
+    """Return the schema of the output parquet file: the columns of the input and the answers."""
     if head.kind == "json":
         what = "the values of JSON have no fixed types, as parquet needs"
         raise LoraError(what, "--output", "use .jsonl")
@@ -237,7 +240,7 @@ def _schema(source: Path, head: Head, columns: list[str], task: Task) -> Any:
 
 
 def _with_answers(schema: Any, columns: list[str], added: list[str], task: Task) -> Any:
-    """Return a schema, or that of columns of text, with the columns of the answers."""
+    """Add the columns of the answers to a schema; None stands for text columns."""
     import pyarrow as pa
 
     by_name = {"string": pa.string(), "double": pa.float64(), "list<string>": pa.list_(pa.string()),

@@ -1,14 +1,16 @@
-"""A proof that travels with an adapter: inputs, and what the base and base + adapter make of them.
+"""Check that an adapter is really applied where it is loaded, by outputs saved with it.
 
-The base is the model without the low-rank updates: modules trained in full stay as they are.
+At the end of training, `probe.json` is written next to a low-rank adapter. It contains the outputs
+of the base and of the adapted model for fixed inputs. Anyone who loads the adapter can replay these
+inputs: the outputs have to match those of the adapted model, not those of the base. (A server that
+does not find an adapter often answers with the base, and reports no error.)
 
-`probe.json` lies beside a low-rank adapter since the end of its training. Whoever loads the adapter
-can replay it: what is computed has to be what was computed with the adapter, not what the base
-computes alone. (A server that does not find an adapter often answers with the base, and says OK.)
+The base is the model without the low-rank updates; modules that were trained in full keep their
+trained weights.
 
     {"format": 1,
      "outputs": {"base": [...], "adapted": [...]},       some outputs for the task's probe
-     "next_tokens": [{"prompt": "...",                   of language models
+     "next_tokens": [{"prompt": "...",                   for language models
                       "base": [["token", log-probability], ...], "adapted": [...]}]}
 """
 
@@ -33,12 +35,12 @@ from lora_cli.format_version import FORMAT, require_format
 from lora_cli.tasks.contract import Task
 
 PROBE_FILE = "probe.json"
-MOST_OUTPUTS = 64  # numbers that are kept of the task's probe
-TOKENS = 10  # most likely next tokens that are kept
-PART = "\ufffd"  # what a part of a character is decoded to
-COMPARED = 5  # of which so many are looked for in an answer: some servers give no more
-CLEAR = 4  # times nearer to one side than to the other: then it is that side
-LEAST = 1e-6  # by which base and adapter have to differ, relative to the outputs
+MAX_OUTPUTS = 64  # values that are saved for the task's probe
+MAX_TOKENS = 10  # most likely next tokens that are saved
+REPLACEMENT_CHARACTER = "\ufffd"  # a token that is part of a character decodes to this
+COMPARED_TOKENS = 5  # compared with a server's answer: some servers return no more
+CLEAR_RATIO = 4  # outputs match one side if they are this many times closer to it
+MIN_DIFFERENCE = 1e-6  # required between base and adapted model, relative to the outputs
 PROMPTS = (
     "The",
     "Once upon a time, there was",
@@ -52,17 +54,17 @@ Tokens = list[tuple[str, float]]
 
 @dataclass(frozen=True)
 class Probe:
-    """What was computed when an adapter was saved."""
+    """Outputs that were computed when an adapter was saved."""
 
     base: list[float]
     adapted: list[float]
     next_tokens: list[tuple[str, Tokens, Tokens]]
-    """Of each prompt, those of the base and those of base + adapter."""
+    """For each prompt, the next tokens of the base and of the adapted model."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Which side an answer is nearer to, and how far it is from both."""
+    """Whether outputs match the base or the adapted model, and their distances from both."""
 
     answer: str
     """`adapted`, `base` or `neither`."""
@@ -75,15 +77,15 @@ class Verdict:
 
 @torch.no_grad()
 def take_probe(task: Task, model: nn.Module, accelerator: Accelerator) -> Probe | None:
-    """Return what a model makes of the probe with its low-rank updates and without.
+    """Compute a model's outputs for the probe inputs, with its low-rank updates and without.
 
     Args:
-        task: Of the model.
-        model: With an adapter attached; it is left in eval mode.
-        accelerator: Where it runs.
+        task: The model's task.
+        model: A model with an adapter attached; it is left in eval mode.
+        accelerator: The precision and the device.
 
     Returns:
-        None where the model has no low-rank updates, or an output is not finite.
+        None if the model has no low-rank updates, or an output is not finite.
     """
     if not lora_layers(model):
         return None
@@ -93,11 +95,17 @@ def take_probe(task: Task, model: nn.Module, accelerator: Accelerator) -> Probe 
         with disabled(model):
             base = (_outputs(task, model), _next_tokens(task, model))
     prompts = zip(adapted[1], base[1], strict=True)
-    found = [(p, without, with_it) for (p, with_it), (_, without) in prompts if without and with_it]
-    numbers = [*base[0], *adapted[0], *(lp for _, *sides in found for s in sides for _, lp in s)]
-    if not all(map(math.isfinite, numbers)):
+    next_tokens = [
+        (p, without, with_it) for (p, with_it), (_, without) in prompts if without and with_it
+    ]
+    values = [
+        *base[0],
+        *adapted[0],
+        *(lp for _, *sides in next_tokens for s in sides for _, lp in s),
+    ]
+    if not all(map(math.isfinite, values)):
         return None
-    return Probe(base[0], adapted[0], found)
+    return Probe(base[0], adapted[0], next_tokens)
 
 
 def write_probe(folder: Path, probe: Probe) -> None:
@@ -113,50 +121,50 @@ def write_probe(folder: Path, probe: Probe) -> None:
 
 
 def _outputs(task: Task, model: nn.Module) -> list[float]:
-    """Return some numbers, evenly spaced, of what a model makes of the task's probe."""
+    """Return evenly spaced values of a model's outputs for the task's probe."""
     like = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
     probe = {
         name: tensor.to(like.device, like.dtype if tensor.is_floating_point() else tensor.dtype)
         for name, tensor in task.probe().items()
     }
     outputs = task.probed(model, probe).flatten().float().cpu()
-    return [float(x) for x in outputs[:: math.ceil(len(outputs) / MOST_OUTPUTS)]]
+    return [float(x) for x in outputs[:: math.ceil(len(outputs) / MAX_OUTPUTS)]]
 
 
 def _next_tokens(task: Task, model: nn.Module) -> list[tuple[str, Tokens]]:
-    """Return the most likely next tokens of each prompt; nothing if the model writes no text."""
+    """Return the most likely next tokens of each prompt; none if the model generates no text."""
     if (writer := task.writer) is None:
         return []
-    device, found = next(model.parameters()).device, []
+    device, next_tokens = next(model.parameters()).device, []
     for prompt in PROMPTS:
         ids = writer.tokenizer(prompt)["input_ids"]
         if not ids:
             continue
         logits: Tensor = model(input_ids=torch.tensor([ids], device=device)).logits[0, -1]
-        top = logits.float().log_softmax(-1).cpu().topk(min(TOKENS, len(logits)))
+        top = logits.float().log_softmax(-1).cpu().topk(min(MAX_TOKENS, len(logits)))
         texts = [_text_after(writer.tokenizer, ids, i) for i in top.indices.tolist()]
-        names = [_name(text) for text in texts]
-        # a part of a character has no text of its own, by which a server could name it
+        names = [_without_space(text) for text in texts]
+        # servers name tokens by their text, and a part of a character has none
         tokens = [
             (text, float(lp))
             for text, lp in zip(texts, top.values.tolist(), strict=True)
-            if PART not in text and names.count(_name(text)) == 1
+            if REPLACEMENT_CHARACTER not in text and names.count(_without_space(text)) == 1
         ]
-        found.append((prompt, tokens))
-    return found
+        next_tokens.append((prompt, tokens))
+    return next_tokens
 
 
 def _text_after(tokenizer: PreTrainedTokenizerBase, ids: list[int], token: int) -> str:
-    """Return a token as it is written after others, with the space before it.
+    """Return the text of a token after other tokens, with its leading space.
 
-    SentencePiece leaves that out where a text begins.
+    SentencePiece drops the leading space at the start of a text.
     """
-    before, whole = (str(tokenizer.decode(some)) for some in (ids, [*ids, token]))
-    return whole[len(before) :] if whole.startswith(before) else str(tokenizer.decode([token]))
+    before, full = (str(tokenizer.decode(sequence)) for sequence in (ids, [*ids, token]))
+    return full[len(before) :] if full.startswith(before) else str(tokenizer.decode([token]))
 
 
-def _name(token: str) -> str:
-    """Return a token without the space before it, which some servers write and others leave out."""
+def _without_space(token: str) -> str:
+    """Return a token without its leading space, which some servers omit."""
     return token.removeprefix(" ") or token
 
 
@@ -164,10 +172,10 @@ def _name(token: str) -> str:
 
 
 def read_probe(folder: Path) -> Probe:
-    """Return what `probe.json` of an adapter holds.
+    """Read the `probe.json` of an adapter.
 
     Raises:
-        LoraError: If there is none, or base and adapter do not differ in it.
+        LoraError: If there is none, or the base and the adapted model have the same outputs in it.
         IntegrityError: If it is damaged.
     """
     file = folder / PROBE_FILE
@@ -187,7 +195,7 @@ def read_probe(folder: Path) -> Probe:
             raise ValueError("a side is missing")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise IntegrityError("the probe cannot be read", str(file), BACKUP) from error
-    if _distance(probe.base, probe.adapted) <= LEAST:
+    if _distance(probe.base, probe.adapted) <= MIN_DIFFERENCE:
         what = (
             "the probe's outputs are the same with and without the low-rank updates: nothing can "
         )
@@ -197,30 +205,30 @@ def read_probe(folder: Path) -> Probe:
 
 
 def _tokens(pairs: Any) -> Tokens:
-    """Return tokens of the file.
+    """Parse the tokens of a prompt.
 
     Raises:
         ValueError: If there are none.
     """
-    found = [(str(text), float(lp)) for text, lp in pairs]
-    if not found:
+    tokens = [(str(text), float(lp)) for text, lp in pairs]
+    if not tokens:
         raise ValueError("a prompt has no tokens")
-    return found
+    return tokens
 
 
-def compare_outputs(probe: Probe, found: Probe) -> Verdict:
-    """Return which side the outputs of a model with an adapter are nearer to."""
-    to_adapted = _distance(found.adapted, probe.adapted)
-    to_base = _distance(found.adapted, probe.base)
+def compare_outputs(probe: Probe, replayed: Probe) -> Verdict:
+    """Return whether the replayed outputs match the adapted model or the base of the probe."""
+    to_adapted = _distance(replayed.adapted, probe.adapted)
+    to_base = _distance(replayed.adapted, probe.base)
     return _verdict(to_adapted, to_base)
 
 
 def compare_tokens(probe: Probe, answers: list[dict[str, float]]) -> Verdict:
-    """Return which side the next tokens of a server are nearer to.
+    """Return whether the next tokens of a server match the adapted model or the base of the probe.
 
     Args:
-        probe: What was computed when the adapter was saved.
-        answers: Of each prompt, the log-probabilities of the tokens that the server gives.
+        probe: The outputs that were computed when the adapter was saved.
+        answers: For each prompt, the tokens that the server returns, with their log-probabilities.
     """
     distances = [
         (_token_distance(adapted, answer), _token_distance(base, answer))
@@ -232,15 +240,15 @@ def compare_tokens(probe: Probe, answers: list[dict[str, float]]) -> Verdict:
 
 def _verdict(to_adapted: float, to_base: float) -> Verdict:
     answer = "neither"
-    if CLEAR * to_adapted <= to_base:
+    if CLEAR_RATIO * to_adapted <= to_base:
         answer = "adapted"
-    elif CLEAR * to_base <= to_adapted:
+    elif CLEAR_RATIO * to_base <= to_adapted:
         answer = "base"
     return Verdict(answer, to_adapted, to_base)
 
 
 def _distance(a: list[float], b: list[float]) -> float:
-    """Return the largest difference, relative to the largest number; infinite if lengths differ."""
+    """Return the largest difference, relative to the largest value; infinite if lengths differ."""
     if len(a) != len(b):
         return math.inf
     scale = max(*map(abs, a), *map(abs, b), 1e-30)
@@ -248,15 +256,21 @@ def _distance(a: list[float], b: list[float]) -> float:
 
 
 def _token_distance(expected: Tokens, answer: dict[str, float]) -> float:
-    """Return the mean difference of log-probabilities of the expected tokens.
+    """Return the mean difference of the log-probabilities of the expected tokens.
 
-    A token that the answer lacks is less likely there than all that it has.
+    A token that is missing in the answer is less likely there than every token of the answer.
     """
-    least = min(answer.values())
-    names = Counter(map(_name, answer))
-    named = {_name(token): lp for token, lp in answer.items() if names[_name(token)] == 1}
+    lowest = min(answer.values())
+    names = Counter(map(_without_space, answer))
+    named = {
+        _without_space(token): lp
+        for token, lp in answer.items()
+        if names[_without_space(token)] == 1
+    }
     differences = []
-    for token, lp in expected[:COMPARED]:
-        own = answer.get(token, named.get(_name(token)))
-        differences.append(max(lp - least, 0.0) if own is None else abs(lp - own))
+    for token, lp in expected[:COMPARED_TOKENS]:
+        log_probability = answer.get(token, named.get(_without_space(token)))
+        differences.append(
+            max(lp - lowest, 0.0) if log_probability is None else abs(lp - log_probability)
+        )
     return sum(differences) / len(differences)

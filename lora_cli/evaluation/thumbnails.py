@@ -1,4 +1,4 @@
-"""Small pictures, or the sound, of the rows that the report shows, next to the predictions."""
+"""Thumbnails, or recordings, of the rows that the report shows next to their predictions."""
 
 from __future__ import annotations
 
@@ -12,21 +12,25 @@ from lora_cli.tasks.examples import Encoded
 
 
 def write_thumbnails(folder: Path, task: Task, data: dict[str, Encoded]) -> None:
-    """Write pictures, or the sound, of the worst rows of each split, if its rows have such.
+    """Write thumbnails, or recordings, of the rows of each split with the worst predictions.
+
+    Splits without images and recordings are skipped.
 
     Args:
-        folder: Of the predictions; it gets `thumbnails.json`, by split and by row.
-        task: What the rows mean.
+        folder: The folder of the predictions; gets `thumbnails.json`, by split and row.
+        task: The task, which makes the thumbnail of a row.
         data: The splits.
     """
-    found: dict[str, dict[str, str]] = {}
+    thumbnails: dict[str, dict[str, str]] = {}
     kind = task.recipe.task.answer_kind
     for name, split in data.items():
         if kind == "text" or name == "train" or task.thumbnail(split.rows[0]) is None:
             continue
         lines = read_predictions(folder / f"{name}.jsonl")
         rows = [line["row"] for line in worst(kind, lines, CASES)]
-        made = {str(row): task.thumbnail(split.rows[row]) for row in rows}
-        found[name] = {row: picture for row, picture in made.items() if picture is not None}
-    if found:
-        write_json(folder / THUMBNAILS, found)
+        of_split = {str(row): task.thumbnail(split.rows[row]) for row in rows}
+        thumbnails[name] = {
+            row: picture for row, picture in of_split.items() if picture is not None
+        }
+    if thumbnails:
+        write_json(folder / THUMBNAILS, thumbnails)
