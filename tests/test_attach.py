@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import RobertaConfig, RobertaForSequenceClassification
 
 from lora_cli.adapters.attach import (
-    _embeddings,
+    _token_embeddings,
     adapter_parameters,
     add_layer,
     attach,
@@ -802,8 +802,8 @@ def test_a_tie_ends_in_the_part_of_a_model_in_which_it_was() -> None:
 def test_rows_of_new_tokens_are_trained_with_an_embedding_that_is_trained_whole() -> None:
     whole = ["model.embed_tokens"]
     new = tiny.recipe_of("causal_lm")
-    assert _embeddings(tiny.llama(tied=False), new, [], whole, [7]) == ["lm_head"]
+    assert _token_embeddings(tiny.llama(tied=False), new, [], whole, [7]) == ["lm_head"]
     named = tiny.recipe_of("causal_lm", train_tokens=[7])
-    assert "lm_head" in _embeddings(tiny.llama(tied=False), named, [], [], [7])
+    assert "lm_head" in _token_embeddings(tiny.llama(tied=False), named, [], [], [7])
     with pytest.raises(LoraError, match=r"`model\.embed_tokens` is trained in full"):
-        _embeddings(tiny.llama(tied=False), named, [], whole, [7])
+        _token_embeddings(tiny.llama(tied=False), named, [], whole, [7])

@@ -48,19 +48,19 @@ class Layers:
     """Counts how often the frozen layers of a run are computed, and passed over."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.recorded = self.passed = 0
-        recording, entering = FrozenLayers.recording, FrozenLayers.entering
+        self.recorded = self.skipped = 0
+        recording, skipping = FrozenLayers.recording, FrozenLayers.skipping
 
         def record(layers: FrozenLayers) -> Any:
             self.recorded += 1
             return recording(layers)
 
         def enter(layers: FrozenLayers, states: Any) -> Any:
-            self.passed += 1
-            return entering(layers, states)
+            self.skipped += 1
+            return skipping(layers, states)
 
         monkeypatch.setattr(FrozenLayers, "recording", record)
-        monkeypatch.setattr(FrozenLayers, "entering", enter)
+        monkeypatch.setattr(FrozenLayers, "skipping", enter)
 
 
 def base(folder: Path, kind: str, dropout: float = 0.5) -> Path:
@@ -142,10 +142,10 @@ def test_kept_or_computed_the_training_is_the_same(
     report, kept = trained(tmp_path, model, "16GB", **sections)
     assert "train: kept, " in report["kernels"]["frozen_layers"]
     assert "validation: kept, " in report["kernels"]["frozen_layers"]
-    assert layers.passed > STEPS["max_steps"]
-    layers.passed = 0
+    assert layers.skipped > STEPS["max_steps"]
+    layers.skipped = 0
     computed_report, computed = trained(tmp_path, model, "0B", **sections)
-    assert layers.passed == 0
+    assert layers.skipped == 0
     assert computed_report["kernels"]["frozen_layers"] == (
         f"layers: {report['kernels']['frozen_layers'].split(':')[1].split(';')[0].strip()}; "
         "train: not kept: `data.cache_limit` is 0; validation: not kept: `data.cache_limit` is 0"

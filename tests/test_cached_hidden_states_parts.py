@@ -58,7 +58,7 @@ class Prepared:
         )
         self.notes: list[str] = []
         self.same_in_any_batch = self.several_inputs = False
-        self.frozen_layers: Any = SimpleNamespace(kept=("a",), frozen=("a", "b"))
+        self.frozen_layers: Any = SimpleNamespace(recorded=("a",), frozen=("a", "b"))
         self.frozen_facts: dict[str, str] = {}
         self.drawn: list[Any] = []
         self.differs_at: int | None = None
@@ -123,7 +123,7 @@ def test_why_no_states_are_kept_of_any_split() -> None:
     assert _why_not(task, model) == "an example has several texts"
     task.same_in_any_batch = True
     assert _why_not(task, model) == "texts share rows"
-    task.frozen_layers.kept = ()
+    task.frozen_layers.recorded = ()
     assert "hand on more than hidden states" in _why_not(task, model)
     task.recipe.data.cache_bytes = 0
     assert _why_not(task, model) == "`data.cache_limit` is 0"
@@ -184,7 +184,7 @@ class Layers:
     def __init__(self, first: str | None, last: tuple[str, ...]) -> None:
         self.first, self.last = first, last
 
-    def without_first(self) -> Layers:
+    def recording_last(self) -> Layers:
         return Layers(None, self.last)
 
 

@@ -79,11 +79,11 @@ def test_cached_states_enter_the_model_and_are_no_inputs(monkeypatch: pytest.Mon
     entered: list[Any] = []
 
     @contextmanager
-    def entering(states: Any) -> Any:
+    def skipping(states: Any) -> Any:
         entered.append(states)
         yield
 
-    task.frozen_layers = SimpleNamespace(entering=entering)  # type: ignore[assignment]
+    task.frozen_layers = SimpleNamespace(skipping=skipping)  # type: ignore[assignment]
     monkeypatch.setattr(
         contract, "states_of_batch", lambda kept, inputs: {"kept": (kept, list(inputs))}
     )

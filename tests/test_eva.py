@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lora_cli.adapters import eva
 from lora_cli.adapters.attach import lora_layers
-from lora_cli.adapters.eva import Components, find_starts, give_ranks, start_at
+from lora_cli.adapters.eva import Components, find_starts, set_ranks, set_starts
 from lora_cli.adapters.load_adapter import load_adapter
 from lora_cli.adapters.peft_format.adapter_folder import read_adapter, save_adapter
 from lora_cli.recipe import load_recipe
@@ -72,7 +72,7 @@ def test_starts_ranks_and_training_are_those_of_peft(kind: str, rho: float, tmp_
     model = ours(base, **adapter)
     starts, changing = find_starts(model, looks(model, batches), rho)
     assert not changing
-    start_at(model, starts, tiny.recipe_of("causal_lm", **adapter).adapter)
+    set_starts(model, starts, tiny.recipe_of("causal_lm", **adapter).adapter)
     mine, others = our_pairs(model), peft_pairs(theirs)
     assert mine.keys() == others.keys()
     for name, (a, b) in others.items():
@@ -108,7 +108,7 @@ def test_components_of_batches_are_those_of_all_rows() -> None:
     assert part.vectors is not None
     assert_close((part.vectors.double() @ vectors[:4].T).abs(), torch.eye(4).double(), 1e-3)
     assert part.shares.tolist() == near((strengths[:4] ** 2 / (centred**2).sum()).tolist(), 1e-3)
-    assert bool(part.found.all())
+    assert bool(part.converged.all())
 
 
 @pytest.mark.parametrize("count", [1, 3, 7])  # few of 12 are found approximately, many exactly
@@ -127,10 +127,10 @@ def test_components_are_those_of_peft_batch_by_batch(count: int, rows: int) -> N
         assert_close(ours.vectors.float(), theirs.components_.float(), 1e-4)
         assert_close(ours.shares.float(), theirs.explained_variance_ratio_.float(), 1e-4)
         if before is None:
-            assert not ours.found.any()
+            assert not ours.converged.any()
         else:
             alike = nn.functional.cosine_similarity(ours.vectors.double(), before.double())
-            assert torch.equal(ours.found, alike >= eva.ALIKE)
+            assert torch.equal(ours.converged, alike >= eva.CONVERGED)
         before = ours.vectors
 
 
@@ -182,7 +182,7 @@ def test_a_module_may_lose_its_adapter_to_others() -> None:
     starts, _ = find_starts(model, looks(model, batches_of()), 6.0)
     without = [name for name, start in starts.items() if not len(start)]
     assert without
-    start_at(model, starts, spec)
+    set_starts(model, starts, spec)
     assert lora_layers(model).keys() == starts.keys() - set(without)
     for name in without:
         assert type(model.get_submodule(name)) is nn.Linear
@@ -229,7 +229,7 @@ def test_what_loses_its_adapter_keeps_its_bias_as_the_recipe_says(bias: str) -> 
     start = "bert.encoder.layer.0.attention.self"
     model.get_submodule(f"{start}.key").base.bias = None
     kept = lora_layers(model)[f"{start}.query"]
-    give_ranks(model, {f"{start}.query": 2, f"{start}.value": 5}, spec)
+    set_ranks(model, {f"{start}.query": 2, f"{start}.value": 5}, spec)
     layers = lora_layers(model)
     assert {name: layer.rank for name, layer in layers.items()} == {
         f"{start}.query": 2, f"{start}.value": 5,

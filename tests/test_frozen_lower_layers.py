@@ -170,7 +170,7 @@ class Calls:
 def test_a_model_computes_the_same_bits_without_its_frozen_layers(name: str) -> None:
     model, inputs, layers = opened(name)
     assert layers is not None
-    assert list(layers.kept) == CASES[name][3]
+    assert list(layers.recorded) == CASES[name][3]
     training_mode(model, layers)
     torch.manual_seed(1)
     calls = Calls(model, layers.frozen)
@@ -179,7 +179,7 @@ def test_a_model_computes_the_same_bits_without_its_frozen_layers(name: str) -> 
     assert calls.count > 0
     calls.count = 0
     torch.manual_seed(1)
-    with layers.entering(dict(states)):
+    with layers.skipping(dict(states)):
         upper = logits(model, inputs)
     assert calls.count == 0
     assert torch.equal(whole, upper)
@@ -260,7 +260,7 @@ def test_layers_that_hand_on_more_than_hidden_states_are_computed_without_dropou
     attach(model, tiny.recipe_of(target_modules=r"(encoder\.block\.1|decoder)\..*\.q"))
     layers = find_frozen_layers(model, lambda: model(**PAIR))
     assert layers is not None
-    assert layers.kept == ()
+    assert layers.recorded == ()
     training_mode(model, layers)
     found = []
     for _ in range(2):
@@ -372,11 +372,11 @@ def test_layers_are_frozen_that_run_once_in_order_before_what_is_trained(
     assert found.frozen == tuple(f"layers.{i}" for i in range(frozen))
     assert found.last == tuple(last)
     assert found.first == first
-    assert found.kept == (tuple(last) if first is None else (first,))
-    assert found.without_first().kept == tuple(last)
-    assert set(found.passed) == (set(found.frozen) if last else set())
+    assert found.recorded == (tuple(last) if first is None else (first,))
+    assert found.recording_last().recorded == tuple(last)
+    assert set(found.skipped) == (set(found.frozen) if last else set())
     kinds = {"tensor": None, "one": 1, "none": 2, "more": 2, "three": 3}
-    assert dict(found.passed) == {name: kinds[forms[int(name[-1])]] for name in found.passed}
+    assert dict(found.skipped) == {name: kinds[forms[int(name[-1])]] for name in found.skipped}
     # what runs before is in evaluation mode, and what is trained is not
     assert {"before", "drop"} <= set(found.below)
     assert {f"layers.{i}.linear" for i in range(frozen)} <= set(found.below)
@@ -390,12 +390,12 @@ def test_layers_are_frozen_that_run_once_in_order_before_what_is_trained(
     # and the states take the place of what is frozen
     with torch.no_grad(), found.recording() as states:
         whole = model.eval()(X)
-    assert set(states) == set(found.kept)
+    assert set(states) == set(found.recorded)
     if last:
-        with torch.no_grad(), found.entering(states):
+        with torch.no_grad(), found.skipping(states):
             assert torch.equal(model(X), whole)
         other = {name: state + 1 for name, state in states.items()}
-        with torch.no_grad(), found.entering(other):
+        with torch.no_grad(), found.skipping(other):
             assert not torch.equal(model(X), whole)
     assert torch.equal(model(X), whole)
 
@@ -407,23 +407,23 @@ def test_what_enters_the_head_or_what_the_last_layer_computed_may_be_given(named
     assert found is not None
     assert found.first == "head"
     with torch.no_grad():
-        with found.recording() as entering, found.without_first().recording() as last:
+        with found.recording() as of_first, found.recording_last().recording() as last:
             whole = model(X)
-        assert (list(entering), list(last)) == (["head"], ["layers.1"])
-        assert not torch.equal(entering["head"], last["layers.1"])
+        assert (list(of_first), list(last)) == (["head"], ["layers.1"])
+        assert not torch.equal(of_first["head"], last["layers.1"])
         wider = torch.cat([X, X], 1)  # a batch whose rows are filled up
-        for states in (entering, last):
-            with found.entering(states):
+        for states in (of_first, last):
+            with found.skipping(states):
                 assert torch.equal(model(X), whole)
                 assert torch.equal(model(wider)[:, :3], whole)
                 assert model(wider).shape == (2, 6, 2)
 
 
 def test_a_form_of_three_values_is_given_back() -> None:
-    passing = frozen_lower_layers._passing
-    assert passing(None, None)(X) is X
-    assert passing(None, 1)(X) == (X,)
-    found = passing(2 * X, 3)(X)
+    skipping = frozen_lower_layers._skipping
+    assert skipping(None, None)(X) is X
+    assert skipping(None, 1)(X) == (X,)
+    found = skipping(2 * X, 3)(X)
     assert torch.equal(found[0], 2 * X)
     assert found[1:] == (None, None)
 
@@ -432,11 +432,11 @@ def test_a_head_that_runs_twice_is_no_single_entrance() -> None:
     found = found_in(Stack("tensor", heads=2), "head")
     assert found is not None
     assert found.first is None
-    assert found.kept == ("layers.0",)
+    assert found.recorded == ("layers.0",)
 
 
 def test_a_module_without_a_tensor_is_no_entrance() -> None:
-    behind_all = frozen_lower_layers._behind_all
+    first_after_layers = frozen_lower_layers._first_after_layers
     for args, kwargs, wanted in (
         ((X,), {}, "head"), ((), {"x": X}, "head"), ((3, X), {}, None), ((), {"x": 3}, None),
         ((), {}, None),
@@ -445,14 +445,14 @@ def test_a_module_without_a_tensor_is_no_entrance() -> None:
             began={"layers.0": [1], "head": [3]}, ended={"layers.0": [2], "head": [4]},
             inputs={"head": (args, kwargs)},
         )  # fmt: skip
-        assert behind_all(trace, 3, {"layers": ["layers.0"]}) == wanted
+        assert first_after_layers(trace, 3, {"layers": ["layers.0"]}) == wanted
     trace.ended["layers.0"] = [2, 9]  # one that runs again behind it
     trace.inputs["head"] = ((X,), {})
-    assert behind_all(trace, 3, {"layers": ["layers.0"]}) is None
+    assert first_after_layers(trace, 3, {"layers": ["layers.0"]}) is None
     trace.began = {"": [3]}
     trace.inputs[""] = ((X,), {})
     trace.ended["layers.0"] = [2]
-    assert behind_all(trace, 3, {"layers": ["layers.0"]}) is None  # the model itself
+    assert first_after_layers(trace, 3, {"layers": ["layers.0"]}) is None  # the model itself
 
 
 @pytest.mark.parametrize("trained", [["before"], ["layers.0"], ["before", "head"]])
@@ -492,7 +492,7 @@ def test_states_of_tokens_are_filled_with_zeros_behind(
     state: tuple[int, ...], like: tuple[int, ...], wanted: tuple[int, ...]
 ) -> None:
     ones = torch.ones(state)
-    found = frozen_lower_layers._filled(ones, torch.zeros(like))
+    found = frozen_lower_layers._padded(ones, torch.zeros(like))
     assert tuple(found.shape) == wanted
     assert float(found.sum()) == float(ones.sum())
     if wanted != state:

@@ -74,7 +74,7 @@ def test_a_product_with_the_sum_is_the_sum_of_two(
     of = [sum_.weight, sum_.left, sum_.right]
     wanted = product(sum_.weight + sum_.left @ sum_.right)
     gradients = torch.autograd.grad(wanted.square().sum(), of)
-    monkeypatch.setattr(LowRankSum, "whole", property(never))
+    monkeypatch.setattr(LowRankSum, "total", property(never))
     found = product(sum_)
     assert_close(found, wanted, 1e-12)
     for mine, other in zip(torch.autograd.grad(found.square().sum(), of), gradients, strict=True):
@@ -95,12 +95,12 @@ def test_the_rows_of_each_expert_are_multiplied_together(
     }
     sum_ = parts(3, 16, 8, rank=3, dtype=torch.float32)
     sum_.weight.data = sum_.weight.data.to(dtype)
-    whole, x = (sum_.weight + sum_.left @ sum_.right).detach(), draw(5, 16, dtype=dtype)
+    total, x = (sum_.weight + sum_.left @ sum_.right).detach(), draw(5, 16, dtype=dtype)
     if turned:
-        whole, x = whole.mT, x[:, :8].contiguous()
+        total, x = total.mT, x[:, :8].contiguous()
     ends = [0, *ENDS.tolist()]
-    wanted = torch.cat([x[a:b].float() @ whole[e] for e, (a, b) in enumerate(pairwise(ends))])
-    monkeypatch.setattr(LowRankSum, "whole", property(never))
+    wanted = torch.cat([x[a:b].float() @ total[e] for e, (a, b) in enumerate(pairwise(ends))])
+    monkeypatch.setattr(LowRankSum, "total", property(never))
     found = products[name](x, sum_.transpose(-2, -1) if turned else sum_, offs=ENDS)
     assert found.dtype == dtype
     assert_close(found.float(), wanted, 1e-6 if dtype == torch.float32 else 2e-2)
@@ -135,38 +135,38 @@ def test_factors_in_32_bits_meet_a_parameter_in_16(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sum_ = parts(16, 8, rank=3, dtype=torch.float32)
-    whole, x = (sum_.weight + sum_.left @ sum_.right).detach(), draw(5, 8, dtype=torch.float32)
-    monkeypatch.setattr(LowRankSum, "whole", property(never))
+    total, x = (sum_.weight + sum_.left @ sum_.right).detach(), draw(5, 8, dtype=torch.float32)
+    monkeypatch.setattr(LowRankSum, "total", property(never))
     with torch.autocast("cpu", torch.bfloat16):  # of a base in either
         found = linear(x, LowRankSum(sum_.weight.to(dtype), sum_.left, sum_.right))
     assert found.dtype == torch.bfloat16
-    assert_close(found.float(), x @ whole.T, 3e-2)
+    assert_close(found.float(), x @ total.T, 3e-2)
     in_16 = LowRankSum(sum_.weight.to(torch.bfloat16), sum_.left, sum_.right)
     found = linear(x.to(torch.bfloat16), in_16)
     assert found.dtype == torch.bfloat16
-    assert_close(found.float(), x @ whole.T, 3e-2)
+    assert_close(found.float(), x @ total.T, 3e-2)
 
 
 def test_all_else_is_done_with_the_sum() -> None:
     sum_ = parts(3, 4, 4)
-    whole = (sum_.weight + sum_.left @ sum_.right).detach()
-    assert (len(sum_), sum_.ndim, sum_.dim(), sum_.shape) == (3, 3, 3, whole.shape)
-    assert (sum_.size(), sum_.size(1), sum_.dtype) == (whole.shape, 4, torch.float64)
-    assert sum_.device == whole.device
+    total = (sum_.weight + sum_.left @ sum_.right).detach()
+    assert (len(sum_), sum_.ndim, sum_.dim(), sum_.shape) == (3, 3, 3, total.shape)
+    assert (sum_.size(), sum_.size(1), sum_.dtype) == (total.shape, 4, torch.float64)
+    assert sum_.device == total.device
     assert sum_.data_ptr() == sum_.weight.data_ptr()
     pairs = [
-        (sum_ + 1, whole + 1), (2 + sum_, 2 + whole), (sum_ - 1, whole - 1),
-        (3 - sum_, 3 - whole), (sum_ * 2, whole * 2), (2 * sum_, whole * 2),
-        (sum_ / 2, whole / 2), (-sum_, -whole), (sum_.float(), whole.float()),
-        (sum_[1].float(), whole[1].float()), (sum_[:, 1], whole[:, 1]), (sum_[1:], whole[1:]),
-        (sum_[torch.tensor([True, False, True])], whole[[0, 2]]),
-        (sum_[torch.tensor([[0, 2]])], whole[torch.tensor([[0, 2]])]),
-        (sum_.transpose(0, 1), whole.transpose(0, 1)), (torch.stack([sum_, sum_])[1], whole),
-        (torch.exp(input=sum_), whole.exp()), (sum_[0].T.exp(), whole[0].T.exp()),
-        (torch.cat([row.whole for row in sum_]), whole.flatten(0, 1)),
-        (torch.einsum("eij,j->ei", sum_, draw(4)), whole @ draw(4)),
-        (torch.mm(draw(2, 4), mat2=sum_[0]), draw(2, 4) @ whole[0]),
-        (sum_ @ sum_, whole @ whole),
+        (sum_ + 1, total + 1), (2 + sum_, 2 + total), (sum_ - 1, total - 1),
+        (3 - sum_, 3 - total), (sum_ * 2, total * 2), (2 * sum_, total * 2),
+        (sum_ / 2, total / 2), (-sum_, -total), (sum_.float(), total.float()),
+        (sum_[1].float(), total[1].float()), (sum_[:, 1], total[:, 1]), (sum_[1:], total[1:]),
+        (sum_[torch.tensor([True, False, True])], total[[0, 2]]),
+        (sum_[torch.tensor([[0, 2]])], total[torch.tensor([[0, 2]])]),
+        (sum_.transpose(0, 1), total.transpose(0, 1)), (torch.stack([sum_, sum_])[1], total),
+        (torch.exp(input=sum_), total.exp()), (sum_[0].T.exp(), total[0].T.exp()),
+        (torch.cat([row.total for row in sum_]), total.flatten(0, 1)),
+        (torch.einsum("eij,j->ei", sum_, draw(4)), total @ draw(4)),
+        (torch.mm(draw(2, 4), mat2=sum_[0]), draw(2, 4) @ total[0]),
+        (sum_ @ sum_, total @ total),
     ]  # fmt: skip
     for found, wanted in pairs:
         assert_close(found, wanted, 1e-6)
@@ -190,17 +190,17 @@ def test_experts_compute_without_adding_up(
     model = copy.deepcopy(base)
     attach(model, tiny.recipe_of("causal_lm", **adapter))
     tiny.wake(model)
-    whole = copy.deepcopy(base)
+    total = copy.deepcopy(base)
     with torch.no_grad():
         for name, layer in lora_layers(model).items():
             assert isinstance(layer, LoRAParameter)
-            owner: Any = whole.get_submodule(name.replace(".base", ""))
+            owner: Any = total.get_submodule(name.replace(".base", ""))
             owner.get_parameter(layer.parameter).add_(layer.delta_weight())
-    for one in (model, whole):
+    for one in (model, total):
         one.set_experts_implementation(how)
     ids = tiny_experts.ids()
-    wanted = whole(input_ids=ids).logits
-    monkeypatch.setattr(LowRankSum, "whole", property(never))
+    wanted = total(input_ids=ids).logits
+    monkeypatch.setattr(LowRankSum, "total", property(never))
     found = model(input_ids=ids).logits
     assert_close(found, wanted, 1e-5)
     found.square().sum().backward()

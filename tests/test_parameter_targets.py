@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lora_cli.adapters.attach import attach
-from lora_cli.adapters.lora_parameter import LoRAParameter, multiplies_by_torch
+from lora_cli.adapters.lora_parameter import LoRAParameter, uses_torch_products
 from lora_cli.adapters.low_rank_sum import LowRankSum
 from lora_cli.adapters.parameter_targets import (
     frozen_experts_note,
@@ -211,8 +211,8 @@ def test_experts_with_kernels_of_their_own_get_a_whole_tensor(
 ) -> None:
     base = Experts()
     base.config = type("Config", (), {"_experts_implementation": how})()  # type: ignore[assignment]
-    assert multiplies_by_torch(base) == by_torch
-    assert multiplies_by_torch(Experts())
+    assert uses_torch_products(base) == by_torch
+    assert uses_torch_products(Experts())
     model = nn.ModuleDict({"experts": base})
     attach(model, recipe(rank=2, target_parameters=["experts.up"]))
     layer = model["experts"]
@@ -221,7 +221,7 @@ def test_experts_with_kernels_of_their_own_get_a_whole_tensor(
         layer.lora_B.normal_()
     seen = layer()
     assert isinstance(seen, LowRankSum) == by_torch
-    whole = seen.whole if isinstance(seen, LowRankSum) else seen
+    whole = seen.total if isinstance(seen, LowRankSum) else seen
     wanted = base.up + layer.scaling * layer.lora_B @ layer.lora_A
     torch.testing.assert_close(whole, wanted)
     torch.testing.assert_close(layer.delta_weight(), (wanted - base.up).detach())

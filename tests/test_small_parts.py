@@ -21,11 +21,11 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_cli.adapters import initialise
 from lora_cli.adapters.initialise import loftq, olora, orthogonal, pissa
-from lora_cli.adapters.lokr import LoKrLayer, divided
-from lora_cli.adapters.merge_proof import _place
+from lora_cli.adapters.lokr import LoKrLayer, factorised
+from lora_cli.adapters.merge_proof import _parameter_name
 from lora_cli.adapters.residual_lora import ResidualLoRALinear
 from lora_cli.adapters.variants import LORA_LAYERS, layer_for
-from lora_cli.adapters.whole_update import WholeUpdate, has_wide_kernel, kernel_core, weight_shape
+from lora_cli.adapters.whole_update import WholeUpdate, core_shape, has_wide_kernel, weight_shape
 from lora_cli.errors import LoraError
 from lora_cli.export import merge as merging
 from lora_cli.export import merge_quantized
@@ -44,7 +44,7 @@ from lora_cli.training import checkpoints
 def test_sizes_are_divided_as_in_peft() -> None:
     for size in (1, 2, 4, 7, 8, 10, 12, 36, 64, 96, 250, 360, 768):
         for factor in (-1, 1, 2, 3, 4, 6, 8, 12, 16, 100):
-            assert divided(size, factor) == factorization(size, factor), (size, factor)
+            assert factorised(size, factor) == factorization(size, factor), (size, factor)
 
 
 def test_the_factors_of_lokr_are_whole_where_the_rank_is_half_of_their_size() -> None:
@@ -82,8 +82,8 @@ def test_shapes_of_weights_and_which_layers_take_a_whole_update() -> None:
     grouped, line = nn.Conv2d(8, 6, (3, 5), groups=2), nn.Conv1d(4, 6, 3)
     assert weight_shape(nn.Linear(3, 5)) == (5, 3)
     assert weight_shape(grouped) == (6, 4, 3, 5) == tuple(grouped.weight.shape)
-    assert kernel_core(grouped, 7) == (7, 7, 3, 5)
-    assert kernel_core(line, 7) == (7, 7, 3, 1)
+    assert core_shape(grouped, 7) == (7, 7, 3, 5)
+    assert core_shape(line, 7) == (7, 7, 3, 1)
     layers = (nn.Linear(2, 2), nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, (1, 2)), line)
     assert [has_wide_kernel(layer) for layer in layers] == [False, False, True, True]
     assert all(WholeUpdate.fits(layer) for layer in layers)
@@ -173,7 +173,7 @@ def test_where_a_tensor_of_peft_belongs() -> None:
         ("b.modules_to_save.default.weight", "b.default.weight"),
         ("c.modules_to_save.weight", "c.modules_to_save.weight"),
     ):  # fmt: skip
-        assert _place(name, parameters) == place
+        assert _parameter_name(name, parameters) == place
 
 
 @pytest.mark.parametrize("init", ["eva", "default"])

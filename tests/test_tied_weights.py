@@ -11,10 +11,10 @@ from torch import nn
 
 from lora_cli.adapters.attach import attach
 from lora_cli.adapters.tied_weights import (
-    give_own_parameters,
-    separate,
-    separate_trained,
     tied_groups,
+    untie,
+    untie_differing,
+    untie_trained,
 )
 from lora_cli.errors import LoraError
 
@@ -50,7 +50,7 @@ def test_a_named_parameter_becomes_an_equal_one_of_its_own() -> None:
     model = tiny.llama(tied=True)
     module, before = model.lm_head, model.lm_head.weight
     before.requires_grad_(False)
-    give_own_parameters(model, ["lm_head.weight"])
+    untie(model, ["lm_head.weight"])
     assert model.lm_head is module  # it stands in one place, so it needs no copy
     assert model.model.embed_tokens.weight is before
     assert model.lm_head.weight is not before
@@ -63,7 +63,7 @@ def test_a_named_parameter_becomes_an_equal_one_of_its_own() -> None:
 def test_a_module_in_two_places_is_copied_for_the_named_one(name: str) -> None:
     model = Twice()
     inner, second, other = model.first["inner"], model.second, model.other
-    give_own_parameters(model, [name])
+    untie(model, [name])
     assert model.other is other
     assert (model.first["inner"] is inner) == (name != "first.inner.weight")
     assert (model.second is second) == (name != "second.weight")
@@ -76,7 +76,7 @@ def test_what_was_parted_is_given_back_whole_and_what_is_still_shared_stays() ->
     weights, biases = tied_groups(model)
     model.second = nn.Linear(2, 2)
     model.second.bias = model.first["inner"].bias
-    assert separate(model, [weights, biases]) == weights
+    assert untie_differing(model, [weights, biases]) == weights
     assert shared(model, biases)
     assert not shared(model, weights)
 
@@ -96,7 +96,7 @@ def recipe(**adapter: Any) -> Any:
 def test_half_a_tie_is_rejected_by_both_names(in_full: list[str], named: str, other: str) -> None:
     model = tiny.llama(tied=True)
     with pytest.raises(LoraError, match=f"`{named}` shares its weight with `{other}`"):
-        separate_trained(model, in_full, recipe())
+        untie_trained(model, in_full, recipe())
     assert shared(model, TIE)
 
 
@@ -106,7 +106,7 @@ def test_a_whole_tie_or_none_of_it_is_left_alone_unless_sides_may_differ(
     in_full: list[str], kept: bool
 ) -> None:
     model = tiny.llama(tied=True)
-    separate_trained(model, in_full, recipe(ensure_weight_tying=kept))
+    untie_trained(model, in_full, recipe(ensure_weight_tying=kept))
     assert shared(model, TIE) == (kept or "lm_head" not in in_full)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lora_cli.adapters.attach import attach, lora_layers
 from lora_cli.adapters.load_adapter import load_adapter
-from lora_cli.adapters.lokr import divided
+from lora_cli.adapters.lokr import factorised
 from lora_cli.adapters.make_trainable import make_trainable
 from lora_cli.adapters.merge_layers import merge
 from lora_cli.adapters.merge_proof import expected_weights
@@ -115,7 +115,7 @@ def with_gradient(model: nn.Module, seed: int = 5) -> Tensor:
 
 @pytest.mark.parametrize("factor", [-3, -1, 0, 1, 2, 3, 4, 8, 16, 400])
 def test_sizes_are_divided_as_peft_divides_them(factor: int) -> None:
-    assert all(divided(n, factor) == factorization(n, factor) for n in range(1, 200))
+    assert all(factorised(n, factor) == factorization(n, factor) for n in range(1, 200))
 
 
 class EachLayer(nn.Module):

@@ -1,6 +1,6 @@
-"""Attach an adapter to a model: add low-rank layers, choose what else is trained, freeze the rest.
+"""Attach an adapter to a model: add low-rank layers, train what the recipe names, freeze the rest.
 
-Also: find the adapter's layers and parameters in a model, turn them off, and remove them.
+This module also finds an adapter's layers and parameters in a model, disables and removes them.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from torch import nn
 
 from lora_cli.adapters.freeze import frozen_parameters
 from lora_cli.adapters.frozen_lower_layers import FrozenLayers
-from lora_cli.adapters.initialise import reject_impossible_starts, start_layers
+from lora_cli.adapters.initialise import check_initialisation, initialise_layers
 from lora_cli.adapters.lora import LoRALayer, Shape
 from lora_cli.adapters.lora_parameter import LoRAParameter
 from lora_cli.adapters.match_names import inside, matches
-from lora_cli.adapters.mixed_dtypes import let_dtypes_meet
+from lora_cli.adapters.mixed_dtypes import reconcile_dtypes
 from lora_cli.adapters.targets import Target, resolve_targets, unmatched_in_full
-from lora_cli.adapters.tied_weights import separate_trained
+from lora_cli.adapters.tied_weights import untie_trained
 from lora_cli.adapters.token_rows import (
     TokenRows,
     add_token_rows,
@@ -41,19 +41,19 @@ def attach(
 ) -> None:
     """Add the adapter that the recipe asks for, and freeze everything that is not trained.
 
-    Parameters that are trained themselves, not through an adapter layer, become float32. Random
-    starting values are drawn from torch's global generator.
+    Parameters that are trained directly, not through an adapter layer, become float32. Random
+    initial values are drawn from torch's global generator.
 
     Args:
         model: The base model; it is changed in place.
         recipe: Its `adapter` section says what is trained.
         head: The names of the modules that the task created; they are trained in full.
-        restored: Whether the parameters are read from a checkpoint afterwards, so that their
-            starting values need not be computed from the base's weights.
+        restored: Whether the parameters are loaded from a checkpoint afterwards, so that their
+            initial values need not be computed from the base's weights.
         token_ids: The tokens whose rows of the embedding are trained.
 
     Raises:
-        LoraError: If `resolve_targets` does, or `adapter.init` is not possible on a target. The
+        LoraError: As `resolve_targets`, or if `adapter.init` is impossible for a target. The
             model is then unchanged.
     """
     spec, head = recipe.adapter, list(head)
@@ -64,22 +64,22 @@ def attach(
     targets = resolve_targets(model, recipe, head) if spec.low_rank else []
     if problems := unmatched_in_full(model, recipe):
         raise LoraError(problems)
-    reject_impossible_starts(model, targets, recipe)
+    check_initialisation(model, targets, recipe)
     in_full = [
         name
         for name, _ in model.named_modules()
         if (name in head or (name and matches(spec.train_modules, name)))
         and not is_frozen(model, name)
     ]
-    embeddings = _embeddings(model, recipe, targets, in_full, token_ids) if token_ids else []
-    separate_trained(model, in_full, recipe)
+    embeddings = _token_embeddings(model, recipe, targets, in_full, token_ids) if token_ids else []
+    untie_trained(model, in_full, recipe)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for target in targets:
         layer = add_layer(model, target, layers_to_train(spec), spec.dropout, spec.use_rslora)
         layer.reset_parameters()
     if not restored:
-        start_layers(model, lora_layers(model), recipe)
+        initialise_layers(model, lora_layers(model), recipe)
     for name in embeddings:
         add_token_rows(model, name, sorted(token_ids), sharing(model, name))
     for name in in_full:
@@ -90,18 +90,18 @@ def attach(
         model.get_parameter(name).requires_grad_(False)
     if not trainable_parameters(model):
         raise _nothing_trained(recipe)
-    let_dtypes_meet(model, head)
+    reconcile_dtypes(model, head)
 
 
 def _train(parameter: torch.Tensor | nn.Parameter | None) -> None:
-    """Let a parameter be trained, in float32."""
+    """Make a parameter trainable, in float32."""
     assert parameter is not None
     parameter.data = parameter.data.float()  # 16 bits cannot hold an optimizer's small changes
     parameter.requires_grad_(True)
 
 
 def _train_all_but(model: nn.Module, recipe: Recipe, frozen_by_recipe: Collection[str]) -> None:
-    """Train all parameters, except those of frozen parts and those that the recipe freezes."""
+    """Train all parameters, except those of frozen submodels and those that the recipe freezes."""
     parameters = dict(model.named_parameters())
     trained = {
         name for name in parameters if name not in frozen_by_recipe and not is_frozen(model, name)
@@ -138,14 +138,14 @@ def _train_biases(model: nn.Module, spec: AdapterSpec) -> None:
                 _train(layer.bias)
 
 
-def _embeddings(
+def _token_embeddings(
     model: nn.Module,
     recipe: Recipe,
     targets: Collection[Target],
     in_full: Collection[str],
     token_ids: Sequence[int],
 ) -> list[str]:
-    """Return the names of the embedding and the output layer in which single rows are trained.
+    """Return the embedding and the output layer in which single rows are trained, by name.
 
     Raises:
         LoraError: If one of them has an adapter, has no row for a token, or is trained in full
@@ -162,15 +162,15 @@ def _embeddings(
             what = f"`{name}` has rows for {counted(rows, 'token')}, and none for {max(token_ids)}"
             hint = f"name tokens that `{name}` has too: its vocabulary is one of its own"
             raise LoraError(what, at, hint)
-        for place in sharing(model, name):
-            if place in adapted:
-                what = f"`{place}` cannot have an adapter, and single rows that are trained"
-                raise LoraError(what, at, f"leave `{place}` out of `adapter.target_modules`")
-    full = [name for name in names if any(inside(name, top) for top in in_full)]
-    if full and key == "adapter.train_tokens":
-        what = f"`{full[0]}` is trained in full, so all of its rows are"
+        for tied_name in sharing(model, name):
+            if tied_name in adapted:
+                what = f"`{tied_name}` cannot have an adapter, and single rows that are trained"
+                raise LoraError(what, at, f"leave `{tied_name}` out of `adapter.target_modules`")
+    trained_in_full = [name for name in names if any(inside(name, top) for top in in_full)]
+    if trained_in_full and key == "adapter.train_tokens":
+        what = f"`{trained_in_full[0]}` is trained in full, so all of its rows are"
         raise LoraError(what, at, "leave one of the two out")
-    return [name for name in names if name not in full]
+    return [name for name in names if name not in trained_in_full]
 
 
 def add_layer(
@@ -181,9 +181,9 @@ def add_layer(
     use_rslora: bool = False,
     shapes: dict[str, Shape] | None = None,
 ) -> LoRALayer:
-    """Replace the module that `target` names by an adapter layer around it, and return the layer.
+    """Wrap the module that `target` names in an adapter layer, and return the layer.
 
-    Its update is zero until `reset_parameters` or `from_peft` is called.
+    The update is zero until `reset_parameters` or `from_peft` is called.
     """
     parent_name, _, child_name = target.name.rpartition(".")
     parent = model.get_submodule(parent_name)
@@ -202,12 +202,12 @@ def add_layer(
 
 
 def adapter_layers(model: nn.Module) -> dict[str, LoRALayer | TokenRows]:
-    """Return the layers that replaced modules: low-rank ones, and embeddings with trained rows."""
+    """Return the adapter layers of a model: low-rank layers, and embeddings with trained rows."""
     return {n: m for n, m in model.named_modules() if isinstance(m, LoRALayer | TokenRows)}
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
-    """Return the low-rank layers of a model by the names of the modules that they replaced.
+    """Return the low-rank layers of a model, by the names of the modules that they replaced.
 
     Layers that adapt two parameters of one module are nested; the outer one comes first.
     """
@@ -228,7 +228,7 @@ def remove_layers(model: nn.Module) -> None:
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, LoRALayer | TokenRows)
     }
-    for name, layer in reversed(layers.items()):  # of nested layers the inner one first
+    for name, layer in reversed(layers.items()):  # the inner one of nested layers first
         parent_name, _, child_name = name.rpartition(".")
         setattr(model.get_submodule(parent_name), child_name, layer.base)
 
@@ -243,7 +243,7 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that are trained, by name, each once.
+    """Return the trained parameters by name, each once.
 
     The optimizer, clipping, the checks for NaN, the counts and the checkpoints all use this set.
     """
@@ -255,7 +255,7 @@ def training_mode(model: nn.Module, frozen: FrozenLayers | None = None) -> None:
 
     In training mode, batch normalisation would update its running statistics, which an adapter
     folder does not contain, so the saved adapter would not fit the original base. It would also
-    normalise by the micro-batch, so the result would depend on how a step is divided.
+    normalise by the micro-batch, so the result would depend on the size of the micro-batches.
 
     Args:
         model: The model.
@@ -271,13 +271,13 @@ def training_mode(model: nn.Module, frozen: FrozenLayers | None = None) -> None:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Turn the adapter off within the context: the model then computes what its base computes."""
+    """Disable the adapter within the context: the model then computes what its base computes."""
     layers = list(adapter_layers(model).values())
-    before = [layer.enabled for layer in layers]
+    states = [layer.enabled for layer in layers]
     try:
         for layer in layers:
             layer.enabled = False
         yield
     finally:
-        for layer, enabled in zip(layers, before, strict=True):
+        for layer, enabled in zip(layers, states, strict=True):
             layer.enabled = enabled

@@ -1,7 +1,7 @@
-"""Check whether an adapter fits a model: each tensor has its place, and none is missing.
+"""Check whether an adapter fits a model: every tensor has a place in it, and none is missing.
 
-Each check returns a `Problem` for everything that does not fit, so that all are said at once and
-the model is untouched until then.
+The checks return `Problem`s instead of raising, so that all of them are reported at once, before
+the model is changed.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from lora_cli.adapters.variants import Layers, layer_for, layers_of
 from lora_cli.errors import IntegrityError, Problem
 from lora_cli.models.bundle import is_frozen
 
-SHOWN = 8  # problems of a kind
-PADDED = 8  # vocabularies that are padded have a multiple of this number of rows
-SAME_ROWS = 100  # first rows that show that an embedding is that of the base, with others behind
+SHOWN = 8  # problems of each kind in a message
+PADDED = 8  # padded vocabularies have a multiple of this number of rows
+SAME_ROWS = 100  # equal first rows show that an embedding is the base's with rows appended
 SHORT = (torch.float16, torch.bfloat16)
 
 
@@ -41,24 +41,24 @@ def check_layers(
     adapter: AdapterFolder,
     layers: Layers,
 ) -> tuple[dict[str, tuple[Target, dict[str, Shape] | None]], list[Problem]]:
-    """Return what is adapted, by PEFT's names of layers, and a problem for what does not fit."""
-    chosen: dict[str, tuple[Target, dict[str, Shape] | None]] = {}
+    """Return the targets with their shapes by PEFT's layer names, and problems of layers."""
+    targets: dict[str, tuple[Target, dict[str, Shape] | None]] = {}
     problems: list[Problem] = []
     modules = dict(model.named_modules())
     sites = parameter_layers(model, adapter.config.get("target_parameters"))
     for name in sorted(of_layers, key=_inner_first):
-        of_layer, shapes = of_layers[name], None
+        tensors, shapes = of_layers[name], None
         if name in sites:
-            found, target = check_parameter(sites[name], of_layer, model, adapter)
+            layer_problems, target = check_parameter(sites[name], tensors, model, adapter)
         else:
-            found, target, shapes = _check_layer(name, of_layer, modules, adapter, layers)
-        problems += found
-        chosen |= {name: (target, shapes)} if target else {}
-    return chosen, problems
+            layer_problems, target, shapes = _check_layer(name, tensors, modules, adapter, layers)
+        problems += layer_problems
+        targets |= {name: (target, shapes)} if target else {}
+    return targets, problems
 
 
 def _inner_first(name: str) -> int:
-    """Return a key by which layers on parameters of one module come in the order of attaching."""
+    """Sort key: nested layers on parameters of one module, in the order of attaching."""
     return -name.count(".base_layer")
 
 
@@ -69,10 +69,10 @@ def _check_layer(
     adapter: AdapterFolder,
     layers: Layers,
 ) -> tuple[list[Problem], Target | None, dict[str, Shape] | None]:
-    """Return what is wrong with the tensors of a layer, or the target that they make.
+    """Return the problems of a layer's tensors, or the target that they describe.
 
-    With a target come the shapes of its parameters, where the configuration asks for others than
-    those that such layers have.
+    The third value is the shapes of its parameters, if the configuration asks for shapes other
+    than the default ones of the layer.
     """
     module = modules.get(name)
     if module is None:
@@ -89,40 +89,42 @@ def _check_layer(
             None,
             None,
         )
-    # a folder of this tool has a manifest, and its updates are computed as the base is
+    # a folder with a manifest was trained with this tool, which computes updates like the base
     if not adapter.verified and (difference := convolution_difference(module, adapter.config)):
         what = f"the convolution `{name}` {difference}"
         hint = "no merged weight is equal to it: use the adapter in PEFT"
         return [Problem(what, hint=hint)], None, None
-    config, shown = adapter.config, layer.rank_of(tensors)
-    stated = int(first_match(config.get("rank_pattern") or {}, name, config.get("r", shown or 8)))
-    rank = stated if shown is None else shown
-    if stated != rank:
+    config, rank_of_tensors = adapter.config, layer.rank_of(tensors)
+    configured_rank = int(
+        first_match(config.get("rank_pattern") or {}, name, config.get("r", rank_of_tensors or 8))
+    )
+    rank = configured_rank if rank_of_tensors is None else rank_of_tensors
+    if configured_rank != rank:
         hint = TOGETHER
         if config.get("ensure_weight_tying"):
             hint = "with `ensure_weight_tying`, PEFT gives a tied module the rank of the other"
-        what = f"`{name}` has rank {rank}, its configuration says {stated}"
+        what = f"`{name}` has rank {rank}, its configuration says {configured_rank}"
         return [Problem(what, hint=hint)], None, None
     target = Target(name, rank, alpha_of(config, name))
     if problems := shape_problem(module, target, layers):
         return problems, None, None
     shapes = layer.configured_shapes(module, rank, config)
-    needed = layer.peft_shapes(module, rank) if shapes is None else shapes
-    if needed.keys() != tensors.keys():
+    expected_shapes = layer.peft_shapes(module, rank) if shapes is None else shapes
+    if expected_shapes.keys() != tensors.keys():
         what, hint = f"`{name}` has {', '.join(tensors)}, its configuration says", TOGETHER
-        if adapter.path.is_file():  # of another tool, without a configuration
+        if adapter.path.is_file():  # another tool's file, without a configuration
             what, hint = f"`{name}` has {', '.join(tensors)}, and such an update needs", ANEW
-        return [Problem(f"{what} {', '.join(needed)}", hint=hint)], None, None
+        return [Problem(f"{what} {', '.join(expected_shapes)}", hint=hint)], None, None
     problems = [
         Problem(f"{key} of `{name}` is {tuple(tensors[key].shape)}, the model needs {shape}")
-        for key, shape in needed.items()
+        for key, shape in expected_shapes.items()
         if tuple(tensors[key].shape) != shape
     ]
     return problems, target, shapes
 
 
 def _hint_for_experts(name: str, modules: dict[str, nn.Module]) -> str | None:
-    """Return a hint where a module is not there since the model holds its experts as one tensor."""
+    """Return a hint if a module is missing because the model stores its experts as one tensor."""
     before, is_expert, _ = name.rpartition(".experts.")
     experts = modules.get(f"{before}.experts") if is_expert else None
     if experts is None or not any(p.ndim == 3 for p in experts.parameters(recurse=False)):
@@ -130,49 +132,49 @@ def _hint_for_experts(name: str, modules: dict[str, nn.Module]) -> str | None:
     return "an adapter of single experts is read where it has all of them, as LoRA's A and B"
 
 
-# ------------------------------------------------------ tensors that are whole parameters
+# -------------------------------------------------------------- tensors of full parameters
 
 
-def without_trained_rows(
-    frozen: dict[str, Tensor], of_tokens: list[SavedRows], parameters: dict[str, nn.Parameter]
+def ignore_trained_rows(
+    frozen: dict[str, Tensor], row_sets: list[SavedRows], parameters: dict[str, nn.Parameter]
 ) -> dict[str, Tensor]:
-    """Return copies of the base without the rows that are trained, which need not be its."""
-    found = dict(frozen)
-    for saved in of_tokens:
+    """Return copies of base weights whose trained rows are set to the model's own, to match."""
+    copies = dict(frozen)
+    for saved in row_sets:
         for name in (f"{module}.weight" for module in (saved.name, *saved.others)):
-            if name in found and found[name].shape == parameters[name].shape:
-                found[name] = found[name].clone()
-                found[name][saved.token_ids] = parameters[name][saved.token_ids].to(found[name])
-    return found
+            if name in copies and copies[name].shape == parameters[name].shape:
+                copies[name] = copies[name].clone()
+                copies[name][saved.token_ids] = parameters[name][saved.token_ids].to(copies[name])
+    return copies
 
 
 def check_parameters(
     plain: dict[str, Tensor],
     frozen: dict[str, Tensor],
     parameters: dict[str, nn.Parameter],
-    own: list[str],
+    untied: list[str],
     embeddings: list[str],
     adapted: Collection[str] = (),
 ) -> list[Problem]:
-    """Return what is wrong with the tensors that stand for whole parameters of the model.
+    """Return the problems of tensors that replace or copy full parameters of the model.
 
     Args:
-        plain: Tensors that are trained, by the names of parameters.
-        frozen: Tensors of the base that PEFT writes besides.
-        parameters: Those of the model.
-        own: Parameters that leave their tie.
+        plain: Trained tensors by parameter name.
+        frozen: Copies of base weights that PEFT also saves, by parameter name.
+        parameters: The model's parameters.
+        untied: Names of parameters that will be untied.
         embeddings: Names of the modules that have a row for each token.
         adapted: Names of the modules that have a low-rank update.
     """
     problems = []
-    of_tokens = {f"{name}.weight" for name in embeddings}
-    first: dict[int, str] = {}  # name of the first tensor for a parameter, which may be shared
+    token_weights = {f"{name}.weight" for name in embeddings}
+    first_names: dict[int, str] = {}  # the first name of each parameter, which may be shared
     for name, tensor in [*plain.items(), *frozen.items()]:
         parameter = parameters.get(name)
         if parameter is None:
             problems.append(Problem(f"the model has no parameter `{name}`"))
         elif parameter.shape != tensor.shape:
-            larger = name in of_tokens and tensor.shape[0] > parameter.shape[0]
+            larger = name in token_weights and tensor.shape[0] > parameter.shape[0]
             problems.append(
                 Problem(
                     f"`{name}` is {tuple(tensor.shape)} in the adapter and "
@@ -182,11 +184,11 @@ def check_parameters(
             )
         elif name in frozen and not parameter.is_meta and not _same(parameter, tensor):
             what = f"`{name}` of the base is not the one it was trained on"
-            grown = name in of_tokens and _same(parameter[:SAME_ROWS], tensor[:SAME_ROWS])
+            grown = name in token_weights and _same(parameter[:SAME_ROWS], tensor[:SAME_ROWS])
             hint = RESIZED.format(len(tensor)) if grown else None
             problems.append(Problem(what, hint=hint))
-        elif name in plain and name not in own:
-            other = first.setdefault(id(parameter), name)
+        elif name in plain and name not in untied:
+            other = first_names.setdefault(id(parameter), name)
             if not torch.equal(plain[other], tensor):
                 problems.append(
                     Problem(
@@ -197,13 +199,13 @@ def check_parameters(
 
 
 def check_buffers(tensors: dict[str, Tensor], buffers: dict[str, Tensor]) -> list[Problem]:
-    """Return a problem for each buffer of the model that an adapter has with other values.
+    """Return a problem for each buffer of the model that has other values in the adapter.
 
-    Statistics of normalisation change where it is trained in training mode, as with PEFT.
+    The statistics of normalisation layers change if they are in training mode, as with PEFT.
 
     Args:
-        tensors: Of the adapter, by names without PEFT's prefix.
-        buffers: Those of the base; on the meta device nothing is compared.
+        tensors: The adapter's tensors, by names without PEFT's prefix.
+        buffers: The base's buffers; nothing is compared on the meta device.
     """
     return [
         Problem(
@@ -212,33 +214,33 @@ def check_buffers(tensors: dict[str, Tensor], buffers: dict[str, Tensor]) -> lis
             "merge the adapter in PEFT",
         )
         for name, buffer in buffers.items()
-        # how many batches were counted changes no output
+        # the number of batches seen does not affect outputs
         if name in tensors and not name.endswith(COUNTS) and not buffer.is_meta
         if tensors[name].shape != buffer.shape or not _same(buffer, tensors[name])
     ]
 
 
 def _hint_for_larger(name: str, tensor: Tensor, adapted: Collection[str]) -> str:
-    """Return what to do with a larger embedding, of which only the rows of tokens can be read."""
+    """Return what to do with a larger embedding, of which only the tokens' rows can be loaded."""
     is_padded = len(tensor) % PADDED == 0
     if is_padded or name.removesuffix(".weight") in adapted:
         return RESIZED.format(len(tensor))
     return LARGER
 
 
-def _same(ours: Tensor, theirs: Tensor) -> bool:
-    """Compare in the coarser of the two dtypes: the base may have been loaded in another.
+def _same(of_model: Tensor, of_adapter: Tensor) -> bool:
+    """Compare in the coarser of the two dtypes: the base may have been loaded in another dtype.
 
-    A base that is stored in 16 bits may stand in memory as float32 by now.
+    Also compare in 16 bits, since a base that is stored in 16 bits may be float32 in memory.
     """
-    ours = ours.detach().cpu()
-    dtype = min(ours.dtype, theirs.dtype, key=lambda dtype: dtype.itemsize)
-    return torch.equal(ours.to(dtype), theirs.to(dtype)) or any(
-        torch.equal(ours.float(), theirs.to(stored).float()) for stored in SHORT
+    of_model = of_model.detach().cpu()
+    dtype = min(of_model.dtype, of_adapter.dtype, key=lambda dtype: dtype.itemsize)
+    return torch.equal(of_model.to(dtype), of_adapter.to(dtype)) or any(
+        torch.equal(of_model.float(), of_adapter.to(stored).float()) for stored in SHORT
     )
 
 
-# ------------------------------------------------------------------------- what is missing
+# ------------------------------------------------------------------------- missing tensors
 
 
 def missing_tensors(
@@ -249,7 +251,7 @@ def missing_tensors(
     new: list[str],
     drawn: Collection[str] | None,
 ) -> list[Problem]:
-    """Return a problem for everything that the configuration promises and the file lacks."""
+    """Return a problem for everything that the configuration promises but the file lacks."""
     config = adapter.config
     adapted = adapted_modules(adapter.tensors)
     in_full = config.get("modules_to_save") or []
@@ -265,14 +267,16 @@ def missing_tensors(
     for name in parameters:
         owner, _, last = name.rpartition(".")
         elsewhere = adapter.parts and name.partition(".")[0] not in adapter.parts
-        if name in plain or elsewhere or is_frozen(model, name):  # in a part that is not trained
+        if (
+            name in plain or elsewhere or is_frozen(model, name)
+        ):  # in a submodel that is not trained
             continue
-        named = any(inside(owner, top) for top in in_full)
+        is_in_full = any(inside(owner, top) for top in in_full)
         if (head := module_of(name, new)) and (drawn is None or name in drawn):
             what = f"`{name}` is missing: the base's checkpoint does not hold it, nor the adapter"
             save = f"train the head too, and save it: in PEFT with `modules_to_save=['{head}']`"
-            problems.append(Problem(what, hint=None if named else save))
-        elif named or (
+            problems.append(Problem(what, hint=None if is_in_full else save))
+        elif is_in_full or (
             last == "bias" and (bias == "all" or (bias == "lora_only" and owner in adapted))
         ):
             problems.append(
@@ -282,10 +286,10 @@ def missing_tensors(
 
 
 def _promised(adapter: AdapterFolder, modules: dict[str, nn.Module]) -> list[str]:
-    """Return the modules for which a configuration promises an adapter, by PEFT's rule.
+    """Return the modules that the configuration's targets match, by PEFT's rule.
 
-    Not with `layers_to_transform`, whose rule has changed between versions: there the tensors
-    alone say it.
+    Return none with `layers_to_transform`, whose rule has changed between versions of PEFT: then
+    the tensors alone determine the modules.
     """
     config = adapter.config
     targets, excluded = config.get("target_modules"), config.get("exclude_modules") or []
@@ -303,7 +307,7 @@ def _promised(adapter: AdapterFolder, modules: dict[str, nn.Module]) -> list[str
 
 
 def module_of(name: str, modules: list[str]) -> str | None:
-    """Return the module of a list that a parameter belongs to, if there is one."""
+    """Return the module of the list that contains a parameter, or None."""
     return next((module for module in modules if name.startswith(f"{module}.")), None)
 
 
@@ -313,16 +317,16 @@ def module_of(name: str, modules: list[str]) -> str | None:
 def misfit_error(
     problems: list[Problem], missing: list[Problem], adapter: AdapterFolder
 ) -> IntegrityError:
-    """Return the error that names what does not fit; the last problem gets the place and a hint."""
+    """Return the error that lists the problems; the last one gets the path and a hint."""
     shown = _first_of(problems) + _first_of(missing)
-    hinted = next((problem.hint for problem in problems + missing if problem.hint), None)
-    hint = hinted or "is this the base model that the adapter was trained on?"
+    first_hint = next((problem.hint for problem in problems + missing if problem.hint), None)
+    hint = first_hint or "is this the base model that the adapter was trained on?"
     shown = [Problem(problem.what) for problem in shown]
     shown[-1] = Problem(shown[-1].what, str(adapter.path), hint)
     return IntegrityError(shown)
 
 
 def _first_of(problems: list[Problem]) -> list[Problem]:
-    """Return so many problems as a person reads, and how many more there are."""
-    more = len(problems) - SHOWN
-    return problems[:SHOWN] + ([Problem(f"and {more} more like these")] if more > 0 else [])
+    """Return the first few problems, and one that says how many more there are."""
+    n_hidden = len(problems) - SHOWN
+    return problems[:SHOWN] + ([Problem(f"and {n_hidden} more like these")] if n_hidden > 0 else [])

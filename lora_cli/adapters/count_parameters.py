@@ -1,4 +1,4 @@
-"""Count a model's parameters: all of them, and those that are trained."""
+"""Count the parameters of a model, in total and trained."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ParameterRow:
 def parameter_table(model: nn.Module) -> list[ParameterRow]:
     """Return a row for every parameter of the model; a shared parameter is counted once.
 
-    A quantised layer is counted by the weights that it was made from.
+    A quantised layer is counted by its original weights.
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     rows = []
@@ -38,7 +38,7 @@ def parameter_table(model: nn.Module) -> list[ParameterRow]:
         shape = tuple(parameter.shape)
         if layer is not None and last != "bias":
             if last != "weight":
-                continue  # the scales of its codes
+                continue  # the quantisation scales
             shape = (layer.out_features, layer.in_features)
         rows.append(ParameterRow(name, shape, parameter.requires_grad))
     return rows
@@ -48,8 +48,8 @@ def group_rows(rows: Iterable[ParameterRow]) -> list[tuple[str, int, bool, int]]
     """Join the rows of parameters that differ only in the number of their layer.
 
     Returns:
-        For each group: its name with `*` for the number, how many parameters it has, whether they
-        are trained, and how many entries they have in all.
+        For each group: its name with `*` for the number, the number of parameters, whether they
+        are trained, and their total number of entries.
     """
     groups: dict[tuple[str, bool], list[ParameterRow]] = {}
     for row in rows:

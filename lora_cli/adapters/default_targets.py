@@ -1,4 +1,4 @@
-"""Which modules get an adapter if the recipe names none: `adapter.target_modules` left out.
+"""Choose the modules that get an adapter if the recipe has no `adapter.target_modules`.
 
 A task names its usual targets in `default_targets` of its spec (`recipe/spec/`).
 """
@@ -39,17 +39,17 @@ def default_targets(
     usual: Literal["attention", "layers"] | tuple[str, ...],
     adaptable: dict[str, nn.Module],
 ) -> tuple[str | list[str], list[str]]:
-    """Return the default value of `adapter.target_modules`, and the modules that it means.
+    """Return the default value of `adapter.target_modules`, and the modules that it matches.
 
     Args:
         model: The base model.
         usual: The usual targets of the task: query and value projections (`attention`), all linear
-            layers or else convolutions (`layers`), or names.
+            layers or, without those, convolutions (`layers`), or names.
         adaptable: The modules that an adapter fits, by name.
     """
     linear = linear_names(adaptable)
     if isinstance(usual, tuple):
-        names = [name for name in usual if any(matches([name], one) for one in linear)]
+        names = [name for name in usual if any(matches([name], layer) for layer in linear)]
     elif usual == "layers":
         names = []
         if not linear and (convolutions := default_convolutions(adaptable)):
@@ -58,7 +58,7 @@ def default_targets(
         last_names = {name.rpartition(".")[2] for name in linear}
         names = [name for name in QUERY_VALUE_NAMES if name in last_names]
         if output_embedding_name(model) is not None:
-            names = []  # a language model, of which all linear layers are usual
+            names = []  # a language model: all linear layers are usual
     if not names:
         return "all-linear", all_linear(model, adaptable)
     return names, [name for name in adaptable if matches(names, name)]
@@ -78,27 +78,27 @@ def linear_names(modules: dict[str, nn.Module]) -> list[str]:
 def default_convolutions(modules: dict[str, nn.Module]) -> list[str]:
     """Return the convolutions of a model that are adapted by default.
 
-    If none has groups (ResNet), they are all of them. If some have (EfficientNet), they are those
-    of size 1 x 1 without groups, which mix channels: a convolution with one channel a group has no
-    room for a low-rank update. The gates of squeeze-and-excitation are left out, because they only
-    scale what other layers compute.
+    If none has groups (ResNet), return all of them. If some have groups (EfficientNet), return the
+    ungrouped 1 x 1 convolutions, which mix channels: a convolution with one channel per group has
+    no room for a low-rank update. Squeeze-and-excitation gates are left out, because they only
+    rescale the outputs of other layers.
 
     Args:
         modules: The modules that an adapter fits, by name.
     """
     convolutions = {n: m for n, m in modules.items() if isinstance(m, nn.Conv1d | nn.Conv2d)}
-    whole = [name for name, module in convolutions.items() if module.groups == 1]
-    if len(whole) == len(convolutions):
-        return whole
+    ungrouped = [name for name, module in convolutions.items() if module.groups == 1]
+    if len(ungrouped) == len(convolutions):
+        return ungrouped
     return [
         name
-        for name in whole
+        for name in ungrouped
         if set(convolutions[name].kernel_size) == {1} and not GATES.search(name)
     ]
 
 
 def output_embedding_name(model: nn.Module) -> str | None:
     """Return the name of the layer that maps to the vocabulary, if the model has one."""
-    get = getattr(model, "get_output_embeddings", None)
-    output = get() if get is not None else None
+    get_output = getattr(model, "get_output_embeddings", None)
+    output = get_output() if get_output is not None else None
     return next((name for name, module in model.named_modules() if module is output), None)

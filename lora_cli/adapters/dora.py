@@ -1,18 +1,18 @@
-r"""DoRA: LoRA with a trained length, as in Liu et al. 2024, https://arxiv.org/abs/2402.09353.
+r"""DoRA: LoRA with a trained magnitude, as in Liu et al. 2024, https://arxiv.org/abs/2402.09353.
 
-The weights of each output, a row of V, are divided into a direction and a length. A and B change
-the direction as in LoRA; the length is a trained vector m with one entry for each output:
+The weight vector of each output, a row of V, is decomposed into a direction and a magnitude. A and
+B change the direction as in LoRA; the magnitude is a trained vector m with one entry per output:
 
     y = m / |V| V x          V = W0 + s B A          |V| (out): the norm of each row of V
 
-m starts at |W0| and B at zero, so training starts at the base model exactly.
+m starts at |W0| and B at zero, so training starts exactly at the base model.
 
-In the backward pass |V| is a constant, as section 4.3 of the paper proposes and as PEFT does: that
-saves memory and changes results little. With g = m / |V|, and W0 x computed by the base,
+The backward pass treats |V| as a constant, as section 4.3 of the paper proposes and as PEFT does:
+this saves memory and hardly changes the results. With g = m / |V|, and W0 x computed by the base,
 
-    y = W0 x + (g - 1) W0 x + g s B A x          and the base's bias, which has no length
+    y = W0 x + (g - 1) W0 x + g s B A x          plus the base's bias, which is not scaled
 
-|V| is computed in each forward pass, in float32, which takes one more product B A and a sum over
+|V| is computed in float32 in each forward pass, which takes one more product B A and a sum over
 the weight.
 """
 
@@ -29,12 +29,12 @@ from lora_cli.adapters.lora_conv import LoRAConv
 from lora_cli.errors import LoraError
 from lora_cli.models.quantized_linear import QuantizedLinear
 
-READABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-SHORTEST = 1e-12  # the least length of a row, since a row of zeros has no direction
+FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+MIN_NORM = 1e-12  # a row of zeros has no direction
 
 
 class DoRALayer(LoRALayer):
-    """What DoRA adds to a layer of LoRA; a DoRA layer inherits from this and then from that layer.
+    """A mixin that turns a LoRA layer into a DoRA layer; it comes before that layer in the bases.
 
     `magnitude` (out) is m.
     """
@@ -52,11 +52,11 @@ class DoRALayer(LoRALayer):
         """Return the shapes of A, B and m.
 
         Raises:
-            LoraError: If the base's weights are quantised in a way that hides their length.
+            LoraError: If the base is quantised in a format whose norms cannot be computed.
         """
         weight = base.weight
         assert isinstance(weight, Tensor)
-        if weight.dtype not in READABLE and not isinstance(base, QuantizedLinear):
+        if weight.dtype not in FLOAT_DTYPES and not isinstance(base, QuantizedLinear):
             raise LoraError(
                 f"DoRA needs the length of the base's weights, which are {weight.dtype}: quantised",
                 hint="`adapter.type: lora` needs only what the base computes",
@@ -72,7 +72,7 @@ class DoRALayer(LoRALayer):
                 self.magnitude.copy_(self.length(self._w0()))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return y in the base's dtype. Dropout acts on x wherever it is scaled or updated."""
+        """Return y in the base's dtype. Dropout applies to x in every term but the first W0 x."""
         y: Tensor = self.base(x)
         if not self.enabled:
             return y
@@ -86,14 +86,14 @@ class DoRALayer(LoRALayer):
     @torch.no_grad()
     def length(self, w0: Tensor) -> Tensor:
         """Return |W0 + s B A|, shape (out,), without a gradient."""
-        # without autocast: in bfloat16 the error of a length would exceed its change in a step
+        # not in bfloat16, whose rounding error would exceed the change of a step
         with torch.autocast(w0.device.type, enabled=False):
             rows = (w0 + self.delta_weight()).transpose(0, self._output_dim).flatten(1)
-            length: Tensor = rows.norm(dim=1).clamp(min=SHORTEST)
+            length: Tensor = rows.norm(dim=1).clamp(min=MIN_NORM)
             return length
 
     def merged_weight(self, w0: Tensor) -> Tensor:
-        """Return m / |V| V, the weight of a plain layer that computes the same.
+        """Return m / |V| V, the weight of a plain layer with the same output.
 
         Args:
             w0: As in `LoRALayer`.
@@ -114,7 +114,7 @@ class DoRALayer(LoRALayer):
         return 1 if isinstance(self.base, Conv1D | nn.Embedding) else 0
 
     def _over_output(self, vector: Tensor) -> Tensor:
-        """Return a vector of outputs in a shape that broadcasts to the base's output."""
+        """Reshape a vector with an entry per output so that it broadcasts to the base's output."""
         return vector
 
 
@@ -136,7 +136,7 @@ class DoRAConv(DoRALayer, LoRAConv):
         """Return the shapes of A, B and m.
 
         Raises:
-            LoraError: If the base has groups, for which PEFT computes other lengths.
+            LoraError: If the base has groups, for which PEFT computes different norms.
         """
         if isinstance(base, nn.Conv1d | nn.Conv2d) and base.groups > 1:
             raise LoraError(
@@ -147,10 +147,10 @@ class DoRAConv(DoRALayer, LoRAConv):
 
     @classmethod
     def peft_shapes(cls, base: nn.Module, rank: int) -> dict[str, Shape]:
-        """Return the same shapes, but m with the dimensions of an output: (1, out, 1, ...)."""
+        """Return the shapes of `shapes`, but m with an output's dimensions: (1, out, 1, ...)."""
         shapes = super().peft_shapes(base, rank)
-        n_out, *ones = shapes["lora_B"][0], *shapes["lora_B"][2:]
-        return {**shapes, "magnitude": (1, n_out, *ones)}
+        n_out, *kernel_ones = shapes["lora_B"][0], *shapes["lora_B"][2:]
+        return {**shapes, "magnitude": (1, n_out, *kernel_ones)}
 
     def _over_output(self, vector: Tensor) -> Tensor:
         return vector.view(-1, *[1] * len(self.base.kernel_size))

@@ -1,15 +1,15 @@
-"""Where an adapter lies: a folder, a folder inside it, or a repository of the Hub.
+"""Locate an adapter: a local folder, a subfolder of it, or a repository of the Hub.
 
-    out/reviews                 a folder of this machine
+    out/reviews                 a local folder
     user/name                   a repository of the Hub, if there is no such folder
-    user/name@v1.0              at a branch, a tag or a commit
-    user/name/second@v1.0       a folder of it, or a file of another tool
-    hf://user/name              the same, where a folder of that name stands in the way
+    user/name@v1.0              a branch, a tag or a commit of it
+    user/name/second@v1.0       a folder in it, or a file of another tool
+    hf://user/name              a repository, even if there is a local folder of that name
 
-What the Hub has comes through huggingface_hub's cache: it is asked whether there is anything newer,
-unless `HF_HUB_OFFLINE` is set or it cannot be reached. A folder without an adapter of its own that
-holds one in a folder of it, as PEFT saves an adapter with a name, stands for that one. Folders that
-are named as the parts of a base are one adapter together: `unet/` and `text_encoder/`.
+Repositories are downloaded through huggingface_hub's cache, which asks the Hub for newer versions,
+unless `HF_HUB_OFFLINE` is set or the Hub cannot be reached. If a folder holds no adapter but one of
+its subfolders does, as PEFT saves named adapters, the subfolder is used. Subfolders named after the
+parts of a base, `unet/` and `text_encoder/`, together are one adapter.
 """
 
 from __future__ import annotations
@@ -29,34 +29,34 @@ OWN_FILES = (CONFIG_FILE, "adapter_model.safetensors", "adapter_model.bin", "man
 MANIFEST_FILE = "manifest.json"
 NAME = re.compile(r"(hf:/+)?([\w][\w.-]*/[\w][\w.-]*)((?:/[\w][\w.-]*)*)(?:@([^@\s]+))?/?")
 CACHED = re.compile(r"models--(.+)")
-# of other tools: what a training goes on from, and a whole model next to its adapter
-LARGE = ["pytorch_model*", "model*.safetensors", "optimizer*", "scheduler*", "rng_state*",
+# checkpoints and full models that other tools save next to an adapter
+LARGE_FILES = ["pytorch_model*", "model*.safetensors", "optimizer*", "scheduler*", "rng_state*",
          "training_args*", "*.gguf", "*.onnx", "*.msgpack", "*.h5", "*.ckpt", "*.tar*",
          "*.zip"]  # fmt: skip
-SHOWN = 5  # folders in a message
+SHOWN = 5  # folders listed in a message
 
 
 def find_adapter_folder(name: str, at: str) -> Path:
-    """Return the folder of an adapter; of one of the Hub, the folder of the cache.
+    """Return the folder of an adapter, which for a repository of the Hub is in the cache.
 
-    A name that means no adapter comes back as a path, for whoever opens it to reject.
+    A name without an adapter is returned as a path; opening it reports the error.
 
     Args:
-        name: As a user wrote it.
-        at: Where it was written.
+        name: The name that the user gave.
+        at: Where the user gave it, for errors.
 
     Raises:
-        LoraError: If the Hub does not give it, or a folder holds several.
+        LoraError: If the Hub cannot provide it, or a folder holds several adapters.
     """
-    path, found = Path(expanded(name)), NAME.fullmatch(name)
-    if found is None or (not found[1] and (path.exists() or _is_local(path))):
+    path, match = Path(expanded(name)), NAME.fullmatch(name)
+    if match is None or (not match[1] and (path.exists() or _is_local(path))):
         return _own_or_inner(path, at) if path.is_dir() else path
-    folder = _from_hub(found[2], found[3].strip("/"), found[4], at)
+    folder = _from_hub(match[2], match[3].strip("/"), match[4], at)
     return _own_or_inner(folder, at)
 
 
 def shown_name(folder: Path) -> str:
-    """Return how a folder is called: of one in the Hub's cache, the repository and the commit."""
+    """Return a folder's name for messages: `repository@commit` if it is in the Hub's cache."""
     parts = folder.absolute().parts
     for i, part in enumerate(parts[:-2]):
         if (cached := CACHED.fullmatch(part)) and parts[i + 1] == "snapshots":
@@ -66,38 +66,38 @@ def shown_name(folder: Path) -> str:
 
 
 def _is_local(path: Path) -> bool:
-    """Return whether a name whose folder is not there begins with a folder that is."""
+    """Return whether the first component of a relative path is an existing folder."""
     return not path.is_absolute() and Path(path.parts[0]).is_dir()
 
 
 def _own_or_inner(folder: Path, at: str) -> Path:
-    """Return a folder, or the only one inside it that holds an adapter.
+    """Return the folder if it holds an adapter, otherwise its only subfolder that does.
 
     Raises:
-        LoraError: If there are several.
+        LoraError: If several subfolders do.
     """
     if any((folder / name).exists() for name in OWN_FILES) or adapter_parts(folder):
         return folder
     if (folder / DIFFUSERS_FILE).is_file():
         return folder
-    found = [
+    folders = [
         file.parent
         for pattern in (f"*/{CONFIG_FILE}", f"*/*/{CONFIG_FILE}")
         for file in sorted(folder.glob(pattern))
         if "checkpoints" not in file.relative_to(folder).parts
     ]
-    if len(found) > 1:
-        names = [inner.relative_to(folder).as_posix() for inner in found]
+    if len(folders) > 1:
+        names = [path.relative_to(folder).as_posix() for path in folders]
         shown = ", ".join(f"`{name}`" for name in names[:SHOWN])
         more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-        named = shown_name(folder)
-        before, is_hub, commit = named.partition("@")
-        example = f"{before}/{names[0]}@{commit}" if is_hub else f"{named}/{names[0]}"
-        what = f"{named} holds {len(names)} adapters: {shown}{more}"
+        folder_name = shown_name(folder)
+        prefix, is_hub, commit = folder_name.partition("@")
+        example = f"{prefix}/{names[0]}@{commit}" if is_hub else f"{folder_name}/{names[0]}"
+        what = f"{folder_name} holds {len(names)} adapters: {shown}{more}"
         raise LoraError(what, at, f"name one of them, as `{example}`")
-    if found:
-        warn(f"the adapter is read from {shown_name(found[0])}: it is the only one in there")
-        return found[0]
+    if folders:
+        warn(f"the adapter is read from {shown_name(folders[0])}: it is the only one in there")
+        return folders[0]
     return folder
 
 
@@ -105,20 +105,20 @@ def _own_or_inner(folder: Path, at: str) -> Path:
 
 
 def _from_hub(repository: str, inner: str, revision: str | None, at: str) -> Path:
-    """Return the folder of the cache that holds a repository's adapter, and nothing large besides.
+    """Download a repository's adapter without other large files, and return its cached folder.
 
     Raises:
-        LoraError: If it cannot be had, with the reason.
+        LoraError: If that fails, with the reason.
     """
     try:
         if inner.endswith(".safetensors"):  # a file of diffusers or kohya
             return _snapshot(repository, revision, [glob.escape(inner)]) / inner
-        # which folders there are, and what the manifest of each vouches for
+        # first the small files that show the folders, and the manifests that list their files
         small = [name for name in (CONFIG_FILE, MANIFEST_FILE) for name in (name, f"*/{name}")]
         top = _snapshot(repository, revision, [*small, DIFFUSERS_FILE])
         folder = _own_or_inner(top / inner, at)
-        before = "" if folder == top else f"{folder.relative_to(top).as_posix()}/"
-        names = _listed(folder)
+        prefix = "" if folder == top else f"{folder.relative_to(top).as_posix()}/"
+        names = _manifest_files(folder)
         parts = adapter_parts(folder)
         if not names and not parts and not (folder / CONFIG_FILE).exists():
             if (folder / DIFFUSERS_FILE).is_file():
@@ -126,14 +126,14 @@ def _from_hub(repository: str, inner: str, revision: str | None, at: str) -> Pat
             where = f" in `{inner}`" if inner else ""
             what = f"the Hub's `{repository}` holds no adapter{where}"
             raise LoraError(what, at, f"it lists its files: {_page(repository)}/tree/main")
-        wanted = [glob.escape(before + name) for name in names] if names else [f"{before}*"]
-        ignored = [f"{before}*/*", *(before + name for name in LARGE)]
+        allowed = [glob.escape(prefix + name) for name in names] if names else [f"{prefix}*"]
+        ignored = [f"{prefix}*/*", *(prefix + name for name in LARGE_FILES)]
         if parts and not names:
-            wanted, ignored = [f"{before}{part}/adapter_*" for part in parts], []
-        _snapshot(repository, revision, wanted, None if names else ignored)
+            allowed, ignored = [f"{prefix}{part}/adapter_*" for part in parts], []
+        _snapshot(repository, revision, allowed, None if names else ignored)
     except LoraError:
         raise
-    except Exception as error:  # of the network and of files, and of any kind
+    except Exception as error:  # errors of the network, of files, and of many other kinds
         raise _hub_error(repository, revision, at, error) from error
     return folder
 
@@ -145,30 +145,30 @@ def _page(repository: str) -> str:
 
 
 def _snapshot(
-    repository: str, revision: str | None, wanted: list[str], ignored: list[str] | None = None
+    repository: str, revision: str | None, allowed: list[str], ignored: list[str] | None = None
 ) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     disable_progress_bars()
     top = snapshot_download(
-        repository, revision=revision, allow_patterns=wanted, ignore_patterns=ignored
+        repository, revision=revision, allow_patterns=allowed, ignore_patterns=ignored
     )
     return Path(top)
 
 
-def _listed(folder: Path) -> list[str]:
-    """Return the files that belong to an adapter of this tool, by its manifest; none without."""
+def _manifest_files(folder: Path) -> list[str]:
+    """Return the files that the manifest lists, for adapters of this tool; otherwise none."""
     try:
         values = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
         listed = [str(name) for name in values["files"]]
-    except (OSError, ValueError, KeyError, TypeError):  # `verify_manifest` names what is wrong
+    except (OSError, ValueError, KeyError, TypeError):  # `verify_manifest` reports the error
         return []
     return [*listed, MANIFEST_FILE, "README.md", "recipe.yaml"]
 
 
 def _hub_error(repository: str, revision: str | None, at: str, error: Exception) -> LoraError:
-    """Return why a repository cannot be read, and what to do."""
+    """Return an error that says why a repository cannot be read, and what to do."""
     from huggingface_hub import constants
     from huggingface_hub import errors as hub
 

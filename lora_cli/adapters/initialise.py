@@ -1,21 +1,22 @@
-r"""The starting values of A and B, which can depend on the weights of the base.
+r"""Initialise A and B, for some methods from the weights of the base.
 
     default      A at random, B zero: `LoRALayer.reset_parameters`
-    orthogonal   both at random, and B A = 0: the rows of a random orthogonal matrix go to A and B
-                 in turn (https://datta0.github.io/posts/rethink-lora-init/)
-    pissa        s B A is the part of W0 of its largest singular values, W0 = U S V^T:
+    orthogonal   both at random, and B A = 0: A and B get alternating rows of a random orthogonal
+                 matrix (https://datta0.github.io/posts/rethink-lora-init/)
+    pissa        s B A is the part of W0 with the largest singular values, W0 = U S V^T:
                  A = sqrt(S/s) V^T, B = U sqrt(S/s)       (https://arxiv.org/abs/2404.02948)
     olora        B is the first columns of Q, A the first rows of R, W0 = Q R
                                                           (https://arxiv.org/abs/2406.01775)
-    loftq        s B A is the part of W0 - Q of its largest singular values, where Q is what
-                 quantising has left of W0                (https://arxiv.org/abs/2310.08659)
-    eva          A is found from the inputs of the layers: `eva.py`
+    loftq        s B A is the part of W0 - Q with the largest singular values, where Q is the
+                 quantised W0                             (https://arxiv.org/abs/2310.08659)
+    eva          A is computed from the inputs of the layers: `eva.py`
 
-PiSSA and OLoRA subtract s B A from the base (`residual_lora.py`). LoftQ makes one iteration: more
-would quantise another weight than the base's, which no other program could load. PEFT's LoftQ
-ignores s, so it compensates the loss of quantising only if alpha is equal to the rank.
+PiSSA and OLoRA subtract s B A from the base (`residual_lora.py`). LoftQ does one iteration: more
+would quantise a weight other than the base's, which no other program could load. PEFT's LoftQ
+ignores s, so it compensates the quantisation error only if alpha is equal to the rank.
 
-All are for linear layers; embeddings and convolutions have the default start, as in PEFT.
+All methods are for linear layers; embeddings and convolutions are initialised by default, as in
+PEFT.
 """
 
 from __future__ import annotations
@@ -38,47 +39,47 @@ Pair = tuple[Tensor, Tensor]
 """A (rank, in) and B (out, rank)."""
 
 
-def reject_impossible_starts(model: nn.Module, targets: Iterable[Target], recipe: Recipe) -> None:
-    """Check that the targets can start as `adapter.init` says, and print which of them do not.
+def check_initialisation(model: nn.Module, targets: Iterable[Target], recipe: Recipe) -> None:
+    """Check that `adapter.init` is possible for the targets, and warn about those that it skips.
 
     Args:
         model: The base model; may be on the meta device.
         targets: The modules that get an adapter.
-        recipe: Its `adapter` section says how they start.
+        recipe: Its `adapter` section names the initialisation.
 
     Raises:
-        LoraError: With every rank that a start cannot have, or if it fits none of the targets.
+        LoraError: For all ranks that the initialisation does not allow, or if it fits no target.
     """
     spec, at = recipe.adapter, recipe.at("adapter.init")
     if spec.init == "default":
         return
-    problems, others, fitting = [], [], 0
+    problems, skipped, n_fitting = [], [], 0
     for target in targets:
         base = model.get_submodule(target.name)
-        if not _starts(base, spec):
-            others.append(target.name)
+        if not _applies_to(base, spec):
+            skipped.append(target.name)
             continue
-        fitting += 1
+        n_fitting += 1
         n_in, n_out = _features(base)
         what = f"`init: {spec.init}` cannot have rank {target.rank} at `{target.name}`"
         if spec.init == "orthogonal" and target.rank % 2:
             problems.append(Problem(f"{what}: it needs an even one", at, "take an even rank"))
         # EVA has as many directions as inputs; the others decompose the weight
-        most = n_in if spec.init == "eva" else min(n_in, n_out)
-        if spec.init != "orthogonal" and target.rank > most:
+        max_rank = n_in if spec.init == "eva" else min(n_in, n_out)
+        if spec.init != "orthogonal" and target.rank > max_rank:
             shape = f"its weight is {n_out} x {n_in}"
-            hint = f"take a rank of at most {most}, or leave the module out"
+            hint = f"take a rank of at most {max_rank}, or leave the module out"
             problems.append(Problem(f"{what}: {shape}", at, hint))
-    if not fitting:
+    if not n_fitting:
         kind = "quantised linear layer" if spec.init == "loftq" else "linear layer"
         what = f"`init: {spec.init}` is for linear layers, and no target is a {kind}"
         problems.append(Problem(what, at, "leave `init` out"))
     if problems:
         raise LoraError(problems[:SHOWN])
-    if others:
-        listed = ", ".join(f"`{name}`" for name in others[:SHOWN])
-        more = f" and {len(others) - SHOWN} more" if len(others) > SHOWN else ""
-        start = "starts" if len(others) == 1 else "start"
+    if skipped:
+        listed = ", ".join(f"`{name}`" for name in skipped[:SHOWN])
+        more = f" and {len(skipped) - SHOWN} more" if len(skipped) > SHOWN else ""
+        start = "starts" if len(skipped) == 1 else "start"
         warn(f"{listed}{more} {start} by default: `init: {spec.init}` is for {_for(spec)}")
 
 
@@ -86,8 +87,8 @@ def _for(spec: AdapterSpec) -> str:
     return "quantised linear layers" if spec.init == "loftq" else "linear layers"
 
 
-def _starts(base: nn.Module, spec: AdapterSpec) -> bool:
-    """Return whether a module starts otherwise than by default."""
+def _applies_to(base: nn.Module, spec: AdapterSpec) -> bool:
+    """Return whether `adapter.init` applies to a module."""
     return isinstance(base, QuantizedLinear) if spec.init == "loftq" else LoRALinear.fits(base)
 
 
@@ -101,20 +102,20 @@ def _features(base: nn.Module) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def start_layers(model: nn.Module, layers: Mapping[str, LoRALayer], recipe: Recipe) -> None:
-    """Let the layers of a model start as `adapter.init` says; `eva` needs batches, and comes later.
+def initialise_layers(model: nn.Module, layers: Mapping[str, LoRALayer], recipe: Recipe) -> None:
+    """Initialise the layers of a model by `adapter.init`, except `eva`, which needs batches.
 
     Args:
-        model: Its base says what is in the checkpoint.
-        layers: By the names of the modules that they adapt; already drawn as by default.
-        recipe: Its `adapter` section says how, and `model` where the original weights are.
+        model: The model that contains the layers.
+        layers: The layers by the names of their modules, already initialised by default.
+        recipe: Its `adapter` section names the method, and `model` the original weights.
     """
     spec = recipe.adapter
     if spec.init in ("default", "eva"):
         return
     originals = OriginalWeights(recipe, model) if spec.init == "loftq" else None
     for name, layer in layers.items():
-        if not _starts(layer.base, spec) or layer.lora_A.is_meta:
+        if not _applies_to(layer.base, spec) or layer.lora_A.is_meta:
             continue
         assert isinstance(layer, LoRALinear)
         if originals is not None:
@@ -130,13 +131,13 @@ def start_layers(model: nn.Module, layers: Mapping[str, LoRALayer], recipe: Reci
 
 
 def pissa(w0: Tensor, rank: int, scaling: float, n_iterations: int | None = None) -> Pair:
-    """Return A and B with s B A = the part of W0 of its largest singular values.
+    """Return A and B so that s B A is the part of W0 with the largest singular values.
 
     Args:
         w0: (out, in), float32.
-        rank: How many singular values.
+        rank: The number of singular values.
         scaling: s.
-        n_iterations: Of the subspace that is iterated for an approximation; None is exact.
+        n_iterations: The number of subspace iterations of a randomised SVD; None for an exact SVD.
     """
     if n_iterations is None:
         u, s, vh = torch.linalg.svd(w0, full_matrices=False)
@@ -155,12 +156,12 @@ def olora(w0: Tensor, rank: int) -> Pair:
 
 
 def loftq(w0: Tensor, quantised: Tensor, rank: int, scaling: float) -> Pair:
-    """Return A and B with Q + s B A nearer to W0 than any others of this rank.
+    """Return A and B of this rank for which Q + s B A is closest to W0.
 
     Args:
         w0: The weight before it was quantised (out, in), float32.
-        quantised: Q, the numbers that its codes stand for.
-        rank: Of A and B.
+        quantised: Q, the dequantised weight (out, in).
+        rank: The rank of A and B.
         scaling: s.
     """
     u, s, vh = torch.linalg.svd(w0 - quantised, full_matrices=False)

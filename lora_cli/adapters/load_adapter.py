@@ -1,7 +1,7 @@
-"""Load an adapter folder onto its base model, once everything about it is checked.
+"""Load an adapter folder onto its base model, after checking that all of it fits.
 
-The tensors say which modules are adapted and with which rank, the configuration says alpha, and
-what the configuration promises has to be there.
+The tensors determine which modules are adapted and with which rank; the configuration gives alpha.
+Every tensor that the configuration promises has to be present.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from lora_cli.adapters.check_adapter import (
     check_buffers,
     check_layers,
     check_parameters,
+    ignore_trained_rows,
     misfit_error,
     missing_tensors,
     module_of,
-    without_trained_rows,
 )
-from lora_cli.adapters.mixed_dtypes import let_dtypes_meet
+from lora_cli.adapters.mixed_dtypes import reconcile_dtypes
 from lora_cli.adapters.peft_format.adapter_folder import (
     AdapterFolder,
 )
@@ -38,7 +38,7 @@ from lora_cli.adapters.peft_format.peft_tokens import (
     split_rows,
 )
 from lora_cli.adapters.peft_format.saved_buffers import persistent_buffers, without_buffers
-from lora_cli.adapters.tied_weights import give_own_parameters, tied_groups
+from lora_cli.adapters.tied_weights import tied_groups, untie
 from lora_cli.adapters.token_rows import add_token_rows, embedding_names
 from lora_cli.adapters.variants import layers_of
 from lora_cli.models.fingerprint import Fingerprint, require_base
@@ -57,109 +57,120 @@ def load_adapter(
 
     Args:
         model: The base model, changed in place.
-        adapter: What `read_adapter` returned.
-        new: Names of modules that the task adds to the pretrained model: its head.
-        dropout: Of the low-rank layers, where they are trained.
-        trained: What the adapter holds is trained further, and the head; else nothing is.
-        drawn: Names of parameters that the base checkpoint does not hold, so that the adapter must;
-            None: all those of `new`. A head that only the base holds is used, as PEFT does.
+        adapter: The adapter, as `read_adapter` returns it.
+        new: Names of the modules that the task adds to the pretrained model: its head.
+        dropout: The dropout probability of the low-rank layers in training.
+        trained: Whether to train the adapter's parameters and the head further; if not, everything
+            is frozen.
+        drawn: Names of parameters that the base checkpoint lacks, so the adapter must hold them;
+            None for all parameters of `new`. Like PEFT, use a head that only the base holds.
 
     Raises:
-        IntegrityError: With every tensor that does not fit the model or is missing; the model is
-            untouched then.
+        IntegrityError: For all tensors that do not fit the model or are missing; the model is then
+            unchanged.
     """
     use_names_of(model, adapter)
-    changed = check_buffers(adapter.tensors, persistent_buffers(model))
+    buffer_problems = check_buffers(adapter.tensors, persistent_buffers(model))
     adapter = replace(adapter, tensors=without_buffers(adapter.tensors, model))
     adapter, rows = split_rows(with_current_names(adapter, model))
     parameters, layers = _parameters(model), layers_of(adapter.type)
     tensors = sort_tensors(adapter.tensors, adapter.type, parameters)
-    plain, own = tensors.plain, own_parameters(model, adapter.config, tensors.plain)
-    chosen, of_layers = check_layers(tensors.of_layers, model, adapter, layers)
-    of_tokens, of_rows = saved_rows(model, rows, adapter)
-    problems = [*changed, *tensors.problems, *of_layers, *of_rows]
-    frozen = without_trained_rows(tensors.frozen, of_tokens, parameters)
+    full_parameters, untied = tensors.plain, untied_parameters(model, adapter.config, tensors.plain)
+    targets, layer_problems = check_layers(tensors.of_layers, model, adapter, layers)
+    rows_to_load, row_problems = saved_rows(model, rows, adapter)
+    problems = [*buffer_problems, *tensors.problems, *layer_problems, *row_problems]
+    frozen = ignore_trained_rows(tensors.frozen, rows_to_load, parameters)
     problems += check_parameters(
-        plain, frozen, parameters, own, embedding_names(model), tensors.of_layers
+        full_parameters, frozen, parameters, untied, embedding_names(model), tensors.of_layers
     )
-    missing = missing_tensors(adapter, model, parameters, plain, new, drawn)
+    missing = missing_tensors(adapter, model, parameters, full_parameters, new, drawn)
     if problems or missing:
         raise misfit_error(problems, missing, adapter)
     model.requires_grad_(False)
-    give_own_parameters(model, own)
+    untie(model, untied)
     parameters = _parameters(model)
     with torch.no_grad():
-        for name, (target, shapes) in chosen.items():
+        for name, (target, shapes) in targets.items():
             use_rslora = bool(adapter.config.get("use_rslora"))
             layer = add_layer(model, target, layers, dropout, use_rslora, shapes)
             for key, tensor in tensors.of_layers[name].items():
                 layer.from_peft(key, tensor)
-        for saved in of_tokens:
+        for saved in rows_to_load:
             token_rows = add_token_rows(model, saved.name, saved.token_ids, saved.others)
             token_rows.from_peft("rows", saved.rows)
-        for name in sorted(plain, key=own.__contains__):  # a copy, after what it was a copy of
+        # an untied copy after its original
+        for name in sorted(full_parameters, key=untied.__contains__):
             parameter = parameters[name]
-            parameter.data = plain[name].to(parameter.device, torch.float32)
-    of_base = [] if not trained else [n for n in parameters if n not in plain and module_of(n, new)]
-    for name in of_base:
+            parameter.data = full_parameters[name].to(parameter.device, torch.float32)
+    head_of_base = (
+        []
+        if not trained
+        else [n for n in parameters if n not in full_parameters and module_of(n, new)]
+    )
+    for name in head_of_base:
         parameters[name].data = parameters[name].data.float()
-    let_dtypes_meet(model, new)
-    _train_alone(model, [parameters[name] for name in [*plain, *of_base]], trained)
+    reconcile_dtypes(model, new)
+    _train_alone(model, [parameters[name] for name in [*full_parameters, *head_of_base]], trained)
 
 
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters by all their names: tied ones have several."""
+    """Return the parameters by all of their names; tied ones have several."""
     return dict(model.named_parameters(remove_duplicate=False))
 
 
 def _train_alone(model: nn.Module, in_full: list[nn.Parameter], trained: bool) -> None:
-    """Let what the adapter holds be trained, or nothing."""
-    loaded = {id(parameter) for parameter in in_full}
-    loaded |= {id(parameter) for parameter in adapter_parameters(model).values()}
+    """Freeze all parameters, except those of the adapter if it is trained further."""
+    of_adapter = {id(parameter) for parameter in in_full}
+    of_adapter |= {id(parameter) for parameter in adapter_parameters(model).values()}
     for parameter in model.parameters():
-        parameter.requires_grad_(trained and id(parameter) in loaded)
+        parameter.requires_grad_(trained and id(parameter) in of_adapter)
 
 
-def own_parameters(model: nn.Module, config: dict[str, Any], plain: dict[str, Tensor]) -> list[str]:
-    """Return the names of parameters that leave their tie: those of PEFT's `modules_to_save`.
+def untied_parameters(
+    model: nn.Module, config: dict[str, Any], full_parameters: dict[str, Tensor]
+) -> list[str]:
+    """Return the parameters that must be untied, because PEFT's `modules_to_save` copies them.
 
-    Where all sides of a tie are named and are equal, it stays one.
+    If all parameters of a tie are saved and equal, they stay tied.
     """
     names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
     copied = copied_modules(names, config)
-    own = []
+    untied = []
     for group in tied_groups(model):
-        named = [name for name in group if name in plain]
-        same = all(torch.equal(plain[name], plain[named[0]]) for name in named)
-        if len(named) < len(group) or not same:
-            own += [n for n in named if any(n.startswith(f"{top}.") for top in copied)]
-    return own
+        saved = [name for name in group if name in full_parameters]
+        same = all(torch.equal(full_parameters[name], full_parameters[saved[0]]) for name in saved)
+        if len(saved) < len(group) or not same:
+            untied += [n for n in saved if any(n.startswith(f"{top}.") for top in copied)]
+    return untied
 
 
 def verify_base(
     adapter: AdapterFolder, base: Fingerprint | None, recipe: Recipe
 ) -> Fingerprint | None:
-    """Reject an adapter of another base, and return what to keep beside what is made of it.
+    """Reject an adapter that was trained on another base model.
 
     Args:
-        adapter: What `read_adapter` returned.
+        adapter: The adapter, as `read_adapter` returns it.
         base: The fingerprint of the base that it is to be attached to.
         recipe: Names that base, and may allow another.
+
+    Returns:
+        The fingerprint to save with a result that is made from the adapter.
     """
     return require_base(adapter.base, base, recipe, f"the adapter {adapter.path}", adapter.tensors)
 
 
 def without_copies(model: nn.Module, adapter: AdapterFolder) -> AdapterFolder:
-    """Return an adapter without the weights of the base that PEFT writes besides.
+    """Return an adapter without the copies of base weights that PEFT also saves.
 
-    They are compared here, before another adapter changes the base.
+    The copies are compared with the model here, before another adapter changes the base.
 
     Raises:
-        IntegrityError: If they are not those of the model.
+        IntegrityError: If they differ from the model's weights.
     """
     parameters = _parameters(model)
     frozen = sort_tensors(adapter.tensors, adapter.type, parameters).frozen
     if problems := check_parameters({}, frozen, parameters, [], embedding_names(model)):
         raise misfit_error(problems, [], adapter)
-    rest = {n: t for n, t in adapter.tensors.items() if not n.endswith(".base_layer.weight")}
-    return replace(adapter, tensors=rest)
+    tensors = {n: t for n, t in adapter.tensors.items() if not n.endswith(".base_layer.weight")}
+    return replace(adapter, tensors=tensors)

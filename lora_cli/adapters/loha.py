@@ -3,8 +3,8 @@ r"""LoHa: the entrywise product of two low-rank matrices, Hyeon-Woo et al. 2021 
     y = W0 x + s ((A1 B1) o (A2 B2)) x          s = alpha / rank
 
 A1, A2 (out, rank), B1, B2 (rank, in): with two products of rank r, the update has rank up to r^2.
-B2 starts at zero. A convolution's kernel is flattened into `in`, or is a factor T of its own (the
-paper's Proposition 3, `use_effective_conv2d` in PEFT), for each of the two products:
+B2 starts at zero. A convolution's kernel is flattened into `in`, or each of the two products has a
+core tensor T for the kernel (the paper's Proposition 3, `use_effective_conv2d` in PEFT):
 
     W[o, i, ...] = sum over p, q of T[p, q, ...] A[p, o] B[q, i]         A (rank, out), B (rank, in)
 
@@ -21,15 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from lora_cli.adapters.lora import Shape
-from lora_cli.adapters.whole_update import WholeUpdate, has_wide_kernel, kernel_core, weight_shape
+from lora_cli.adapters.whole_update import WholeUpdate, core_shape, has_wide_kernel, weight_shape
 
 
 class LoHaLayer(WholeUpdate):
     """LoHa on a linear layer or a convolution.
 
-    `hada_w1_a`, `hada_w2_a` (out, rank), `hada_w1_b`, `hada_w2_b` (rank, in x kernel). With a
-    factor for the kernel: (rank, out), (rank, in) and `hada_t1`, `hada_t2` (rank, rank, height,
-    width).
+    `hada_w1_a`, `hada_w2_a` (out, rank), `hada_w1_b`, `hada_w2_b` (rank, in x kernel). With
+    core tensors: (rank, out), (rank, in) and `hada_t1`, `hada_t2` (rank, rank, height, width).
     """
 
     peft_names: ClassVar[dict[str, str]] = {
@@ -52,17 +51,17 @@ class LoHaLayer(WholeUpdate):
     def configured_shapes(
         cls, base: nn.Module, rank: int, config: Mapping[str, Any]
     ) -> dict[str, Shape] | None:
-        """Return the shapes with a factor for the kernel, if the configuration asks for it."""
+        """Return the shapes with core tensors, if the configuration asks for them."""
         if not (config.get("use_effective_conv2d") and has_wide_kernel(base)):
             return None
         n_out, n_in, *_ = weight_shape(base)
-        a, b, t = (rank, n_out), (rank, n_in), kernel_core(base, rank)
+        a, b, t = (rank, n_out), (rank, n_in), core_shape(base, rank)
         plain = {"hada_w1_a": a, "hada_w1_b": b, "hada_w2_a": a, "hada_w2_b": b}
         return {"hada_t1": t, **plain, "hada_t2": t}
 
     @classmethod
     def rank_of(cls, tensors: Mapping[str, Tensor]) -> int | None:
-        """Return the rank that B1 shows."""
+        """Return the rank, read from B1."""
         b = tensors["hada_w1_b"]
         return b.shape[0] if b.ndim else 0
 
@@ -72,7 +71,7 @@ class LoHaLayer(WholeUpdate):
         return product.reshape(weight_shape(self.base))
 
     def _factor(self, number: int) -> Tensor:
-        """Return one of the two products: (out, in x kernel), or (out, in, height, width)."""
+        """Return product 1 or 2: (out, in x kernel), or (out, in, height, width) with a core."""
         a = self.get_parameter(f"hada_w{number}_a")
         b = self.get_parameter(f"hada_w{number}_b")
         if "hada_t1" not in self._parameters:

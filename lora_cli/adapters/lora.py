@@ -4,14 +4,14 @@ A layer adds the product of two small trained matrices, A and B, to a frozen wei
 
     y = W0 x + s B A x          s = alpha / rank          (rsLoRA: alpha / sqrt(rank))
 
-A starts at random values and B at zero, so training starts at the base model exactly. (If both
+A starts at random values and B at zero, so training starts exactly at the base model. (If both
 started at zero, neither would have a gradient; if neither did, the model would start with noise.)
 
 Shapes, as PyTorch stores them: x (..., in), A (rank, in), B (out, rank), W0 (out, in). Tutorials
-often write x A B with A (in, rank) and B (rank, out): the same numbers, transposed.
+often write x A B with A (in, rank) and B (rank, out): the same values, transposed.
 
-A layer keeps the layer that it adapts as its child `base` and calls it, so this file needs no code
-for a base that is quantised. `lora_conv.py` has the layer for convolutions, other files have the
+An adapter layer holds the layer that it adapts as its child `base` and calls it, so this file needs
+no code for quantised bases. `lora_conv.py` has the layer for convolutions, other files have the
 variants (`dora.py`, ...), and `variants.py` chooses among them.
 """
 
@@ -31,30 +31,30 @@ from lora_cli.models.quantized_linear import QuantizedLinear
 
 Shape = tuple[int, ...]
 KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, Conv1D, QuantizedLinear)
-SAME_IN_OTHER_WORDS = ("FalconLinear",)  # classes with a forward of their own that computes theirs
+EQUIVALENT_CLASSES = ("FalconLinear",)  # they override forward without changing its result
 
 
 def computes_as_its_kind(base: nn.Module) -> bool:
-    """Return whether a linear layer or a convolution is called, and computes what its kind does.
+    """Return whether a linear layer or convolution is called, with the forward of its base class.
 
-    A subclass may do something else: the routers of Llama 4 and PhiMoE choose experts, the
-    convolutions of BiT standardise their weight first. A low-rank update beside it would not be one
-    of its weight.
+    Subclasses may compute something else: the routers of Llama 4 and PhiMoE choose experts, the
+    convolutions of BiT standardise their weight first. Adding a low-rank output to theirs would not
+    be equal to updating their weight.
     """
     if isinstance(base, NonDynamicallyQuantizableLinear):
-        return False  # nn.MultiheadAttention reads its weight and never calls it
+        return False  # nn.MultiheadAttention reads its weight without calling it
     kind = type(base)
-    return kind.forward in [one.forward for one in KINDS] or kind.__name__ in SAME_IN_OTHER_WORDS
+    return kind.forward in [one.forward for one in KINDS] or kind.__name__ in EQUIVALENT_CLASSES
 
 
 class LoRALayer(nn.Module):
     """A frozen layer with a trained low-rank update: the base class of all adapter layers.
 
-    A subclass has `fits`, `shapes`, `update` and `delta_weight`, and overrides `forward`,
+    A subclass defines `fits`, `shapes`, `update` and `delta_weight`, and overrides `forward`,
     `merged_weight` or `reset_parameters` where its equation differs.
 
-    A new layer's parameters are zero. `reset_parameters` sets them for the start of a training, and
-    `from_peft` to those of a trained adapter.
+    The parameters of a new layer are zero. `reset_parameters` initialises them for training, and
+    `from_peft` sets them to those of a trained adapter.
 
     Args:
         base: The layer to adapt.
@@ -62,7 +62,7 @@ class LoRALayer(nn.Module):
         alpha: Numerator of the scaling.
         dropout: Probability of dropout on the input of the update, in training.
         use_rslora: Scale by alpha / sqrt(rank) instead of alpha / rank.
-        shapes: The shapes of its parameters, if they are not those that `shapes` returns.
+        shapes: The shapes of its parameters; None for those that `self.shapes` returns.
 
     Raises:
         LoraError: If `shapes` does.
@@ -103,7 +103,7 @@ class LoRALayer(nn.Module):
 
     @classmethod
     def fits(cls, base: nn.Module) -> bool:
-        """Return whether such a layer can adapt a module."""
+        """Return whether a layer of this class can adapt a module."""
         raise NotImplementedError
 
     @classmethod
@@ -127,7 +127,7 @@ class LoRALayer(nn.Module):
 
     @torch.no_grad()
     def start_at(self, a: Tensor, b: Tensor) -> None:
-        """Set A and B for the start of a training, instead of `reset_parameters`."""
+        """Initialise A and B for training with given values, instead of `reset_parameters`."""
         self.lora_A.copy_(a)
         self.lora_B.copy_(b)
 
@@ -145,11 +145,11 @@ class LoRALayer(nn.Module):
         raise NotImplementedError
 
     def merged_weight(self, w0: Tensor) -> Tensor:
-        """Return W0 + s B A, the weight of a plain layer that computes the same.
+        """Return W0 + s B A, the weight of a plain layer with the same output.
 
         Args:
             w0: The base's weight in float32 and in its own shape. If the base is quantised, the
-                weight that it was made from.
+                original weight.
         """
         return w0 + self.delta_weight()
 
@@ -161,7 +161,7 @@ class LoRALayer(nn.Module):
         return weight
 
     def __getattr__(self, name: str) -> Any:
-        """Return a setting of the base: models read more of a layer than its weight.
+        """Look attributes up in the base: models read more of a layer than its weight.
 
         Whisper reads the stride of its convolutions, and the size of an embedding.
         """
@@ -169,14 +169,14 @@ class LoRALayer(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             base: Any = super().__getattr__("base")
-            while isinstance(base, LoRALayer):  # of a module with two adapted parameters
+            while isinstance(base, LoRALayer):  # a module with two adapted parameters
                 base = base.base
             if name not in vars(base):
                 raise
             return vars(base)[name]
 
     def replace_weight(self, weight: nn.Parameter) -> None:
-        """Set the base's weight, as to the merged one."""
+        """Set the base's weight, for example to the merged weight."""
         self.base.weight = weight
 
     @property

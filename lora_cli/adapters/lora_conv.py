@@ -1,4 +1,4 @@
-"""LoRA on convolutions: A is a convolution to `rank` channels, and B one of size 1."""
+"""LoRA on convolutions: A is a convolution to `rank` channels, B a convolution of kernel size 1."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from lora_cli.errors import LoraError
 class LoRAConv(LoRALayer):
     """LoRA on `nn.Conv1d` and `nn.Conv2d`.
 
-    A has the base's kernel, stride, padding and dilation. If the base has G groups, A and B have
-    them too, so that the update can be merged: `lora_A` (rank, in / G, *kernel), `lora_B` (out,
-    rank / G, 1, ...). PEFT's A spans all input channels, (rank, in, *kernel), whatever the groups.
-    Such an A can be loaded and computes what PEFT computes, but it cannot be merged, because no
-    weight with groups computes the same.
+    A has the base's kernel size, stride, padding and dilation. If the base has G groups, A and B
+    have G groups too, so that the update can be merged: `lora_A` (rank, in / G, *kernel), `lora_B`
+    (out, rank / G, 1, ...). PEFT's A spans all input channels even then: (rank, in, *kernel). Such
+    an A can be loaded, and its outputs are PEFT's, but it cannot be merged, because no weight with
+    groups computes the same.
     """
 
     base: nn.Conv1d | nn.Conv2d
@@ -50,7 +50,7 @@ class LoRAConv(LoRALayer):
 
     @classmethod
     def peft_shapes(cls, base: nn.Module, rank: int) -> dict[str, Shape]:
-        """Return the same shapes, but with an A that spans all input channels."""
+        """Return the shapes of `shapes`, but with an A that spans all input channels."""
         assert isinstance(base, nn.Conv1d | nn.Conv2d)
         shape_a = (rank, base.in_channels, *base.kernel_size)
         return {**cls.shapes(base, rank), "lora_A": shape_a}
@@ -60,23 +60,23 @@ class LoRAConv(LoRALayer):
         a = self.lora_A.detach()
         if name != "lora_A" or a.shape[1] == self.base.in_channels:
             return super().to_peft(name)
-        wide = a.new_zeros(self.peft_shapes(self.base, self.rank)["lora_A"])
+        padded = a.new_zeros(self.peft_shapes(self.base, self.rank)["lora_A"])
         for rows, channels in self._blocks():
-            wide[rows, channels] = a[rows]
-        return wide
+            padded[rows, channels] = a[rows]
+        return padded
 
     def from_peft(self, name: str, tensor: Tensor) -> None:
-        """Set a parameter; an A that is not zero outside its groups keeps all input channels."""
+        """Set a parameter; an A that is nonzero outside its groups keeps all input channels."""
         if name == "lora_A" and self.base.groups > 1:
-            narrow = torch.cat([tensor[rows, channels] for rows, channels in self._blocks()])
-            is_grouped = torch.count_nonzero(narrow) == torch.count_nonzero(tensor)
-            tensor = narrow if is_grouped else tensor
+            grouped = torch.cat([tensor[rows, channels] for rows, channels in self._blocks()])
+            is_grouped = torch.count_nonzero(grouped) == torch.count_nonzero(tensor)
+            tensor = grouped if is_grouped else tensor
             if tensor.shape != self.lora_A.shape:
                 self.lora_A = nn.Parameter(tensor.to(self.lora_A.device, torch.float32))
         super().from_peft(name, tensor)
 
     def _blocks(self) -> list[tuple[slice, slice]]:
-        """Return the rows and the input channels of each group in an A of all channels."""
+        """Return each group's rows and input channels in an A that spans all channels."""
         groups = self.base.groups
         rows, channels = self.rank // groups, self.base.in_channels // groups
         return [
@@ -110,7 +110,7 @@ class LoRAConv(LoRALayer):
 
 
 def convolution(base: nn.Conv1d | nn.Conv2d) -> Callable[..., Tensor]:
-    """Return torch's function for a convolution with the dimensions of the base."""
+    """Return torch's convolution function for the base's number of dimensions."""
     return F.conv1d if isinstance(base, nn.Conv1d) else F.conv2d
 
 

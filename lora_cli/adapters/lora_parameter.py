@@ -1,20 +1,19 @@
-r"""LoRA on one parameter of a module: an update of the tensor itself, for what is no layer.
+r"""LoRA on a single parameter of a module, for parameters that are not the weight of a layer.
 
-The experts of a mixture are one parameter of three dimensions, and the module that holds it
-multiplies as it sees fit. So it sees the sum in the parameter's place while it runs:
+The experts of a mixture are one three-dimensional parameter, which the module that holds it
+multiplies in its own way. So while that module runs, the parameter is replaced by the sum
 
-    W_e + s B_e A_e         for each expert e; s = alpha / rank, each expert of its own rank
+    W_e + s B_e A_e         for each expert e; s = alpha / rank, where rank is that of one expert
 
-Where it multiplies by the sum, the factors are multiplied one after the other (`LowRankSum`); a
-compiled layer adds the sum up.
+When the module multiplies by the sum, the factors are applied one after the other (`LowRankSum`);
+in a compiled layer, the sum is computed.
 
 Shapes: A (experts, rank, in), B (experts, out, rank), and W (experts, out, in), or (experts, in,
-out) in a module that says `is_transposed`. Of a parameter of two dimensions (a router), A is
-(rank, in), B (out, rank) and W (out, in).
+out) in a module with `is_transposed`. For a two-dimensional parameter (a router), A is (rank, in),
+B (out, rank) and W (out, in).
 
-Two parameters of one module make two nested layers, as in PEFT, whose class for this is
-`ParamWrapper`; the first parameter's is the inner one. There is no dropout: the update never sees
-an input.
+Two adapted parameters of one module become two nested layers, as with PEFT's `ParamWrapper`; the
+first parameter's layer is the inner one. There is no dropout, since the update has no input.
 """
 
 from __future__ import annotations
@@ -37,9 +36,9 @@ class LoRAParameter(LoRALayer):
     """A module of which one parameter has a low-rank update.
 
     Args:
-        base: The module, or such a layer on another of its parameters.
+        base: The module, or a `LoRAParameter` on another of its parameters.
         parameter: Name of the parameter in the module.
-        rank: Rank of the update, of each expert.
+        rank: Rank of each expert's update.
         alpha: Numerator of the scaling.
         use_rslora: Scale by alpha / sqrt(rank).
     """
@@ -58,7 +57,7 @@ class LoRAParameter(LoRALayer):
 
     @classmethod
     def fits(cls, base: nn.Module) -> bool:
-        """Return False: such a layer is never chosen for a module as a whole."""
+        """Return False: this layer is never chosen for a whole module."""
         return False
 
     @property
@@ -73,15 +72,15 @@ class LoRAParameter(LoRALayer):
 
     @property
     def bias(self) -> None:
-        """None: what else the module holds does not belong to the parameter."""
+        """None: a bias of the module does not belong to the parameter."""
         return None
 
     def replace_weight(self, weight: nn.Parameter) -> None:
-        """Give the module another parameter, as the merged one."""
+        """Set the module's parameter, for example to the merged one."""
         setattr(self.owner, self.parameter, weight)
 
     def __getattr__(self, name: str) -> Any:
-        """Return what is asked of the module: models read more of such modules than their call."""
+        """Look attributes up in the module: models do more with such modules than call them."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -89,7 +88,7 @@ class LoRAParameter(LoRALayer):
             return getattr(innermost(base), name)
 
     def reset_parameters(self) -> None:
-        """Draw A, kaiming-uniform with a = sqrt(5), of all experts as one matrix; set B to zero."""
+        """Draw all experts' A as one kaiming-uniform matrix with a = sqrt(5); set B to zero."""
         flat = torch.empty(self.lora_A.numel() // self.lora_A.shape[-1], self.lora_A.shape[-1])
         nn.init.kaiming_uniform_(flat, a=math.sqrt(5))
         with torch.no_grad():
@@ -115,12 +114,12 @@ class LoRAParameter(LoRALayer):
             parameter.copy_(tensor.reshape(parameter.shape))
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
-        """Return what the module makes of its inputs with the updated parameter."""
+        """Run the module with the updated parameter."""
         if not self.enabled:
             return self.base(*inputs, **options)
-        updated = self.updated_weight()
-        whole = torch.compiler.is_compiling() or not multiplies_by_torch(self.owner)
-        with replaced(self.owner, self.parameter, updated.whole if whole else updated):
+        weight = self.updated_weight()
+        needs_sum = torch.compiler.is_compiling() or not uses_torch_products(self.owner)
+        with replaced(self.owner, self.parameter, weight.total if needs_sum else weight):
             return self.base(*inputs, **options)
 
     def updated_weight(self) -> LowRankSum:
@@ -132,9 +131,9 @@ class LoRAParameter(LoRALayer):
 
     def delta_weight(self) -> Tensor:
         """Return s B A in the parameter's shape."""
-        return self._laid_out(self.scaling * (self.lora_B.detach() @ self.lora_A.detach()))
+        return self._in_layout(self.scaling * (self.lora_B.detach() @ self.lora_A.detach()))
 
-    def _laid_out(self, delta: Tensor) -> Tensor:
+    def _in_layout(self, delta: Tensor) -> Tensor:
         return delta.transpose(-2, -1) if is_transposed(self.owner, delta.ndim) else delta
 
     def extra_repr(self) -> str:
@@ -143,7 +142,7 @@ class LoRAParameter(LoRALayer):
 
 
 def innermost(module: nn.Module) -> nn.Module:
-    """Return the module beneath the layers that are put onto it, one or several."""
+    """Return the module inside one or more nested adapter layers."""
     while isinstance(module, LoRALayer):
         module = module.base
     return module
@@ -154,14 +153,14 @@ def is_transposed(owner: nn.Module, ndim: int) -> bool:
     return ndim == 3 and bool(getattr(owner, "is_transposed", False))
 
 
-def multiplies_by_torch(owner: nn.Module) -> bool:
-    """Return whether the code of experts uses torch's functions, not kernels of its own."""
-    how = getattr(getattr(owner, "config", None), "_experts_implementation", None)
-    return how in (None, "eager", "batched_mm", "grouped_mm")
+def uses_torch_products(owner: nn.Module) -> bool:
+    """Return whether the experts' code uses torch functions instead of custom kernels."""
+    implementation = getattr(getattr(owner, "config", None), "_experts_implementation", None)
+    return implementation in (None, "eager", "batched_mm", "grouped_mm")
 
 
 def update_shapes(owner: nn.Module, parameter: str, rank: int) -> dict[str, Shape]:
-    """Return the shapes of A and B for a parameter which such an update fits."""
+    """Return the shapes of A and B for a parameter."""
     *experts, n_out, n_in = owner.get_parameter(parameter).shape
     if is_transposed(owner, len(experts) + 2):
         n_out, n_in = n_in, n_out
@@ -169,7 +168,7 @@ def update_shapes(owner: nn.Module, parameter: str, rank: int) -> dict[str, Shap
 
 
 def peft_shapes(owner: nn.Module, parameter: str, rank: int) -> dict[str, Shape]:
-    """Return the shapes of the same two in PEFT's file."""
+    """Return the shapes of A and B in PEFT's file."""
     shapes = update_shapes(owner, parameter, rank)
     *experts, _, n_in = shapes["lora_A"]
     all_ranks = rank * math.prod(experts)
@@ -177,7 +176,7 @@ def peft_shapes(owner: nn.Module, parameter: str, rank: int) -> dict[str, Shape]
 
 
 def misfit(owner: nn.Module, parameter: str) -> str | None:
-    """Return why a parameter can have no such update, or None if it can."""
+    """Return why a parameter cannot have a low-rank update, or None if it can."""
     tensor = owner.get_parameter(parameter)
     if isinstance(owner, QuantizedLinear):
         return "belongs to a quantised layer, which `target_modules` adapts"
@@ -203,10 +202,10 @@ def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 @contextmanager
 def replaced(owner: nn.Module, name: str, value: Tensor | LowRankSum) -> Iterator[None]:
-    """Let a module's own code see another tensor as one of its parameters."""
-    kept = owner._parameters[name]
+    """Replace a parameter of a module by another tensor within the context."""
+    original = owner._parameters[name]
     try:
-        owner._parameters[name] = value  # type: ignore[assignment]  # no leaf, or no tensor
+        owner._parameters[name] = value  # type: ignore[assignment]  # not a leaf, or not a tensor
         yield
     finally:
-        owner._parameters[name] = kept
+        owner._parameters[name] = original

@@ -1,7 +1,7 @@
-"""Make a model ready for training: with fresh low-rank layers, or with those of a trained adapter.
+"""Prepare a model for training, with new low-rank layers or with those of a trained adapter.
 
-`adapter.from` names the trained adapter. Its rank, alpha, targets and the rest of its configuration
-come from its folder, as if the recipe said them; a recipe that says otherwise is rejected.
+`adapter.from` names the trained adapter. Its rank, alpha, targets and other settings are taken from
+its folder, as if the recipe contained them; a recipe with different values is rejected.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import nn
 
 from lora_cli.adapters.attach import attach, lora_layers
 from lora_cli.adapters.find_adapter import find_adapter_folder
-from lora_cli.adapters.load_adapter import load_adapter, own_parameters, verify_base
+from lora_cli.adapters.load_adapter import load_adapter, untied_parameters, verify_base
 from lora_cli.adapters.match_names import inside, pattern_matches
 from lora_cli.adapters.peft_format.adapter_folder import AdapterFolder, read_adapter
 from lora_cli.adapters.peft_format.other_names import use_names_of
@@ -56,30 +56,32 @@ def make_trainable(
     learned: Learned | None = None,
     drawn: Collection[str] | None = None,
 ) -> Fingerprint | None:
-    """Attach what the recipe's adapter section says, new or from a trained adapter.
+    """Attach the adapter that the recipe describes, new or from a trained adapter.
 
     Args:
         model: The base model, changed in place; on the meta device it gets no weights.
         recipe: Its adapter section says what is trained.
         head: Names of the modules that the task created.
         base: The fingerprint of the base model.
-        facts: What else of the base decides the computation, as `base_facts` returns it.
-        learned: What is known of the labels; with `adapter.from`, gets the adapter section.
-        drawn: Names of parameters that the base checkpoint does not hold; None: all of the head.
+        facts: Further properties of the base that affect outputs, as `base_facts` returns them.
+        learned: What was learned from the data, such as labels; with `adapter.from`, its adapter
+            section is set.
+        drawn: Names of parameters that the base checkpoint lacks; None for all of the head.
 
     Returns:
-        The fingerprint that is to be kept beside what is trained.
+        The fingerprint to save with the trained adapter.
 
     Raises:
-        LoraError: As `attach`; or if the recipe or its labels are not those of the adapter.
-        IntegrityError: If the adapter is damaged, or of another base; the model is untouched then.
+        LoraError: As `attach`, or if the recipe or its labels contradict the trained adapter.
+        IntegrityError: If the adapter is damaged, or was trained on another base; the model is
+            then unchanged.
     """
     head, learned = list(head), Learned() if learned is None else learned
     if recipe.adapter.from_ is None or learned.in_checkpoint:
         completed = learned.completed(recipe)
         if learned.adapter is not None:
-            named = learned.adapter.target_modules
-            head = _without(head, named if isinstance(named, list) else [])
+            targets = learned.adapter.target_modules
+            head = _without(head, targets if isinstance(targets, list) else [])
         ids = _token_ids(completed, learned)
         attach(model, completed, head, learned.in_checkpoint, ids)
         return base
@@ -93,9 +95,9 @@ def make_trainable(
         attach(model, completed, head, token_ids=_token_ids(completed, learned))
         return None
     base = verify_base(saved, base, recipe)
-    trained = read_computation(saved.path)
-    if trained is not None and facts is not None:
-        require_facts(trained["base"], facts, recipe, f"the adapter {saved.path}", True)
+    computation = read_computation(saved.path)
+    if computation is not None and facts is not None:
+        require_facts(computation["base"], facts, recipe, f"the adapter {saved.path}", True)
     elif facts is not None and not saved.verified:
         warn_of_own_tokenizer(saved.path, facts, recipe)
         warn_of_own_processor(saved.path, recipe)
@@ -103,7 +105,7 @@ def make_trainable(
     load_adapter(model, saved, head, learned.adapter.dropout, trained=True, drawn=drawn)
     ids = _token_ids(learned.completed(recipe), learned)
     for name in embeddings if ids else []:
-        if not isinstance(model.get_submodule(name), TokenRows):  # PEFT trained the input's alone
+        if not isinstance(model.get_submodule(name), TokenRows):  # PEFT trained the input alone
             add_token_rows(model, name, ids, sharing(model, name))
     return base
 
@@ -111,7 +113,7 @@ def make_trainable(
 def head_in_full(model: nn.Module, head: Iterable[str]) -> list[str]:
     """Return the modules of a head that are trained in full: those without low-rank layers.
 
-    (PEFT's `all-linear` adapts what stands before the last layer of a head, such as a pooler.)
+    (PEFT's `all-linear` adapts the layers of a head before the last one, such as a pooler.)
     """
     return _without(head, lora_layers(model))
 
@@ -122,16 +124,16 @@ def _without(head: Iterable[str], adapted: Iterable[str]) -> list[str]:
 
 
 def _token_ids(completed: Recipe, learned: Learned) -> list[int]:
-    """Return the tokens whose rows are trained, by rising ids."""
-    of_adapter = [token for token in completed.adapter.train_tokens if isinstance(token, int)]
-    return sorted({*learned.token_ids, *of_adapter})
+    """Return the ids of the tokens whose rows are trained, in ascending order."""
+    named_ids = [token for token in completed.adapter.train_tokens if isinstance(token, int)]
+    return sorted({*learned.token_ids, *named_ids})
 
 
 def find_adapter(recipe: Recipe) -> AdapterFolder:
-    """Return the adapter that `adapter.from` names: of a folder, or of the Hub.
+    """Read the adapter that `adapter.from` names, from a folder or the Hub.
 
     Raises:
-        LoraError: If there is none; and as `read_adapter`.
+        LoraError: If there is none, or as `read_adapter`.
     """
     name, at = recipe.adapter.from_ or "", recipe.at("adapter.from")
     folder = find_adapter_folder(name, at)
@@ -141,16 +143,20 @@ def find_adapter(recipe: Recipe) -> AdapterFolder:
 
 
 def _reject_other_labels(saved: AdapterFolder, recipe: Recipe) -> None:
-    """Reject labels that are not those of the adapter's own recipe, in their order."""
+    """Reject a recipe whose labels or their order differ from those of the adapter's recipe."""
     file = saved.path / RECIPE_FILE
     if not file.is_file():
         return
-    theirs = load_adapter_recipe(saved.path).task
+    adapter_task = load_adapter_recipe(saved.path).task
     for key in ("problem", "labels", "letters"):
-        ours, other = getattr(recipe.task, key, None), getattr(theirs, key, None)
-        if ours is not None and other is not None and list(map(str, ours)) != list(map(str, other)):
+        value, other = getattr(recipe.task, key, None), getattr(adapter_task, key, None)
+        if (
+            value is not None
+            and other is not None
+            and list(map(str, value)) != list(map(str, other))
+        ):
             raise LoraError(
-                f"`{key}` is {ours} in the recipe and {other} in the adapter of `adapter.from`",
+                f"`{key}` is {value} in the recipe and {other} in the adapter of `adapter.from`",
                 recipe.at(f"task.{key}"),
                 "its head answers with its own labels, in their order",
             )
@@ -166,19 +172,19 @@ def completed_section(
     """Return the recipe's adapter section, completed from a trained adapter.
 
     Raises:
-        LoraError: With every key by which the recipe says otherwise.
+        LoraError: For all keys whose value in the recipe differs from the adapter's.
     """
     use_names_of(model, saved)
     saved = with_current_names(saved, model)
     spec, config = recipe.adapter, saved.config
     modules, parameters = target_names(saved, model)
     adapted = [*modules, *parameters]
-    own, tied = _trained_in_full(model, split_rows(saved)[0], head)
-    tokens, other_tokens = _other_tokens(model, recipe, saved, token_ids)
-    theirs: dict[str, Any] = {"type": saved.type, "train_modules": own}
-    theirs["ensure_weight_tying"] = tied
+    train_modules, tied = _trained_in_full(model, split_rows(saved)[0], head)
+    trained_tokens, token_problems = _other_tokens(model, recipe, saved, token_ids)
+    adapter_values: dict[str, Any] = {"type": saved.type, "train_modules": train_modules}
+    adapter_values["ensure_weight_tying"] = tied
     if saved.type in LOW_RANK_TYPES:
-        theirs |= {
+        adapter_values |= {
             "rank": int(config.get("r", 8)),
             "alpha": float(config.get(PEFT_TYPES[config["peft_type"]].alpha, 8)),
             "use_rslora": bool(config.get("use_rslora")),
@@ -187,31 +193,33 @@ def completed_section(
             "bias": config.get("bias") or "none",
         }
     _reject_other_shapes(recipe, config)
-    given = {key: getattr(spec, key) for key in spec.model_fields_set & theirs.keys()}
-    if "train_modules" in given and set(
-        full_names(base_modules(model), given["train_modules"])
-    ) == {*own}:
-        del given["train_modules"]  # written shorter
+    recipe_values = {
+        key: getattr(spec, key) for key in spec.model_fields_set & adapter_values.keys()
+    }
+    if "train_modules" in recipe_values and set(
+        full_names(base_modules(model), recipe_values["train_modules"])
+    ) == {*train_modules}:
+        del recipe_values["train_modules"]  # the same modules, written shorter
     problems = [
-        _differs(recipe, key, given[key], value)
-        for key, value in theirs.items()
-        if key in given and given[key] != value
+        _differs(recipe, key, recipe_values[key], value)
+        for key, value in adapter_values.items()
+        if key in recipe_values and recipe_values[key] != value
     ]
-    problems += other_tokens
+    problems += token_problems
     problems += _other_targets(model, recipe, head, modules, parameters)
     if parameters and spec.dropout:
         what = "the adapter of `adapter.from` has single parameters (experts), without dropout"
         problems.append(Problem(what, recipe.at("adapter.dropout"), "leave `dropout` out"))
     if problems:
         raise LoraError(problems)
-    kept = {"from_": spec.from_, "dropout": spec.dropout}
+    settings = {"from_": spec.from_, "dropout": spec.dropout}
     targets: dict[str, Any] = (
         {"target_modules": modules, "target_parameters": parameters} if adapted else {}
     )
-    targets["train_tokens"] = tokens
+    targets["train_tokens"] = trained_tokens
     try:
-        return AdapterSpec(**{**kept, **theirs, **targets})
-    except ValidationError as error:  # PEFT takes an alpha of 0 or less, which learns nothing
+        return AdapterSpec(**{**settings, **adapter_values, **targets})
+    except ValidationError as error:  # PEFT accepts an alpha of 0 or less
         first = error.errors()[0]
         what = f"`{first['loc'][0]}` of the adapter of `adapter.from` is {first['input']}"
         hint = "it can be used as it is, but not trained further"
@@ -219,7 +227,7 @@ def completed_section(
 
 
 def _reject_other_shapes(recipe: Recipe, config: dict[str, Any]) -> None:
-    """Reject an adapter whose configuration asks for factors that a recipe cannot name."""
+    """Reject an adapter with factors of a shape for which a recipe has no key."""
     for key, off in PEFT_TYPES[config["peft_type"]].shaping:
         if config.get(key, off) not in (off, None):
             raise LoraError(
@@ -233,21 +241,21 @@ def _reject_other_shapes(recipe: Recipe, config: dict[str, Any]) -> None:
 def _other_tokens(
     model: nn.Module, recipe: Recipe, saved: AdapterFolder, token_ids: Sequence[int]
 ) -> tuple[list[int], list[Problem]]:
-    """Return the tokens whose rows an adapter holds, and a problem if the recipe names others."""
-    ids = [sorted(found) for found in token_reading(model, saved.config).ids.values()]
-    if len({tuple(found) for found in ids}) > 1:
+    """Return the tokens whose rows an adapter trains, and a problem if the recipe differs."""
+    ids = [sorted(row_ids) for row_ids in token_reading(model, saved.config).ids.values()]
+    if len({tuple(row_ids) for row_ids in ids}) > 1:
         what = "the adapter of `adapter.from` has rows of other tokens in the embedding than in "
         hint = "it can be used as it is, but not trained further"
         return [], [Problem(f"{what}the output layer", recipe.at("adapter.from"), hint)]
     tokens = ids[0] if ids else []
-    named_all = bool(recipe.adapter.train_tokens)  # else, the new ones alone
-    if set(token_ids) == set(tokens) or (not named_all and not set(token_ids) - set(tokens)):
+    names_tokens = bool(recipe.adapter.train_tokens)  # otherwise only the new tokens
+    if set(token_ids) == set(tokens) or (not names_tokens and not set(token_ids) - set(tokens)):
         return tokens, []
-    named = "adapter.train_tokens" if recipe.adapter.train_tokens else "model.add_tokens"
+    key = "adapter.train_tokens" if recipe.adapter.train_tokens else "model.add_tokens"
     what = f"the recipe trains the rows of the tokens {_listed(token_ids)}, and the adapter of "
     what += f"`adapter.from` has {f'those of {_listed(tokens)}' if tokens else 'none'}"
     hint = "name the same tokens, or start without `adapter.from`"
-    return tokens, [Problem(what, recipe.at(named), hint)]
+    return tokens, [Problem(what, recipe.at(key), hint)]
 
 
 def _listed(ids: Sequence[int]) -> str:
@@ -257,17 +265,17 @@ def _listed(ids: Sequence[int]) -> str:
 def _trained_in_full(
     model: nn.Module, saved: AdapterFolder, head: list[str]
 ) -> tuple[list[str], bool]:
-    """Return the modules that an adapter holds whole, besides the head, and whether ties stay."""
+    """Return the modules other than the head that were trained in full, and if ties remain."""
     names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
     plain = {name: tensor for name, tensor in saved.tensors.items() if adapted_module(name) is None}
     copied = copied_modules(names, saved.config)
-    own = [n for n in full_names(names, copied) if any(t.startswith(f"{n}.") for t in plain)]
-    own = [name for name in own if not any(inside(name, top) for top in head)]
-    return own, not own_parameters(model, saved.config, plain)
+    modules = [n for n in full_names(names, copied) if any(t.startswith(f"{n}.") for t in plain)]
+    modules = [name for name in modules if not any(inside(name, top) for top in head)]
+    return modules, not untied_parameters(model, saved.config, plain)
 
 
 def _used(patterns: dict[str, Any] | None, names: list[str], kind: type) -> dict[str, Any]:
-    """Return the patterns that match a module: PEFT writes any, and a recipe must mean each."""
+    """Return the patterns that match a module: unlike PEFT, a recipe must not have others."""
     return {
         pattern: kind(value)
         for pattern, value in (patterns or {}).items()
@@ -282,35 +290,35 @@ def _other_targets(
     modules: list[str],
     parameters: list[str],
 ) -> list[Problem]:
-    """Return a problem if the recipe names targets that are not the adapter's."""
+    """Return a problem if the recipe names other targets than the adapter has."""
     spec = recipe.adapter
     named = [key for key in TARGET_KEYS if getattr(spec, key) not in (None, [])]
     if not named or not spec.low_rank:
         return []
-    adapted, asked = [*modules, *parameters], recipe
+    adapted, completed = [*modules, *parameters], recipe
     if spec.target_modules is None:
-        asked = asked.with_values({"adapter.target_modules": modules})
+        completed = completed.with_values({"adapter.target_modules": modules})
     if not spec.target_parameters:
-        asked = asked.with_values({"adapter.target_parameters": parameters})
-    ours = {target.full_name for target in resolve_targets(model, asked, head)}
-    if ours == set(adapted):
+        completed = completed.with_values({"adapter.target_parameters": parameters})
+    requested = {target.full_name for target in resolve_targets(model, completed, head)}
+    if requested == set(adapted):
         return []
-    odd = sorted(ours ^ set(adapted))[0]
-    where = "the recipe" if odd in ours else "the adapter"
-    others = sorted({name.rpartition(".")[2] for name in adapted})
+    odd = sorted(requested ^ set(adapted))[0]
+    where = "the recipe" if odd in requested else "the adapter"
+    names = sorted({name.rpartition(".")[2] for name in adapted})
     return [
         Problem(
-            f"the recipe's targets are {len(ours)} modules, those of the adapter of "
-            f"`adapter.from` are {len(adapted)} ({', '.join(others)}); only {where} has `{odd}`",
+            f"the recipe's targets are {len(requested)} modules, those of the adapter of "
+            f"`adapter.from` are {len(adapted)} ({', '.join(names)}); only {where} has `{odd}`",
             recipe.at(f"adapter.{named[0]}"),
             f"leave `{'`, `'.join(named)}` out: the targets come from the adapter",
         )
     ]
 
 
-def _differs(recipe: Recipe, key: str, ours: Any, theirs: Any) -> Problem:
+def _differs(recipe: Recipe, key: str, in_recipe: Any, in_adapter: Any) -> Problem:
     return Problem(
-        f"`{key}` is {ours} in the recipe and {theirs} in the adapter of `adapter.from`",
+        f"`{key}` is {in_recipe} in the recipe and {in_adapter} in the adapter of `adapter.from`",
         recipe.at(f"adapter.{key}"),
         "leave it out: it comes from the adapter",
     )

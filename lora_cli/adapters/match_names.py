@@ -1,4 +1,4 @@
-"""How entries of a recipe match names of modules: by a suffix, a regular expression, or a layer."""
+"""Match module names with entries of a recipe: suffixes, regular expressions, layer numbers."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import regex
 from lora_cli.errors import LoraError
 from lora_cli.patterns import regex_error
 
-LONGEST_NUMBER = 15  # digits of a layer's number; no model has so many layers
-TIME_LIMIT_S = 0.5  # for one expression and one name; most take a millionth of it
+MAX_DIGITS = 15  # of a layer's number; no model has so many layers
+TIME_LIMIT_S = 0.5  # for one expression and one name; most take a millionth of that
 
 
 def layer_index(name: str) -> int | None:
@@ -20,17 +20,17 @@ def parse_layers(layers: str | list[int]) -> range | frozenset[int]:
     """Return the layer numbers of `0-5`, `7`, or a list."""
     if not isinstance(layers, str):
         return frozenset(layers)
-    first, _, last = (number[:LONGEST_NUMBER] for number in layers.partition("-"))
+    first, _, last = (number[:MAX_DIGITS] for number in layers.partition("-"))
     return range(int(first), int(last or first) + 1)
 
 
 def matches(pattern: str | list[str], name: str) -> bool:
-    """Return whether a name matches a regular expression, or ends in one of several suffixes.
+    """Return whether a name matches a regular expression or ends in one of several suffixes.
 
     An invalid expression matches nothing; `resolve_targets` reports it.
 
     Raises:
-        LoraError: If an expression takes too long, as one of a malicious adapter may.
+        LoraError: If matching takes too long, as with an expression of a malicious adapter.
     """
     if isinstance(pattern, str):
         return regex_error(pattern) is None and _fits(pattern, name)
@@ -38,7 +38,7 @@ def matches(pattern: str | list[str], name: str) -> bool:
 
 
 def _fits(expression: str, name: str, written: str | None = None) -> bool:
-    """Return whether an expression matches a whole name, by `regex`, which has a time limit.
+    """Return whether an expression matches the full name, using `regex` for its time limit.
 
     Raises:
         LoraError: If that takes longer than `TIME_LIMIT_S`.

@@ -10,13 +10,13 @@ from torch import nn
 
 from lora_cli.adapters.attach import adapter_layers, lora_layers, name_in_base, remove_layers
 from lora_cli.adapters.lora_conv import LoRAConv
-from lora_cli.adapters.tied_weights import give_own_parameters, separate, tied_groups
+from lora_cli.adapters.tied_weights import tied_groups, untie, untie_differing
 from lora_cli.adapters.token_rows import merge_rows, token_layers
 from lora_cli.models.bundle import Bundle
 
 
 def merge(model: nn.Module) -> list[str]:
-    """Replace every adapter layer by its base, with the update added to the base's weight.
+    """Replace every adapter layer by its base, after adding the update to the base's weight.
 
     Modules that share an adapted weight, such as a tied embedding and output layer, no longer share
     it afterwards.
@@ -25,7 +25,7 @@ def merge(model: nn.Module) -> list[str]:
         Names of modules whose weight was shared and no longer is.
 
     Raises:
-        LoraError: If a layer cannot be merged; the model is untouched then.
+        LoraError: If a layer cannot be merged; the model is then unchanged.
     """
     layers, in_place = lora_layers(model), adapter_layers(model)
     for layer in layers.values():
@@ -43,7 +43,7 @@ def merge(model: nn.Module) -> list[str]:
             untied += [other for other in sharers if other not in untied]
         if layer.weight.is_meta:  # a model without weights
             merged = torch.empty_like(layer.weight)
-        else:  # one at a time: all of them together would need as much memory as the base
+        else:  # one at a time: all merged weights together would take as much memory as the base
             merged = layer.merged_weight(layer.weight.detach().float()).to(layer.weight.dtype)
         layer.replace_weight(nn.Parameter(merged, requires_grad=False))
     merge_rows(list(token_layers(model).values()))
@@ -52,36 +52,36 @@ def merge(model: nn.Module) -> list[str]:
 
 
 def merge_and_untie(model: nn.Module, ties: Iterable[Collection[str]]) -> list[str]:
-    """Merge, and end each tie of weights whose sides are no longer equal.
+    """Merge, and untie weights that are no longer equal.
 
     They differ if one side was adapted, or if a copy of the weight was trained.
 
     Args:
-        model: The model; it and its configuration are changed in place.
-        ties: The groups of names that shared a parameter in the base.
+        model: The model; its configuration is changed in place as well.
+        ties: Groups of names that shared a parameter in the base.
 
     Returns:
         Names of modules whose weight was shared and no longer is.
     """
     untied = merge(model)
-    parted = [name.rpartition(".")[0] for name in separate(model, ties)]
-    untied += [name for name in dict.fromkeys(parted) if name not in untied]
+    differing = [name.rpartition(".")[0] for name in untie_differing(model, ties)]
+    untied += [name for name in dict.fromkeys(differing) if name not in untied]
     names = dict.fromkeys(name.partition(".")[0] for name in untied)
     parts = [model.parts[name] for name in names] if isinstance(model, Bundle) else [model]
     for part in parts if untied else []:
-        _end_ties(part)
+        _disable_tying(part)
     return untied
 
 
-def _end_ties(part: Any) -> None:
-    """Let a model share no weights when it is loaded, and none of those that it shares so.
+def _disable_tying(part: Any) -> None:
+    """Turn weight tying off in a model's configuration, and untie the weights that it tied.
 
-    One key of the configuration is of all of its ties: BERT's output layer shares its weight with
-    the embedding, and its bias with another module.
+    One key of the configuration is for all ties: BERT's output layer shares its weight with the
+    embedding, and its bias with another module.
     """
     keys = getattr(part, "get_expanded_tied_weights_keys", None)  # of transformers
     before = keys(all_submodels=True) if keys else {}
     part.config.tie_word_embeddings = False
     after = keys(all_submodels=True) if keys else {}
     shared = {name for group in tied_groups(part) for name in group}
-    give_own_parameters(part, sorted((before.keys() - after.keys()) & shared))
+    untie(part, sorted((before.keys() - after.keys()) & shared))

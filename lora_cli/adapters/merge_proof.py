@@ -1,16 +1,16 @@
-"""An independent reading of an adapter, which a merge has to agree with.
+"""An independent computation of merged weights, to check merges against.
 
-It goes from the tensors of the file and the weights of the base to the weights that the merged
-model must have, one parameter at a time and in float64, by PEFT's definition:
+From the tensors of the adapter's file and the weights of the base, it computes the weights that
+the merged model must have, one parameter at a time and in float64, by PEFT's definition:
 
-    W + s B A                  of an adapted module, s = alpha / rank (rsLoRA: alpha / sqrt(rank))
-    W + s D                    of one with LoHa or LoKr, D multiplied out in `whole_update_proof`
-    m (W + s B A) / |W + s B A|     of one with DoRA: the length is that of an output's weights
-    the tensor of the file     of a module in `modules_to_save`, under each name by itself, and of
-                               a bias or another parameter that was trained
-    W                          of all others
+    W + s B A                  an adapted module; s = alpha / rank (rsLoRA: alpha / sqrt(rank))
+    W + s D                    a module with LoHa or LoKr; `whole_update_proof` multiplies D out
+    m (W + s B A) / |W + s B A|     a module with DoRA; the norm is over each output's weights
+    the tensor of the file     a module in `modules_to_save`, under each of its names separately,
+                               and a bias or another trained parameter
+    W                          all other parameters
 
-It shares no code with the layers, with attaching or with merging. Not the weights are kept but
+It shares no code with the layers, with attaching or with merging. Instead of the weights, it keeps
 their products with a random vector (Freivalds' check): a wrong entry changes the product.
 """
 
@@ -35,12 +35,12 @@ TOLERANCE = 1e-4  # of the largest entry of a product; float32 alone stays below
 
 @dataclass
 class ExpectedWeights:
-    """What the parameters of a merged model must be, by all of their names."""
+    """The expected parameters of a merged model, as products by each parameter name."""
 
     products: dict[str, Tensor]
 
     def disagreement(self, merged: nn.Module) -> str | None:
-        """Return the first parameter of a merged model that is not as expected, else None."""
+        """Return the first parameter of a merged model that differs from the expected, or None."""
         actual = dict(merged.named_parameters(remove_duplicate=False))
         for name, expected in self.products.items():
             if name not in actual:
@@ -56,39 +56,39 @@ class ExpectedWeights:
 def expected_weights(
     base: nn.Module, tensors: dict[str, Tensor], config: dict[str, Any]
 ) -> ExpectedWeights:
-    """Return what the merged model must hold.
+    """Return the weights that the merged model must have.
 
     Args:
         base: The base model, before the adapter is attached.
-        tensors: Of the adapter's file, by names without PEFT's prefix.
-        config: What `adapter_config.json` holds.
+        tensors: The adapter's tensors, by names without PEFT's prefix.
+        config: The contents of `adapter_config.json`.
     """
-    # one name for `lora_A.weight` and for `lora_A.default.weight` of raw state dicts
+    # raw state dicts have `lora_A.default.weight` for `lora_A.weight`
     tensors = {re.sub(ENDS, r"\1", name): tensor for name, tensor in tensors.items()}
     parameters = dict(base.named_parameters(remove_duplicate=False))
     modules = dict(base.named_modules(remove_duplicate=False))
-    copies = {name for name in modules if name.endswith(_copied(config))}
-    whole: dict[str, Tensor] = {}  # by the name of one place
-    shared: dict[int, Tensor] = {}  # by the parameter, in all of its places
+    copies = {name for name in modules if name.endswith(_copied_modules(config))}
+    own_tensors: dict[str, Tensor] = {}  # by one parameter name
+    tied_tensors: dict[int, Tensor] = {}  # by the parameter's id, for all of its names
     for name, tensor in tensors.items():
         if (module := re.sub(r"\.token_adapter\..*", "", name)) != name:
-            whole |= _with_rows(module, tensor, base, tensors, config)
+            own_tensors |= _with_rows(module, tensor, base, tensors, config)
             continue
         is_added = re.search(ENDS, name) or name.endswith(".base_layer.weight")
         if is_added or ".original_module." in name:
             continue
-        place = _place(name, parameters)
-        if any(place.startswith(f"{module}.") for module in copies):
-            whole[place] = tensor
-        elif place in parameters:  # what the base lacks is named by `load_adapter`
-            shared[id(parameters[place])] = tensor
+        parameter_name = _parameter_name(name, parameters)
+        if any(parameter_name.startswith(f"{module}.") for module in copies):
+            own_tensors[parameter_name] = tensor
+        elif parameter_name in parameters:  # `load_adapter` reports parameters that the base lacks
+            tied_tensors[id(parameters[parameter_name])] = tensor
     products = {}
     experts = _parameter_updates(modules, tensors, config)
     for name, parameter in parameters.items():
-        weight = whole.get(name, shared.get(id(parameter), parameter)).detach().double()
+        weight = own_tensors.get(name, tied_tensors.get(id(parameter), parameter)).detach().double()
         module, _, last = name.rpartition(".")
-        if (found := experts.get(name)) is not None:
-            weight = weight + found
+        if (update := experts.get(name)) is not None:
+            weight = weight + update
         elif last == "weight":
             weight = weight + _update(module, modules[module], tensors, config)
             weight = _with_magnitude(weight, module, modules[module], tensors)
@@ -97,7 +97,7 @@ def expected_weights(
 
 
 def weights_of(model: nn.Module) -> ExpectedWeights:
-    """Return what a copy of a model must hold."""
+    """Return a model's own weights as the expected ones, to check a copy of it."""
     named = model.named_parameters(remove_duplicate=False)
     return ExpectedWeights({name: _product(parameter) for name, parameter in named})
 
@@ -107,8 +107,8 @@ def _with_rows(
 ) -> dict[str, Tensor]:
     """Return the weights with trained rows (`trainable_token_indices`), by names of parameters.
 
-    What shares the input embedding's weight, and has no rows of its own, shares the rows too, where
-    the model says what is tied.
+    Modules tied to the input embedding that have no rows of their own get the same rows, if the
+    model declares its ties.
     """
     ids = _token_ids(module, config)
     parameters = dict(base.named_parameters(remove_duplicate=False))
@@ -120,60 +120,60 @@ def _with_rows(
         or rows.shape != (len(ids), old.shape[1])
         or max(ids) >= len(old)
     ):
-        return {}  # loading says so
+        return {}  # `load_adapter` reports it
     weight = old.detach().clone()
     for token, row in zip(ids, rows, strict=True):
         weight[token] = row
     embedding: Any = getattr(base, "get_input_embeddings", lambda: None)()
     names = [f"{module}.weight"]
-    says_ties = isinstance(getattr(base, "_tied_weights_keys", None), dict)
-    if says_ties and base.get_submodule(module) is embedding:
+    declares_ties = isinstance(getattr(base, "_tied_weights_keys", None), dict)
+    if declares_ties and base.get_submodule(module) is embedding:
         modules = {name.partition(".token_adapter.")[0] for name in tensors}
-        # PEFT writes what follows besides, where it writes the whole embedding
-        own = {f"{name}.weight" for name in modules if _token_ids(name, config)}
-        names += [name for name, p in parameters.items() if p is old and name not in own]
+        # PEFT also writes the rows of tied modules if it writes the whole embedding
+        with_own_rows = {f"{name}.weight" for name in modules if _token_ids(name, config)}
+        names += [name for name, p in parameters.items() if p is old and name not in with_own_rows]
     return dict.fromkeys(names, weight)
 
 
 def _token_ids(module: str, config: dict[str, Any]) -> list[int] | None:
-    """Return the tokens of which a module has trained rows of its own, as a configuration says."""
+    """Return the tokens whose rows a module trains according to the configuration."""
     ids = config.get("trainable_token_indices")
     if isinstance(ids, dict):
-        ids = next((found for end, found in ids.items() if module.endswith(end)), None)
+        ids = next((tokens for end, tokens in ids.items() if module.endswith(end)), None)
     return ids
 
 
-def _copied(config: dict[str, Any]) -> tuple[str, ...]:
+def _copied_modules(config: dict[str, Any]) -> tuple[str, ...]:
     heads = HEADS if config.get("task_type") in ("SEQ_CLS", "TOKEN_CLS") else ()
     return (*(config.get("modules_to_save") or ()), *heads) or ("\0",)
 
 
-def _place(name: str, parameters: dict[str, nn.Parameter]) -> str:
+def _parameter_name(name: str, parameters: dict[str, nn.Parameter]) -> str:
     name = name.replace(".base_layer.", ".")
     plain = name.replace(".modules_to_save.", ".")
     return plain if plain in parameters else re.sub(r"\.modules_to_save\.[^.]+\.", ".", name)
 
 
 def _update(name: str, module: nn.Module, tensors: dict[str, Tensor], config: Any) -> Tensor:
-    """Return s B A in the layout of a module's weight, or zero where it is not adapted."""
-    if (whole := whole_update(name, module, tensors, config)) is not None:
-        return whole
-    found: dict[str, Tensor] = {}
+    """Return s B A in the layout of a module's weight, or zero if it is not adapted."""
+    if (update := whole_update(name, module, tensors, config)) is not None:
+        return update
+    factors: dict[str, Tensor] = {}
     for side in "AB":
         for key in (f"{name}.lora_{side}", f"{name}.lora_embedding_{side}"):
-            found |= {side: tensors[key].double()} if key in tensors else {}
-    if len(found) < 2:
+            factors |= {side: tensors[key].double()} if key in tensors else {}
+    if len(factors) < 2:
         return torch.zeros((), dtype=torch.float64)
-    a, b, rank = found["A"], found["B"], found["A"].shape[0]
+    a, b, rank = factors["A"], factors["B"], factors["A"].shape[0]
     alpha = first_match(config.get("alpha_pattern") or {}, name, config.get("lora_alpha", 8))
     s = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     if isinstance(module, nn.Conv1d | nn.Conv2d):
-        groups, per = module.groups, a.shape[1] // module.groups
+        groups, group_channels = module.groups, a.shape[1] // module.groups
         rows = a.shape[0] // groups
         blocks = []
         for g, part in enumerate(b.flatten(1).chunk(groups)):
-            own = a[g * rows : (g + 1) * rows, g * per : (g + 1) * per]
-            blocks.append(torch.tensordot(part, own, dims=1))
+            group_a = a[g * rows : (g + 1) * rows, g * group_channels : (g + 1) * group_channels]
+            blocks.append(torch.tensordot(part, group_a, dims=1))
         return s * torch.cat(blocks)
     delta = s * (b @ a)
     return delta.T if isinstance(module, nn.Embedding | Conv1D) else delta
@@ -189,8 +189,8 @@ def _parameter_updates(
     ends = tuple(f".{entry}" for entry in config.get("target_parameters") or ())
     updates = {}
     for module, owner in modules.items():
-        own = owner.named_parameters(recurse=False)
-        keys = [key for key, _ in own if ends and f".{module}.{key}".endswith(ends)]
+        parameters = owner.named_parameters(recurse=False)
+        keys = [key for key, _ in parameters if ends and f".{module}.{key}".endswith(ends)]
         for i, key in enumerate(keys):
             name, shape = f"{module}.{key}", owner.get_parameter(key).shape
             layer = module + ".base_layer" * (len(keys) - 1 - i)
@@ -200,15 +200,15 @@ def _parameter_updates(
             count = shape[0] if len(shape) == 3 else 1
             rank = a.shape[0] // count
             fits = rank * count == b.shape[1] and len(b) * a.shape[1] * count == math.prod(shape)
-            if not fits:  # loading says so
+            if not fits:  # `load_adapter` reports it
                 updates[name] = torch.zeros((), dtype=torch.float64)
                 continue
             alpha = first_match(
                 config.get("alpha_pattern") or {}, name, config.get("lora_alpha", 8)
             )
             s = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-            of_each = [s * b[:, e::count] @ a[e * rank : (e + 1) * rank] for e in range(count)]
-            delta = torch.stack(of_each)
+            deltas = [s * b[:, e::count] @ a[e * rank : (e + 1) * rank] for e in range(count)]
+            delta = torch.stack(deltas)
             if len(shape) == 3 and getattr(owner, "is_transposed", False):
                 delta = delta.transpose(1, 2)
             updates[name] = delta.reshape(shape)
@@ -218,7 +218,7 @@ def _parameter_updates(
 def _with_magnitude(
     weight: Tensor, name: str, module: nn.Module, tensors: dict[str, Tensor]
 ) -> Tensor:
-    """Return a weight whose outputs have DoRA's lengths, or as it is where they are not given."""
+    """Rescale a weight to DoRA's magnitudes, or return it unchanged if there are none."""
     magnitude = tensors.get(f"{name}.lora_magnitude_vector")
     if magnitude is None:
         return weight
@@ -229,7 +229,7 @@ def _with_magnitude(
 
 
 def _product(weight: Tensor) -> Tensor:
-    """Return a weight's product with a vector that depends on its shape alone."""
+    """Return a weight's product with a random vector that depends only on its shape."""
     rows = weight.detach().double().reshape(weight.shape[0] if weight.ndim else 1, -1)
     generator = torch.Generator().manual_seed(rows.shape[1])
     vector = torch.randn(rows.shape[1], generator=generator, dtype=torch.float64)

@@ -1,7 +1,8 @@
-"""Let what is trained in float32 work inside a model that is stored in 16 bits.
+"""Let float32 trained parameters work inside a model that is stored in 16 bits.
 
-An optimizer's steps are too small for 16 bits, so every trained parameter is float32. The low-rank
-layers see to that themselves; this is for the rest: heads, modules trained in full, and biases.
+Optimizer updates are too small for 16 bits, so every trained parameter is float32. The low-rank
+layers handle the conversion themselves; this module handles heads, modules trained in full, and
+biases.
 """
 
 from __future__ import annotations
@@ -19,39 +20,39 @@ from lora_cli.adapters.token_rows import TokenRows
 from lora_cli.models.quantized_linear import QuantizedLinear
 
 
-def let_dtypes_meet(model: nn.Module, head: Iterable[str]) -> None:
-    """Make a model with parameters of several dtypes one that can run, with or without autocast.
+def reconcile_dtypes(model: nn.Module, head: Iterable[str]) -> None:
+    """Prepare a model with parameters of several dtypes to run with or without autocast.
 
     Args:
         model: The model with its adapter attached.
-        head: Modules whose outputs stay float32; those of others return to their input's dtype.
+        head: Modules whose outputs stay float32; other outputs are cast back to the base's dtype.
     """
     _unify_norms(model)
-    _compute_in_own_dtype(model, head)
+    _reconcile_with_activations(model, head)
 
 
 def _unify_norms(model: nn.Module) -> None:
-    """Make every normalisation with a float32 bias float32 as a whole: torch accepts no mixture."""
+    """Convert normalisations with a float32 bias to float32: torch rejects mixed dtypes there."""
     for module in model.modules():
         weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
         if weight is None or bias is None or weight.ndim != 1:
             continue
         if bias.dtype == torch.float32:
             weight.data = weight.data.float()
-            for name, statistic in module._buffers.items():  # of batch normalisation
+            for name, statistic in module._buffers.items():  # batch normalisation has them
                 if statistic is not None and statistic.is_floating_point():
                     module._buffers[name] = statistic.float()
 
 
-def _compute_in_own_dtype(model: nn.Module, head: Iterable[str]) -> None:
-    """Let the float32 parameters of a 16-bit model meet its activations, where autocast does not.
+def _reconcile_with_activations(model: nn.Module, head: Iterable[str]) -> None:
+    """Reconcile float32 parameters with 16-bit activations when autocast is off.
 
-    A module that is float32 as a whole computes in float32. Of one that also holds 16-bit weights
-    (a linear layer whose bias is trained), the float32 parameters are cast at their use.
+    A module with only float32 parameters computes in float32. In a module that also holds 16-bit
+    weights (a linear layer whose bias is trained), the float32 parameters are cast when used.
 
     Args:
         model: The model with its adapter attached.
-        head: Modules whose outputs stay float32; those of others return to their input's dtype.
+        head: Modules whose outputs stay float32; other outputs are cast back to the base's dtype.
     """
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
     base_dtype = next((dtype for dtype in dtypes if dtype.itemsize == 2), None)
@@ -59,12 +60,12 @@ def _compute_in_own_dtype(model: nn.Module, head: Iterable[str]) -> None:
         return
     head = list(head)
     for name, module in model.named_modules():
-        own = dict(module.named_parameters(recurse=False))
-        wide = [key for key, p in own.items() if p.dtype == torch.float32]
-        if isinstance(module, LoRALayer | TokenRows | QuantizedLinear) or not wide:
+        parameters = dict(module.named_parameters(recurse=False))
+        float32_names = [key for key, p in parameters.items() if p.dtype == torch.float32]
+        if isinstance(module, LoRALayer | TokenRows | QuantizedLinear) or not float32_names:
             continue
         if any(p.dtype == base_dtype for p in module.parameters()):
-            _cast_at_use(module, wide, base_dtype)
+            _cast_at_use(module, float32_names, base_dtype)
             continue
         module.register_forward_pre_hook(_to_float32)
         if not any(inside(name, top) for top in head):
@@ -72,8 +73,8 @@ def _compute_in_own_dtype(model: nn.Module, head: Iterable[str]) -> None:
 
 
 def _cast_at_use(module: nn.Module, names: list[str], dtype: torch.dtype) -> None:
-    """Let a module's forward see some of its own parameters in another dtype."""
-    # a partial, whose module a copy of the model exchanges for its own, as of no closure
+    """Wrap a module's forward so that it sees some of its own parameters in another dtype."""
+    # a partial, because deepcopy replaces the module in it, which it cannot do in a closure
     forward = functools.partial(_forward_with_casts, module, module.forward, names, dtype)
     module.forward = forward
 
@@ -86,16 +87,16 @@ def _forward_with_casts(
     *inputs: Any,
     **options: Any,
 ) -> Any:
-    kept = {name: module._parameters[name] for name in names}
-    if any(p is not None and torch.is_autocast_enabled(p.device.type) for p in kept.values()):
+    originals = {name: module._parameters[name] for name in names}
+    if any(p is not None and torch.is_autocast_enabled(p.device.type) for p in originals.values()):
         return forward(*inputs, **options)
     try:
-        for name, parameter in kept.items():
+        for name, parameter in originals.items():
             assert parameter is not None
-            module._parameters[name] = parameter.to(dtype)  # type: ignore[assignment]  # no leaf
+            module._parameters[name] = parameter.to(dtype)  # type: ignore[assignment]  # not a leaf
         return forward(*inputs, **options)
     finally:
-        module._parameters.update(kept)
+        module._parameters.update(originals)
 
 
 def _to_float32(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""Which trained parameters share a learning rate and a weight decay: `train.optimizer`."""
+"""Group the trained parameters by learning rate and weight decay, for the optimizer."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from lora_cli.recipe.spec import ParameterGroupSpec
 def parameter_groups(
     model: nn.Module, recipe: Recipe, in_full: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
-    """Return parameters with the same learning rate and weight decay together.
+    """Return the optimizer's parameter groups: one for each learning rate and weight decay.
 
-    Each group holds `names`, the names of its parameters, in the same order.
+    The `names` of a group are the names of its `params`, in the same order.
 
     Args:
         model: The model with its adapter attached; may be on the meta device.
-        recipe: Its `train.optimizer` section says which rates.
+        recipe: Its `train.optimizer` section sets the rates.
         in_full: Names of the modules trained in full: the `head` of the recipe's groups.
 
     Raises:
-        LoraError: With every group that matches no trained parameter.
+        LoraError: For all groups that match no trained parameter.
     """
     spec, trained = recipe.train.optimizer, trainable_parameters(model)
     if problems := _group_problems(recipe, trained, model):
         raise LoraError(problems)
     adapters = adapter_parameters(model).keys()
-    _reject_ratio_of_nothing(adapters, recipe)
-    below = depths(model, in_full) if spec.layer_decay is not None else {}
+    _reject_unused_ratio(adapters, recipe)
+    depth_of = depths(model, in_full) if spec.layer_decay is not None else {}
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in trained.items():
         is_head = any(inside(name, module) for module in in_full)
         kind = "adapter" if name in adapters else "head" if is_head else None
-        rate, decay = _settings(name, kind, spec, below.get(name, 0))
+        rate, decay = _settings(name, kind, spec, depth_of.get(name, 0))
         if name in adapters and name.endswith("lora_B") and spec.lora_plus_ratio is not None:
             rate *= spec.lora_plus_ratio
         if parameter.ndim < 2:  # biases and the scales of normalisation layers
@@ -54,37 +54,37 @@ def parameter_groups(
     return list(groups.values())
 
 
-def _settings(name: str, kind: str | None, spec: OptimizerSpec, below: int) -> tuple[float, float]:
+def _settings(name: str, kind: str | None, spec: OptimizerSpec, depth: int) -> tuple[float, float]:
     """Return the learning rate and the weight decay of a parameter.
 
     Args:
-        name: Its name.
-        kind: Whether it is of the `head` or of an `adapter`, if it is.
+        name: The parameter's name.
+        kind: `adapter` or `head` if the parameter belongs to one, otherwise None.
         spec: The recipe's settings.
-        below: How many layers below the top it lies.
+        depth: The number of layers that the parameter lies below the top.
     """
     layer, groups = layer_index(name), spec.groups
-    named = (group for entry, group in groups.modules.items() if _is_in(name, entry))
-    numbered = (group for layers, group in groups.layers.items() if layer in parse_layers(layers))
-    usual = getattr(groups, kind) if kind else ParameterGroupSpec()
-    chosen = next(named, None) or next(numbered, None)
-    decay = (chosen or usual).weight_decay
+    by_module = (group for entry, group in groups.modules.items() if _is_in(name, entry))
+    by_layer = (group for layers, group in groups.layers.items() if layer in parse_layers(layers))
+    default = getattr(groups, kind) if kind else ParameterGroupSpec()
+    chosen = next(by_module, None) or next(by_layer, None)
+    decay = (chosen or default).weight_decay
     decay = spec.weight_decay if decay is None else decay
     if chosen is not None and chosen.learning_rate is not None:
         return chosen.learning_rate, decay
-    rate = usual.learning_rate if chosen is None else None
-    share = 1.0 if spec.layer_decay is None else float(spec.layer_decay**below)
-    return (spec.learning_rate if rate is None else rate) * share, decay
+    rate = default.learning_rate if chosen is None else None
+    factor = 1.0 if spec.layer_decay is None else float(spec.layer_decay**depth)
+    return (spec.learning_rate if rate is None else rate) * factor, decay
 
 
 def _is_in(name: str, entry: str) -> bool:
-    """Return whether a parameter is one that an entry names, or lies in such a module."""
+    """Return whether an entry names a parameter, or a module that contains it."""
     parts = name.split(".")
     return any(matches([entry], ".".join(parts[: n + 1])) for n in range(len(parts)))
 
 
 def _group_problems(recipe: Recipe, trained: Collection[str], model: nn.Module) -> list[Problem]:
-    """Return a problem for every setting of some parameters that no trained parameter has."""
+    """Return a problem for every setting that applies to no trained parameter."""
     spec, at, problems = recipe.train.optimizer, "train.optimizer", []
     numbers = sorted({i for name in trained if (i := layer_index(name)) is not None})
     for layers in spec.groups.layers:
@@ -108,10 +108,10 @@ def _group_problems(recipe: Recipe, trained: Collection[str], model: nn.Module) 
     return problems
 
 
-def _reject_ratio_of_nothing(adapters: Collection[str], recipe: Recipe) -> None:
-    """Reject LoRA+ for an adapter without B: of another type, or of single rows alone."""
-    without = not any(name.endswith("lora_B") for name in adapters)
-    if recipe.train.optimizer.lora_plus_ratio is not None and recipe.adapter.low_rank and without:
+def _reject_unused_ratio(adapters: Collection[str], recipe: Recipe) -> None:
+    """Reject LoRA+ for adapters without B: other types, or only trained rows of an embedding."""
+    has_no_b = not any(name.endswith("lora_B") for name in adapters)
+    if recipe.train.optimizer.lora_plus_ratio is not None and recipe.adapter.low_rank and has_no_b:
         what = "nothing that is trained has a `lora_B`, which LoRA+ lets learn faster"
         at = recipe.at("train.optimizer.lora_plus_ratio")
         raise LoraError(what, at, "leave `lora_plus_ratio` out")

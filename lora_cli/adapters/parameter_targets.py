@@ -1,4 +1,4 @@
-"""Which single parameters get an adapter: the recipe's `target_parameters`, mostly experts."""
+"""Resolve the single parameters that get an adapter (`target_parameters`), mostly experts."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from lora_cli.adapters.lora_parameter import expert_parameters, innermost, misfi
 from lora_cli.errors import Problem, did_you_mean
 from lora_cli.recipe import Recipe
 
-Place = tuple[str, str]  # the module, and its parameter
+Place = tuple[str, str]  # the names of a module and of its parameter
 
 
 def places_of(model: nn.Module, entries: Collection[str]) -> list[Place]:
-    """Return the parameters whose names are, or end in, one of some entries, in the model's order.
+    """Return the parameters whose names equal or end in one of the entries, in model order.
 
     Args:
         model: The base model, with or without an adapter.
-        entries: As PEFT's `target_parameters`.
+        entries: Names or suffixes, as in PEFT's `target_parameters`.
     """
     layers = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, LoRALayer))
     return [
@@ -41,22 +41,22 @@ def resolve_parameters(
     adapted: Collection[str],
     is_in_full: Callable[[str], bool],
 ) -> tuple[list[Place], list[Problem]]:
-    """Return the parameters that the recipe names, and a problem for each entry that fits none.
+    """Return the parameters that the recipe names, and a problem for each invalid entry.
 
     Args:
         model: The base model; may be on the meta device.
         recipe: Its `adapter.target_parameters` names them.
-        adapted: Modules that get an adapter as a whole.
-        is_in_full: Whether a module is trained in full, or is not to be trained.
+        adapted: Modules that get an adapter through `target_modules`.
+        is_in_full: Returns whether a module is trained in full, or must stay frozen.
     """
     entries, at = recipe.adapter.target_parameters, recipe.at("adapter.target_parameters")
     problems = []
     for entry in entries:
-        found = places_of(model, [entry])
-        if not found:
+        places = places_of(model, [entry])
+        if not places:
             problems.append(Problem(f"`{entry}` matches no parameter", at, _hint(model, entry)))
             continue
-        name, key = found[0]
+        name, key = places[0]
         reason = misfit(model.get_submodule(name), key)
         hint = _hint(model, entry)
         if reason is None and name in adapted:
@@ -73,7 +73,7 @@ def resolve_parameters(
 
 
 def _hint(model: nn.Module, entry: str) -> str | None:
-    """Return what could have been meant: the experts, where the model has some."""
+    """Return a hint with similar names: the experts' if the model has any, otherwise weights'."""
     experts = short_names(expert_parameters(model))
     if experts:
         return did_you_mean(entry, experts, "the model's experts are")
@@ -82,7 +82,7 @@ def _hint(model: nn.Module, entry: str) -> str | None:
 
 
 def short_names(names: Iterable[str]) -> list[str]:
-    """Return the last parts of names, behind the number of the layer: `mlp.experts.down_proj`."""
+    """Return the parts of names after the layer's number: `mlp.experts.down_proj`."""
     short: dict[str, None] = {}
     for name in names:
         parts = name.split(".")
@@ -92,7 +92,7 @@ def short_names(names: Iterable[str]) -> list[str]:
 
 
 def frozen_experts_note(model: nn.Module, recipe: Recipe) -> str | None:
-    """Return a line on experts that a recipe leaves as they are though it adapts all linear layers.
+    """Return a note if a recipe adapts all linear layers but leaves the experts frozen.
 
     Args:
         model: The base model, with or without an adapter.
@@ -103,17 +103,17 @@ def frozen_experts_note(model: nn.Module, recipe: Recipe) -> str | None:
         return None
     output = getattr(model, "get_output_embeddings", lambda: None)()
     if spec.target_modules != "all-linear" and not (spec.target_modules is None and output):
-        return None  # without an output embedding, the default is the attention alone
+        return None  # without an output embedding, the default is only the attention
     experts = {n: p for n, p in expert_parameters(model).items() if not p.requires_grad}
     if not experts:
         return None
     total = sum(parameter.numel() for parameter in model.parameters())
     share = sum(parameter.numel() for parameter in experts.values()) / total
     names = ", ".join(short_names(experts))
-    # what the update of a parameter does not take is turned off with it
-    others = ["--set adapter.dropout=0"] if spec.dropout else []
-    others += ["--set adapter.init=default"] if spec.init != "default" else []
-    command = " ".join([*others, f"--set 'adapter.target_parameters=[{names}]'"])
+    # updates of parameters allow neither dropout nor another initialisation
+    settings = ["--set adapter.dropout=0"] if spec.dropout else []
+    settings += ["--set adapter.init=default"] if spec.init != "default" else []
+    command = " ".join([*settings, f"--set 'adapter.target_parameters=[{names}]'"])
     return (
         f"`all-linear` leaves the experts frozen, {share:.0%} of the parameters: they are no "
         f"linear layers; to adapt them too: `{command}`"

@@ -1,14 +1,14 @@
-r"""LoRA that starts at a part of the weight itself, as PiSSA and OLoRA do.
+r"""LoRA that is initialised from the weight itself, as in PiSSA and OLoRA.
 
-A and B start at A0 and B0, and s B0 A0 is a large part of W0. That part is subtracted from the
-base, so that training starts at the base model exactly; the rest (the residual) is frozen:
+A and B start at A0 and B0, and s B0 A0 is the principal part of W0. That part is subtracted from
+the base, so that training starts exactly at the base model; the remainder (the residual) is frozen:
 
     y = (W0 - s B0 A0) x + s B A x  =  W0 x + s B A x - s B0 A0 x
 
-PEFT computes the first form, and overwrites the base's weight. This layer computes the second: the
-base keeps its weight, and the layer stores A0 and B0. So the base can be quantised or stored in 16
-bits without rounding the residual, and the model without the adapter is the base. What is saved is
-plain LoRA of twice the rank, which any program can use with the original base:
+PEFT computes the first form, and overwrites the base's weight. This layer computes the second form:
+the base keeps its weight, and the layer stores A0 and B0. So the base can be quantised or stored in
+16 bits without rounding the residual, and the model without the adapter is the base. The adapter is
+saved as plain LoRA of twice the rank, which any program can use with the original base:
 
     A' = [A; A0] (2 rank, in)    B' = [B, -B0] (out, 2 rank)    s B' A' = s B A - s B0 A0
 """
@@ -18,7 +18,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - the field's own name for it
+import torch.nn.functional as F  # noqa: N812 - the usual name for it
 from torch import Tensor, nn
 
 from lora_cli.adapters.lora import LoRALinear, Shape
@@ -35,7 +35,7 @@ class ResidualLoRALinear(LoRALinear):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # not in the state dict, since an adapter that is loaded from a folder has none
+        # not in the state dict, since an adapter that is loaded from a folder does not have them
         self.register_buffer("initial_A", torch.zeros_like(self.lora_A), persistent=False)
         self.register_buffer("initial_B", torch.zeros_like(self.lora_B), persistent=False)
 
@@ -57,7 +57,7 @@ class ResidualLoRALinear(LoRALinear):
 
     @torch.no_grad()
     def from_peft(self, name: str, tensor: Tensor) -> None:
-        """Set A and A0 to the parts of A', or B and B0 to those of B'."""
+        """Set A and A0 from A', or B and B0 from B'."""
         if name == "lora_A":
             self.lora_A.copy_(tensor[: self.rank])
             self.initial_A.copy_(tensor[self.rank :])
@@ -66,7 +66,7 @@ class ResidualLoRALinear(LoRALinear):
             self.initial_B.copy_(-tensor[:, self.rank :])
 
     def start_at(self, a: Tensor, b: Tensor) -> None:
-        """Set A and A0, and B and B0, so that the layer computes what its base does."""
+        """Set A and A0 to `a`, B and B0 to `b`, so that the update starts at zero."""
         super().start_at(a, b)
         self.initial_A.copy_(a)
         self.initial_B.copy_(b)

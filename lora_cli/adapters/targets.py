@@ -1,4 +1,4 @@
-"""Which modules get an adapter: the recipe's `target_modules`, `exclude_modules` and `layers`.
+"""Resolve which modules get an adapter: `target_modules`, `exclude_modules` and `layers`.
 
 Every entry has to match a module. All errors are collected before the model is changed.
 """
@@ -42,8 +42,8 @@ class Target:
     rank: int
     alpha: float
     parameter: str | None = None
-    """The parameter that gets it, for modules with many experts in one tensor; None if the module
-    as a whole gets it."""
+    """The parameter to adapt, in modules that hold many experts in one tensor; None to adapt the
+    module itself."""
 
     @property
     def full_name(self) -> str:
@@ -52,7 +52,7 @@ class Target:
 
 
 def resolve_targets(model: nn.Module, recipe: Recipe, head: Iterable[str] = ()) -> list[Target]:
-    """Return which modules get an adapter, with their ranks and alphas. Nothing is changed.
+    """Return the modules that get an adapter, with ranks and alphas, without changing the model.
 
     Args:
         model: The base model; may be on the meta device.
@@ -77,18 +77,18 @@ def resolve_targets(model: nn.Module, recipe: Recipe, head: Iterable[str] = ()) 
         and not is_frozen(model, name)
     }
 
-    pattern, chosen = _chosen(model, recipe, adaptable)
+    pattern, chosen = _requested_modules(model, recipe, adaptable)
     problems += _unmatched(pattern, "adapter.target_modules", adaptable, model, recipe)
     if spec.exclude_modules is not None:
         key = "adapter.exclude_modules"
         problems += _unmatched(spec.exclude_modules, key, adaptable, model, recipe)
         chosen = [name for name in chosen if not matches(spec.exclude_modules, name)]
     if spec.layers is not None:
-        wanted = parse_layers(spec.layers)
-        problems += absent_layers(wanted, modules, spec.layers, recipe.at("adapter.layers"))
-        chosen = [name for name in chosen if layer_index(name) in wanted]
-    parameters, found = _parameter_targets(model, recipe, chosen, in_full)
-    problems += found
+        layer_numbers = parse_layers(spec.layers)
+        problems += absent_layers(layer_numbers, modules, spec.layers, recipe.at("adapter.layers"))
+        chosen = [name for name in chosen if layer_index(name) in layer_numbers]
+    parameters, parameter_problems = _parameter_targets(model, recipe, chosen, in_full)
+    problems += parameter_problems
     problems += _unmatched_patterns([*chosen, *(t.full_name for t in parameters)], recipe)
     problems += unmatched_in_full(model, recipe)
     if not problems and not chosen and not parameters:
@@ -104,7 +104,7 @@ def resolve_targets(model: nn.Module, recipe: Recipe, head: Iterable[str] = ()) 
 def _none_left(
     recipe: Recipe, pattern: str | list[str], adaptable: Iterable[str], linear: Iterable[str]
 ) -> Problem:
-    """Return the problem of a recipe whose keys, each right by itself, leave nothing to adapt."""
+    """Return a problem for a recipe whose keys are valid, but together leave nothing to adapt."""
     what = "no module is left to adapt"
     hint = "`exclude_modules` and `layers` leave none of the targets"
     if recipe.adapter.target_modules == []:
@@ -115,8 +115,8 @@ def _none_left(
         )
     elif pattern == "all-linear" and not linear:
         hint = "the model has no linear layers, or only its head: leave `target_modules` out"
-        if others := _last_names(adaptable)[:SHOWN]:
-            hint += f" for the default, or name others (the model has {', '.join(others)})"
+        if other_names := _last_names(adaptable)[:SHOWN]:
+            hint += f" for the default, or name others (the model has {', '.join(other_names)})"
         if recipe.adapter.train_modules:
             hint = "`train_modules` trains all linear layers in full: name fewer there"
     return Problem(what, recipe.at("adapter.target_modules"), hint)
@@ -125,7 +125,7 @@ def _none_left(
 def _parameter_targets(
     model: nn.Module, recipe: Recipe, adapted: list[str], in_full: list[str]
 ) -> tuple[list[Target], list[Problem]]:
-    """Return the single parameters that get an adapter, and what is wrong with their names."""
+    """Return the single parameters that get an adapter, and the problems with their names."""
     spec = recipe.adapter
     if not spec.target_parameters:
         return [], []
@@ -137,46 +137,48 @@ def _parameter_targets(
     if spec.exclude_modules is not None:
         places = [place for place in places if not matches(spec.exclude_modules, place[0])]
     if spec.layers is not None:
-        wanted = parse_layers(spec.layers)
-        places = [place for place in places if layer_index(place[0]) in wanted]
+        layer_numbers = parse_layers(spec.layers)
+        places = [place for place in places if layer_index(place[0]) in layer_numbers]
     targets = [Target(n, *rank_and_alpha(recipe, f"{n}.{key}"), key) for n, key in places]
     return targets, problems
 
 
 def rank_and_alpha(recipe: Recipe, name: str) -> tuple[int, float]:
-    """Return the rank and the alpha of a module, or of a parameter, by its name."""
+    """Return the rank and the alpha of the module or parameter with this name."""
     spec = recipe.adapter
     rank = int(first_match(spec.rank_pattern, name, spec.rank))
     return rank, first_match(spec.alpha_pattern, name, spec.alpha)
 
 
 def absent_layers(
-    wanted: range | frozenset[int], modules: Iterable[str], written: str | list[int], at: str
+    requested: range | frozenset[int], modules: Iterable[str], written: str | list[int], at: str
 ) -> list[Problem]:
     """Return a problem if the model does not have some of the layers.
 
     Args:
-        wanted: The numbers of layers.
-        modules: The names of modules or parameters of the model.
-        written: The numbers as the recipe writes them.
-        at: The place in the recipe.
+        requested: The numbers of the requested layers.
+        modules: Names of the model's modules or parameters.
+        written: The numbers as written in the recipe.
+        at: The location in the recipe.
     """
-    if not wanted:
+    if not requested:
         hint = "write the lower number first: `0-3`" if written else "leave it out for all layers"
         return [Problem(f"`{written}` names no layer", at, hint)]
-    found = {index for name in modules if (index := layer_index(name)) is not None}
-    # a range may be very long: more of it than the model has layers need not be checked
-    most = len(found) + 1
-    first = wanted[:most] if isinstance(wanted, range) else sorted(wanted)
-    absent = [index for index in first if index not in found]
+    existing = {index for name in modules if (index := layer_index(name)) is not None}
+    # a range may be huge: among its first len(existing) + 1 layers, at least one is absent
+    limit = len(existing) + 1
+    first = requested[:limit] if isinstance(requested, range) else sorted(requested)
+    absent = [index for index in first if index not in existing]
     if not absent:
         return []
     shown = ", ".join(map(str, absent[:10])) + (", …" if len(absent) > 10 else "")
-    if isinstance(wanted, range):
-        shown = f"{absent[0]}" + (f" to {wanted[-1]}" if absent[0] < wanted[-1] else "")
+    if isinstance(requested, range):
+        shown = f"{absent[0]}" + (f" to {requested[-1]}" if absent[0] < requested[-1] else "")
     what = "there is no layer" if shown.isdecimal() else "there are no layers"
     hint = (
-        f"the model has layers 0 to {max(found)}" if found else "the model has no numbered layers"
+        f"the model has layers 0 to {max(existing)}"
+        if existing
+        else "the model has no numbered layers"
     )
     return [Problem(f"{what} {shown}", at, hint)]
 
@@ -184,7 +186,7 @@ def absent_layers(
 def _unmatched_patterns(chosen: list[str], recipe: Recipe) -> list[Problem]:
     """Return a problem for each entry of `rank_pattern` and `alpha_pattern` that fits no target.
 
-    Where there are no targets, that is not the fault of a pattern.
+    Without targets there are no problems, since the patterns are not to blame.
     """
     problems = []
     for key in ("rank_pattern", "alpha_pattern"):
@@ -200,7 +202,7 @@ def _unmatched_patterns(chosen: list[str], recipe: Recipe) -> list[Problem]:
 
 
 def read_by_kernels(model: nn.Module, name: str) -> bool:
-    """Return whether a kernel of Mamba reads a module's weight, so that an adapter has no effect.
+    """Return whether a Mamba kernel reads a module's weight directly, bypassing an adapter.
 
     PEFT raises an error for modules of these names in such models.
     """
@@ -221,25 +223,25 @@ def shape_problem(base: nn.Module, target: Target, layers: Layers) -> list[Probl
 
 
 def unmatched_in_full(model: nn.Module, recipe: Recipe) -> list[Problem]:
-    """Return a problem for every entry of `train_modules` that matches no module to be trained."""
+    """Return a problem for every entry of `train_modules` that matches no trainable module."""
     names, problems = [name for name, _ in model.named_modules() if name], []
     for entry in recipe.adapter.train_modules:
-        found = [name for name in names if matches([entry], name)]
-        if any(not is_frozen(model, name) for name in found):
+        matched = [name for name in names if matches([entry], name)]
+        if any(not is_frozen(model, name) for name in matched):
             continue
         what = f"`{entry}` matches no module of the model"
         hint = did_you_mean(entry, _last_names(names), "the model has")
-        if found:
-            what = f"`{entry}` matches {found[0]}, in a part of the model that is used as it is"
+        if matched:
+            what = f"`{entry}` matches {matched[0]}, in a part of the model that is used as it is"
             hint = recipe.task.frozen_hint
         problems.append(Problem(what, recipe.at("adapter.train_modules"), hint))
     return problems
 
 
-def _chosen(
+def _requested_modules(
     model: nn.Module, recipe: Recipe, adaptable: dict[str, nn.Module]
 ) -> tuple[str | list[str], list[str]]:
-    """Return the value of `target_modules`, or its default, and the modules that it matches."""
+    """Return `target_modules`, or its default value, and the modules that it matches."""
     pattern = recipe.adapter.target_modules
     if pattern is None:
         return default_targets(model, recipe.task.default_targets, adaptable)
@@ -268,22 +270,22 @@ def _unmatched(
             continue
         if any(matches(test, name) for name in adaptable):
             continue
-        others = [name for name in modules if matches(test, name)]
-        if others and read_by_kernels(model, others[0]):
+        rejected = [name for name in modules if matches(test, name)]
+        if rejected and read_by_kernels(model, rejected[0]):
             if key == "adapter.exclude_modules":
                 continue
-            what = f"`{entry}` matches {others[0]}, whose weight Mamba's kernels read themselves"
+            what = f"`{entry}` matches {rejected[0]}, whose weight Mamba's kernels read themselves"
             hint = "an adapter on it would be passed by, and PEFT rejects it; take it out"
-        elif others and is_frozen(model, others[0]):
-            what = f"`{entry}` matches {others[0]}, in a part of the model that is used as it is"
+        elif rejected and is_frozen(model, rejected[0]):
+            what = f"`{entry}` matches {rejected[0]}, in a part of the model that is used as it is"
             hint = recipe.task.frozen_hint
-        elif others and layer_for(modules[others[0]], layers_of(recipe.adapter.type)):
-            what = f"`{entry}` matches {others[0]}, which is trained in full"
+        elif rejected and layer_for(modules[rejected[0]], layers_of(recipe.adapter.type)):
+            what = f"`{entry}` matches {rejected[0]}, which is trained in full"
             hint = "it needs no adapter; remove it"
-        elif others:
-            kind = type(modules[others[0]]).__name__
-            within = [name for name in adaptable if inside(name, others[0])]
-            what = f"`{entry}` matches {others[0]} ({kind}), which no adapter fits"
+        elif rejected:
+            kind = type(modules[rejected[0]]).__name__
+            within = [name for name in adaptable if inside(name, rejected[0])]
+            what = f"`{entry}` matches {rejected[0]} ({kind}), which no adapter fits"
             fitting = ", ".join(_last_names(within or adaptable))
             hint = f"inside it are {fitting}" if within else f"adapters fit {fitting}"
         else:
@@ -294,7 +296,7 @@ def _unmatched(
 
 
 def _how_to_name(entry: str, is_expression: bool, key: str, adaptable: Iterable[str]) -> str:
-    """Return a hint for an entry that matches no module: how it, or what it means, is written."""
+    """Return a hint on how to write an entry that matches no module."""
     all_linear = re.fullmatch("all[ _-]?linear", entry, re.IGNORECASE)
     if all_linear and key == "adapter.target_modules":
         return "all linear layers are `all-linear`, by itself and not in a list"

@@ -1,4 +1,4 @@
-"""Which layer classes a type of adapter has: the one place that chooses among the variants."""
+"""Map each type of adapter to its layer classes; no other module chooses among the variants."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LORA_LAYERS = (LoRALinear, LoRAEmbedding, LoRAConv)
 
 
 def layers_of(kind: AdapterType) -> Layers:
-    """Return the layer classes of a type of adapter; none if it adds no layers."""
+    """Return the layer classes of a type of adapter; empty if it adds no layers."""
     match kind:
         case "lora":
             return LORA_LAYERS

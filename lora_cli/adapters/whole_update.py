@@ -1,9 +1,9 @@
-"""Layers whose update is computed as a whole weight, of the shape of the base's: LoHa and LoKr.
+"""The base class of LoHa and LoKr, whose update is computed as a full weight matrix.
 
-    y = W0 x + s D x          D (out, in): small factors, multiplied out          s = alpha / rank
+    y = W0 x + s D x          D (out, in): the product of small factors          s = alpha / rank
 
 The rank of D can be much higher than that of its factors, so D has to be computed, and a step takes
-longer than with LoRA. Both are known from models that draw pictures (LyCORIS, Yeh et al. 2024,
+longer than with LoRA. Both are common for image generation models (LyCORIS, Yeh et al. 2024,
 https://arxiv.org/abs/2309.14859). The shapes and names of the factors are PEFT's.
 """
 
@@ -13,7 +13,7 @@ import math
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - the field's own name for it
+import torch.nn.functional as F  # noqa: N812 - the usual name for it
 from torch import Tensor, nn
 
 from lora_cli.adapters.lora import LoRALayer, Shape, computes_as_its_kind
@@ -24,28 +24,26 @@ from lora_cli.models.quantized_linear import QuantizedLinear
 class WholeUpdate(LoRALayer):
     """What LoHa and LoKr share, on `nn.Linear`, `nn.Conv1d` and `nn.Conv2d`.
 
-    A subclass has `update_weight`, `shapes`, and the names of its parameters.
+    A subclass defines `update_weight`, `shapes` and `peft_names`.
     """
 
     zero_at_start: ClassVar[tuple[str, ...]]
-    """The factors that start at zero, so that the update is zero."""
+    """The factors that are initialised with zeros, so that the update starts at zero."""
 
     @classmethod
     def fits(cls, base: nn.Module) -> bool:
         """Return whether a module is a linear layer, or a convolution of one or two dimensions."""
         if isinstance(base, QuantizedLinear) and base.transposed:
-            return (
-                False  # it stands for a `Conv1D` of transformers, on which PEFT has no such layer
-            )
+            return False  # it replaces transformers' `Conv1D`, for which PEFT has no such layer
         kinds = nn.Linear | nn.Conv1d | nn.Conv2d
         return isinstance(base, kinds) and computes_as_its_kind(base)
 
     def to_peft(self, name: str) -> Tensor:
-        """Return one of the layer's own parameters, which PEFT stores as they are."""
+        """Return a parameter of the layer, which PEFT stores unchanged."""
         return self.get_parameter(name).detach()
 
     def reset_parameters(self) -> None:
-        """Draw the factors, kaiming-uniform with a = sqrt(5), but for those that start at zero."""
+        """Draw the factors, kaiming-uniform with a = sqrt(5), except those that start at zero."""
         for name, parameter in self.named_parameters(recurse=False):
             drawn = torch.zeros(parameter.shape, dtype=torch.float32)
             if name not in self.zero_at_start:
@@ -79,11 +77,11 @@ def weight_shape(base: nn.Module) -> Shape:
 
 
 def has_wide_kernel(base: nn.Module) -> bool:
-    """Return whether a layer is a convolution over more than one position."""
+    """Return whether a layer is a convolution with a kernel larger than 1."""
     return math.prod(weight_shape(base)[2:]) > 1
 
 
-def kernel_core(base: nn.Module, rank: int) -> Shape:
-    """Return the shape of the factor that holds a kernel: (rank, rank, height, width)."""
+def core_shape(base: nn.Module, rank: int) -> Shape:
+    """Return the shape of a kernel's core tensor: (rank, rank, height, width)."""
     height, *width = weight_shape(base)[2:]
     return (rank, rank, height, *(width or [1]))

@@ -1,7 +1,7 @@
-"""What `merge_proof` says of LoHa and LoKr: the update that a folder's tensors mean, in float64.
+"""Compute the updates of LoHa and LoKr from an adapter's tensors in float64, for `merge_proof`.
 
-Like the rest of that proof it shares no code with the layers: products are written as sums over
-named indices, and the shapes are those of the tensors.
+Like `merge_proof`, this shares no code with the layers: products are written as sums over named
+indices, and shapes are read from the tensors.
 """
 
 from __future__ import annotations
@@ -17,37 +17,39 @@ from lora_cli.adapters.match_names import first_match
 def whole_update(
     name: str, module: nn.Module, tensors: dict[str, Tensor], config: dict[str, Any]
 ) -> Tensor | None:
-    """Return s D of an adapted module, in the shape of its weight; None if it has no such update.
+    """Return s D of a module in the shape of its weight, or None if it has no LoHa or LoKr update.
 
     Args:
-        name: Of the module.
-        module: The module of the base.
-        tensors: Of the adapter's file, without prefix and `.weight`.
-        config: What `adapter_config.json` holds.
+        name: The module's name.
+        module: The base model's module.
+        tensors: The adapter's tensors, by names without PEFT's prefix and without `.weight`.
+        config: The contents of `adapter_config.json`.
     """
     kind = {"LOHA": "hada_", "LOKR": "lokr_"}.get(config["peft_type"])
-    before = f"{name}.{kind}"
-    own = {key[len(before) :]: t.double() for key, t in tensors.items() if key.startswith(before)}
-    if kind is None or not own:
+    prefix = f"{name}.{kind}"
+    factors = {
+        key[len(prefix) :]: t.double() for key, t in tensors.items() if key.startswith(prefix)
+    }
+    if kind is None or not factors:
         return None
     rank = first_match(config.get("rank_pattern") or {}, name, config.get("r", 8))
     alpha = first_match(config.get("alpha_pattern") or {}, name, config.get("alpha", 8))
-    whole = _product_of_products(own) if kind == "hada_" else _kronecker(own)
+    update = _product_of_products(factors) if kind == "hada_" else _kronecker(factors)
     weight = module.weight
     assert isinstance(weight, Tensor)
-    return (alpha / rank * whole).reshape(weight.shape)
+    return (alpha / rank * update).reshape(weight.shape)
 
 
-def _product_of_products(own: dict[str, Tensor]) -> Tensor:
+def _product_of_products(factors: dict[str, Tensor]) -> Tensor:
     """Return LoHa's entrywise product."""
-    return _matrix(own, "w1", "t1") * _matrix(own, "w2", "t2")
+    return _matrix(factors, "w1", "t1") * _matrix(factors, "w2", "t2")
 
 
-def _kronecker(own: dict[str, Tensor]) -> Tensor:
-    """Return LoKr's product: an entry of the first times the whole second, block by block."""
-    first = own["w1"] if "w1" in own else _matrix(own, "w1", "")
-    second = own["w2"] if "w2" in own else _matrix(own, "w2", "t2")
-    if second.ndim == 3:  # of a Conv1d: the first meets its last two dimensions
+def _kronecker(factors: dict[str, Tensor]) -> Tensor:
+    """Return LoKr's Kronecker product: block (i, j) is entry (i, j) of W1 times the whole of W2."""
+    first = factors["w1"] if "w1" in factors else _matrix(factors, "w1", "")
+    second = factors["w2"] if "w2" in factors else _matrix(factors, "w2", "t2")
+    if second.ndim == 3:  # a Conv1d: W1 multiplies the last two dimensions of W2
         blocks = torch.einsum("ac,bdk->badck", first, second)
         return blocks.reshape(second.shape[0], first.shape[0] * second.shape[1], -1)
     blocks = torch.einsum("ac,bd...->abcd...", first, second)
@@ -55,10 +57,10 @@ def _kronecker(own: dict[str, Tensor]) -> Tensor:
     return blocks.reshape(*size, *second.shape[2:])
 
 
-def _matrix(own: dict[str, Tensor], name: str, core: str) -> Tensor:
-    """Return the product of two factors, with a third for the kernel where there is one."""
-    a, b = own[f"{name}_a"], own[f"{name}_b"]
-    if core in own:
-        product: Tensor = torch.einsum("po,pqhw->oqhw", a, own[core])
+def _matrix(factors: dict[str, Tensor], name: str, core: str) -> Tensor:
+    """Return the product of two factors, and of the kernel's core tensor if there is one."""
+    a, b = factors[f"{name}_a"], factors[f"{name}_b"]
+    if core in factors:
+        product: Tensor = torch.einsum("po,pqhw->oqhw", a, factors[core])
         return torch.einsum("oqhw,qi->oihw", product, b)
     return torch.einsum("or,ri->oi", a, b)

@@ -135,7 +135,7 @@ def _why_not(task: Task, model: nn.Module) -> str:
     assert task.frozen_layers is not None
     if not task.recipe.data.cache_bytes:
         return "`data.cache_limit` is 0"
-    if not task.frozen_layers.kept:
+    if not task.frozen_layers.recorded:
         return "its layers hand on more than hidden states"
     if task.same_in_any_batch:
         return "texts share rows"
@@ -210,7 +210,7 @@ class _States:
                     return True
                 if self.layers.first is None or not self.layers.last:
                     return False
-                self.layers = self.layers.without_first()
+                self.layers = self.layers.recording_last()
                 return self._agrees(split, some)
         finally:
             self.model.train(was_training)

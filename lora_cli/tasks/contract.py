@@ -305,7 +305,7 @@ class Task(TaskAnswers, TaskMetrics, TaskModel):
         if not states:
             return self.forward(model, batch)
         assert self.frozen_layers is not None, "states of a model that is not known"
-        with self.frozen_layers.entering(states):
+        with self.frozen_layers.skipping(states):
             return self.forward(model, replace(batch, inputs=inputs))
 
     @abstractmethod

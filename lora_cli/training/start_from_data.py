@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from lora_cli.adapters.attach import lora_layers
-from lora_cli.adapters.eva import MOST_BATCHES, find_starts, give_ranks, start_at
+from lora_cli.adapters.eva import MAX_BATCHES, find_starts, set_ranks, set_starts
 from lora_cli.errors import counted
 from lora_cli.tasks.contract import Task
 from lora_cli.tasks.examples import IGNORED, Batch, Encoded
@@ -30,14 +30,14 @@ def start_from_data(model: nn.Module, task: Task, split: Encoded, accelerator: A
     spec = task.completed_recipe.adapter
     if task.learned.in_checkpoint:
         if task.learned.ranks:  # else no checkpoint can be read, which is said when it is needed
-            give_ranks(model, task.learned.ranks, spec)
+            set_ranks(model, task.learned.ranks, spec)
         return
     before = {name: layer.rank for name, layer in lora_layers(model).items()}
     batches = Batches(task, split, accelerator).from_the_start()
     with accelerator.autocast():
         looks = (partial(_look, model, task, batch.to(accelerator.device)) for batch in batches)
         starts, changing = find_starts(model, looks, spec.eva_rho)
-    start_at(model, starts, spec)
+    set_starts(model, starts, spec)
     moved = {name: len(start) for name, start in starts.items() if len(start) != before[name]}
     note = f"EVA: {counted(len(starts), 'module')} start at the main directions of their inputs"
     if moved:
@@ -46,7 +46,7 @@ def start_from_data(model: nn.Module, task: Task, split: Encoded, accelerator: A
     if without := sum(not rank for rank in moved.values()):
         note += f"; {without} have none, and no adapter"
     if changing:
-        note += f"; {changing} were still changing after {MOST_BATCHES} batches"
+        note += f"; {changing} were still changing after {MAX_BATCHES} batches"
     task.notes.append(note)
 
 

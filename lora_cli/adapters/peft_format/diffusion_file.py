@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lora_cli.adapters.lokr import divided as lokr_factors
+from lora_cli.adapters.lokr import factorised as lokr_factors
 from lora_cli.adapters.match_names import first_match
 from lora_cli.adapters.peft_format.diffusion_names import (
     DENOISERS,
