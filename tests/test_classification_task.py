@@ -368,6 +368,15 @@ def test_an_encoder_decoder_answers_at_the_one_end_of_a_text(task_of: Any, tmp_p
         task_of(["a", "b"], endless).encode(rows_of(["a"]))
 
 
+def test_the_probe_has_no_token_that_the_model_lacks(task_of: Any, tmp_path: Path) -> None:
+    folder = tiny.save_gpt2(tmp_path / "gpt2")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": 50256}))
+    task = task_of(["a", "b"], folder)
+    model, _ = task.load_model(torch.device("cpu"))
+    assert torch.isfinite(model(**task.probe()).logits).all()
+
+
 def test_a_label_that_is_a_list_of_answers_is_not_supported(task_of: Any) -> None:
     ranked = {"text": "q", "label": [{"text": "x", "score": 1}, {"text": "y", "score": 0}]}
     one = task_of(["a", "b"])

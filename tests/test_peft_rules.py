@@ -220,11 +220,34 @@ def test_the_way_out_leads_out(name: str, tmp_path: Path) -> None:
 def test_layers_that_mamba_s_kernels_read_get_no_adapter() -> None:
     model, _ = adapted("mamba", [], target_modules="all-linear")
     assert {name.rpartition(".")[2] for name in lora_layers(model)} == {
-        "in_proj", "x_proj", "dt_proj",
+        "in_proj", "x_proj",
     }  # fmt: skip
-    with pytest.raises(LoraError, match="Mamba's kernels read themselves"):
-        adapted("mamba", [], target_modules=["in_proj", "out_proj"])
+    for name in ("out_proj", "dt_proj"):
+        with pytest.raises(LoraError, match="which Mamba never calls"):
+            adapted("mamba", [], target_modules=["in_proj", name])
     adapted("mamba", [], target_modules="all-linear", exclude_modules=["out_proj", "dt_proj"])
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_an_update_of_what_is_never_called_is_rejected_unless_it_is_zero(
+    trained: bool, tmp_path: Path
+) -> None:
+    config = peft.LoraConfig(target_modules=["in_proj", "dt_proj"], r=2, **CAUSAL)
+    model = peft.get_peft_model(copy.deepcopy(base_of("mamba")), config).eval()
+    before = logits(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name and ("dt_proj" in name) == trained:
+                parameter.normal_()
+    assert torch.equal(logits(model), before) == trained  # it has no effect in PEFT
+    model.save_pretrained(tmp_path)
+    ours = copy.deepcopy(base_of("mamba"))
+    if trained:
+        with pytest.raises(LoraError, match="reads without a call"):
+            load_adapter(ours, read_adapter(tmp_path), [])
+        return
+    load_adapter(ours, read_adapter(tmp_path), [])
+    assert_close(logits(ours), logits(model))
 
 
 def test_modules_in_full_are_written_by_their_whole_names(tmp_path: Path) -> None:

@@ -242,6 +242,19 @@ def test_rows_that_peft_trained_of_an_embedding_of_another_kind_are_rejected(
         load_adapter(base, read_adapter(tmp_path), [])
 
 
+def test_rows_of_an_output_layer_that_shares_them_and_has_a_bias_are_rejected(
+    tmp_path: Path,
+) -> None:
+    base = PhiForCausalLM(PhiConfig(**PHI, tie_word_embeddings=True)).eval()
+    torch.nn.init.normal_(base.lm_head.bias)
+    before = outputs(base, "llama")
+    model, _ = by_peft(base, "llama", IDS)
+    assert_different(outputs(model.eval(), "llama"), before)  # untrained: PEFT leaves out the bias
+    model.save_pretrained(tmp_path)
+    with pytest.raises(LoraError, match="`lm_head` has a bias"):
+        load_adapter(base, read_adapter(tmp_path), [])
+
+
 @pytest.mark.parametrize(
     ("kind", "message"),
     [("bias", "leave out the bias of `lm_head`"), ("normed", "it is a Normed"), ("scaled", None)],

@@ -21,7 +21,7 @@ from lora_cli.adapters.peft_format.peft_tensors import TOGETHER
 from lora_cli.adapters.peft_format.peft_tokens import LARGER, RESIZED, SavedRows
 from lora_cli.adapters.peft_format.peft_types import alpha_of
 from lora_cli.adapters.peft_format.tensor_names import adapted_modules
-from lora_cli.adapters.targets import Target, shape_problem
+from lora_cli.adapters.targets import Target, is_never_called, shape_problem
 from lora_cli.adapters.variants import Layers, layer_for, layers_of
 from lora_cli.errors import IntegrityError, Problem
 from lora_cli.models.bundle import is_frozen
@@ -52,6 +52,10 @@ def check_layers(
             layer_problems, target = check_parameter(sites[name], tensors, model, adapter)
         else:
             layer_problems, target, shapes = _check_layer(name, tensors, modules, adapter, layers)
+            if is_never_called(model, name) and all(bool(t.any()) for t in tensors.values()):
+                what = f"the adapter is for `{name}`, whose weight the model reads without a call"
+                hint = "in PEFT too, the update has no effect until it is merged: train without it"
+                layer_problems.append(Problem(what, hint=hint))
         problems += layer_problems
         targets |= {name: (target, shapes)} if target else {}
     return targets, problems

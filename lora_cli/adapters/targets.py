@@ -29,6 +29,7 @@ from lora_cli.recipe import Recipe
 
 MAMBA_TYPES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 MAMBA_KERNEL = ("out_proj", "conv1d")  # layers that Mamba's kernels read without calling them
+TIME_STEP_TYPES = ("mamba", "falcon_mamba", "jamba")  # these multiply by the weight of `dt_proj`
 
 SHOWN = 8  # names of modules
 EXPRESSION = "a valid one: `.*\\.(query|value)`; names need none: `[query, value]`"
@@ -73,7 +74,7 @@ def resolve_targets(model: nn.Module, recipe: Recipe, head: Iterable[str] = ()) 
         for name, module in modules.items()
         if layer_for(module, layers)
         and not any(inside(name, top) for top in in_full)
-        and not read_by_kernels(model, name)
+        and not is_never_called(model, name)
         and not is_frozen(model, name)
     }
 
@@ -201,13 +202,19 @@ def _unmatched_patterns(chosen: list[str], recipe: Recipe) -> list[Problem]:
     return problems
 
 
-def read_by_kernels(model: nn.Module, name: str) -> bool:
-    """Return whether a Mamba kernel reads a module's weight directly, bypassing an adapter.
+def rejected_in_mamba(model: nn.Module, name: str) -> bool:
+    """Return whether PEFT raises an error for a module, since Mamba's kernels read its weight."""
+    return _model_type(model) in MAMBA_TYPES and name.rpartition(".")[2] in MAMBA_KERNEL
 
-    PEFT raises an error for modules of these names in such models.
-    """
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    return model_type in MAMBA_TYPES and name.rpartition(".")[2] in MAMBA_KERNEL
+
+def is_never_called(model: nn.Module, name: str) -> bool:
+    """Return whether a Mamba model reads a module's weight itself, so an adapter has no effect."""
+    is_time_step = name.rpartition(".")[2] == "dt_proj" and _model_type(model) in TIME_STEP_TYPES
+    return is_time_step or rejected_in_mamba(model, name)
+
+
+def _model_type(model: nn.Module) -> str | None:
+    return getattr(getattr(model, "config", None), "model_type", None)
 
 
 def shape_problem(base: nn.Module, target: Target, layers: Layers) -> list[Problem]:
@@ -271,11 +278,11 @@ def _unmatched(
         if any(matches(test, name) for name in adaptable):
             continue
         rejected = [name for name in modules if matches(test, name)]
-        if rejected and read_by_kernels(model, rejected[0]):
+        if rejected and is_never_called(model, rejected[0]):
             if key == "adapter.exclude_modules":
                 continue
-            what = f"`{entry}` matches {rejected[0]}, whose weight Mamba's kernels read themselves"
-            hint = "an adapter on it would be passed by, and PEFT rejects it; take it out"
+            what = f"`{entry}` matches {rejected[0]}, which Mamba never calls: it reads the weight"
+            hint = "an adapter on it would have no effect; take it out"
         elif rejected and is_frozen(model, rejected[0]):
             what = f"`{entry}` matches {rejected[0]}, in a part of the model that is used as it is"
             hint = recipe.task.frozen_hint

@@ -80,6 +80,9 @@ REST: dict[str, list[str]] = {
     "an adapter of LoHa as `adapter.from`; tests/test_optimizers.py": [
         "nothing that is trained has a `lora_B`, which LoRA+ lets learn faster",
     ],
+    "an adapter of Mamba; tests/test_peft_rules.py": [
+        "the adapter is for `…`, whose weight the model reads without a call",
+    ],
     "a model that reads a weight itself; tests/test_step.py": [
         "what is trained, `…`…, takes no part in the model's forward pass",
     ],

@@ -20,7 +20,7 @@ from lora_cli.adapters.match_names import inside, matches
 from lora_cli.adapters.parameter_targets import Place, places_of
 from lora_cli.adapters.peft_format.peft_types import PEFT_TYPES
 from lora_cli.adapters.peft_format.tensor_names import adapted_modules
-from lora_cli.adapters.targets import read_by_kernels
+from lora_cli.adapters.targets import rejected_in_mamba
 from lora_cli.adapters.token_rows import TokenRows
 
 HEADS = ("classifier", "score")  # PEFT trains them in full where a task classifies
@@ -78,7 +78,7 @@ def peft_reading(model: nn.Module, config: dict[str, Any]) -> PeftReading:
     for name, module in modules.items():
         if any(inside(name, top) for top in copied) or not matches(targets, name):
             continue
-        if read_by_kernels(model, name):
+        if rejected_in_mamba(model, name):
             what = f"in a Mamba model it adapts no `{name.rpartition('.')[2]}`"
             reading.errors.append(what)
         elif matches(READ_FURTHER.get(_model_type(model), []), name):

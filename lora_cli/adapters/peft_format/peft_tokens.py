@@ -80,11 +80,14 @@ def saved_rows(
             what = f"`{name}` has trained rows, and the configuration does not say of which tokens"
             problems.append(Problem(what, hint=TOGETHER))
             continue
-        module = model.get_submodule(name)
-        if problem := _misfit(name, module, ids, tensor, adapter):
+        others = [other for other, source in reading.followers.items() if source == name]
+        misfits = (
+            _misfit(place, model.get_submodule(place), ids, tensor, adapter)
+            for place in (name, *others)
+        )
+        if problem := next(filter(None, misfits), None):
             problems.append(problem)
             continue
-        others = [other for other, source in reading.followers.items() if source == name]
         order = sorted(range(len(ids)), key=ids.__getitem__)
         found.append(SavedRows(name, sorted(ids), tensor[order], others))
     return _joined(model, found), problems

@@ -320,6 +320,7 @@ class TextTask(Task):
         vocabulary = min(len(self.tokenizer), int(size or len(self.tokenizer)))
         end = getattr(self.config, "eos_token_id", None)  # MobileBERT has none
         ends = {end} if isinstance(end, int) else set(end or ())
+        ends = {i for i in ends if i < vocabulary}  # a tiny GPT-2 may name the end of the large one
         others = torch.tensor([i for i in range(vocabulary) if i not in ends])
         ids = others[torch.randint(len(others), (4, length), generator=generator)]
         if ends:
