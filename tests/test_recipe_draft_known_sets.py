@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from lora_cli.cli.app import app
 from lora_cli.data.chat_formats import read_conversations
-from lora_cli.data.labelled_text import divide, label_source
+from lora_cli.data.labelled_text import label_source, split_label
 from lora_cli.data.load_rows import load_rows
 from lora_cli.errors import LoraError
 from lora_cli.preprocessing.encode import load_data
@@ -250,7 +250,7 @@ def test_prose_has_no_labels(seed: int) -> None:
     ],
 )
 def test_a_line_is_divided(line: str, how: str, label: str, text: str) -> None:
-    assert divide(line, how) == (label, text)
+    assert split_label(line, how) == (label, text)
 
 
 # ------------------------------------------------------------------------------------- a folder

@@ -1,8 +1,8 @@
-"""The formats of conversations in a row; all are converted to OpenAI's messages.
+"""Convert conversations in several formats to OpenAI messages.
 
-Anything with a meaning that cannot be converted is an error that names it, and is never dropped:
-parts of a message that are not text, tool calls that are not JSON, marks of turns that are not to
-be trained.
+Content that cannot be converted is never dropped silently. Message parts that are not text, tool
+calls that are not JSON, and unsupported ways to exclude a turn from the loss are errors that name
+the problem.
 """
 
 from __future__ import annotations
@@ -23,24 +23,32 @@ SHAREGPT_ROLES = {
     "tool": "tool", "function": "tool", "function_call": "assistant", "observation": "tool",
 }  # fmt: skip
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-# names of roles in other data sets, which a chat template would write unchanged
-MEANT_ROLES = {
+# role names of other data sets, which a chat template would write unchanged
+STANDARD_ROLES = {
     "human": "user", "customer": "user", "gpt": "assistant", "chatgpt": "assistant",
     "bot": "assistant", "chatbot": "assistant", "ai": "assistant", "model": "assistant",
     "observation": "tool",
 }  # fmt: skip
 TEXT_PARTS = (None, "text", "input_text", "output_text")
-NOT_READ = (
+UNSUPPORTED = (
     "image", "images", "image_url", "video", "videos", "audio", "audios", "file", "files",
     "refusal", "mask", "masked", "train_detail", "documents",
 )  # fmt: skip
-SAID = ("content", "tool_calls", "reasoning_content", "reasoning", "thinking")
-TRAINED_MARKS = (
+ANSWER_FIELDS = ("content", "tool_calls", "reasoning_content", "reasoning", "thinking")
+WEIGHT_KEYS = (
     "weight", "train", "training", "trainable", "loss", "loss_weight", "loss_mask",
     "output_with_loss",
 )  # fmt: skip
-ASKED = ("human", "user", "input", "query", "question", "prompt", "instruction")  # of a pair
-ANSWERED = ("assistant", "gpt", "bot", "output", "response", "answer")
+QUESTION_KEYS = (
+    "human",
+    "user",
+    "input",
+    "query",
+    "question",
+    "prompt",
+    "instruction",
+)  # keys of the question in a pair
+ANSWER_KEYS = ("assistant", "gpt", "bot", "output", "response", "answer")
 
 
 class RowError(ValueError):
@@ -52,8 +60,8 @@ class Conversation:
     """A conversation, and the tools that its assistant may call.
 
     Args:
-        messages: The turns, with `role` and `content` as in OpenAI's format. An assistant's turn
-            with `weight: 0` is not trained.
+        messages: The turns, with `role` and `content` as in OpenAI's format. An assistant turn
+            with `weight: 0` is excluded from the loss.
         tools: The JSON schemas of the tools; None if there are none.
     """
 
@@ -66,12 +74,12 @@ def read_conversations(row: dict[str, Any], form: str, column: str | None) -> li
 
     Args:
         row: A row of the data.
-        form: `openai`, `sharegpt`, `pairs`, `alpaca` or `self_instruct`, where a row may hold
-            several.
-        column: The column of the messages; not used by the last two forms.
+        form: `openai`, `sharegpt`, `pairs`, `alpaca` or `self_instruct`; only a row of the last
+            can have several conversations.
+        column: The column of the messages; not used by the last two formats.
 
     Raises:
-        RowError: If something of it cannot be read.
+        RowError: If any part of the row cannot be read.
     """
     if form == "self_instruct":
         return [Conversation(messages) for messages in _self_instruct(row)]
@@ -85,19 +93,21 @@ def read_conversations(row: dict[str, Any], form: str, column: str | None) -> li
 
 
 def conversation_error(row: dict[str, Any], form: str, column: str | None) -> str:
-    """Return why a row holds no conversation that can be trained, or nothing."""
+    """Return why a row has no conversation to train on; empty if it has one."""
     try:
         conversations = read_conversations(row, form, column)
     except RowError as error:
         return str(error)
-    answered = [any(m["role"] == "assistant" for m in c.messages) for c in conversations]
-    if not all(answered):
-        number = answered.index(False) + 1
-        several = form == "self_instruct"
-        return f"instance {number} has no `output`" if several else "no turn is the assistant's"
+    have_answer = [any(m["role"] == "assistant" for m in c.messages) for c in conversations]
+    if not all(have_answer):
+        number = have_answer.index(False) + 1
+        has_instances = form == "self_instruct"
+        return (
+            f"instance {number} has no `output`" if has_instances else "no turn is the assistant's"
+        )
     for number, message in enumerate(conversations[0].messages, 1):
-        said = any(str(message.get(key) or "").strip() for key in SAID)
-        if message["role"] == "assistant" and not said and message.get("weight") != 0:
+        has_answer = any(str(message.get(key) or "").strip() for key in ANSWER_FIELDS)
+        if message["role"] == "assistant" and not has_answer and message.get("weight") != 0:
             return f"turn {number}: the assistant says nothing"
     return ""
 
@@ -111,7 +121,7 @@ def read_messages(row: dict[str, Any], form: str, column: str | None) -> list[Me
         column: The column of the messages.
 
     Raises:
-        RowError: If something of it cannot be read.
+        RowError: If any part of the conversation cannot be read.
     """
     value = row.get(column or "")
     if isinstance(value, str):  # csv files hold the list as JSON or Python write it
@@ -128,15 +138,15 @@ def read_messages(row: dict[str, Any], form: str, column: str | None) -> list[Me
             raise RowError(f"turn {number} is not an object")
         try:
             message = _openai(turn) if form == "openai" else _sharegpt(turn)
-            messages.append(message | _marked(turn))
+            messages.append(message | _loss_weight(turn))
         except RowError as error:
             raise RowError(f"turn {number}: {error}") from None
     return messages
 
 
 def _system(row: dict[str, Any]) -> list[Message]:
-    """Return the turn of a column `system`: a text or, as Bedrock and Anthropic have it, parts."""
-    value = _given(row, "system")
+    """Return the turn in a `system` column: a text, or parts as with Bedrock and Anthropic."""
+    value = _value(row, "system")
     if value in (None, []):
         return []
     try:
@@ -150,7 +160,7 @@ def _system(row: dict[str, Any]) -> list[Message]:
 
 
 def _self_instruct(row: dict[str, Any]) -> list[list[Message]]:
-    """Return a conversation for each instance; without any, one that waits for its answer."""
+    """Return one conversation per instance; without instances, one that lacks its answer."""
     value = row.get("instances")
     if isinstance(value, str):  # csv files hold the list as JSON or Python write it
         value = read_nested(value.strip())
@@ -164,21 +174,29 @@ def _self_instruct(row: dict[str, Any]) -> list[list[Message]]:
         if not isinstance(instance, dict):
             raise RowError(f"instance {number} is not an object")
     keys = ("instruction", "system")
-    whole = {key: row[key] for key in keys if key in row}
-    return [_alpaca({**whole, **instance}) for instance in value]
+    shared = {key: row[key] for key in keys if key in row}
+    return [_alpaca({**shared, **instance}) for instance in value]
 
 
 def _alpaca(row: dict[str, Any]) -> list[Message]:
-    asked, more, answer = (_field(row, name) for name in ("instruction", "input", "output"))
-    more = more.strip()
-    question = more if not asked.strip() and more else f"{asked}\n\n{more}" if more else asked
-    said = [{"role": "assistant", "content": answer}] if answer.strip() else []
-    return [*_system(row), *_history(row), {"role": "user", "content": question}, *said]
+    instruction, context, answer = (
+        _text_field(row, name) for name in ("instruction", "input", "output")
+    )
+    context = context.strip()
+    question = (
+        context
+        if not instruction.strip() and context
+        else f"{instruction}\n\n{context}"
+        if context
+        else instruction
+    )
+    reply = [{"role": "assistant", "content": answer}] if answer.strip() else []
+    return [*_system(row), *_history(row), {"role": "user", "content": question}, *reply]
 
 
-def _field(row: dict[str, Any], name: str) -> str:
-    """Return a part of an instruction as text; a list that holds nothing is none."""
-    value = _given(row, name)
+def _text_field(row: dict[str, Any], name: str) -> str:
+    """Return a field of an instruction as text; an empty list or object is empty text."""
+    value = _value(row, name)
     if value in (None, [], {}):
         return ""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
@@ -187,15 +205,15 @@ def _field(row: dict[str, Any], name: str) -> str:
     return str(value)
 
 
-def _given(row: dict[str, Any], name: str) -> Any:
-    """Return a value of a row; NaN, which pandas writes where nothing stands, is none."""
+def _value(row: dict[str, Any], name: str) -> Any:
+    """Return a value of a row; None for NaN, which pandas writes for missing values."""
     value = row.get(name)
     return value if value == value else None
 
 
 def _history(row: dict[str, Any]) -> list[Message]:
-    """Return the earlier turns of an instruction: pairs of a question and its answer."""
-    history = _given(row, "history") or []
+    """Return the earlier turns of an instruction, given as question-answer pairs."""
+    history = _value(row, "history") or []
     if isinstance(history, str):
         history = read_nested(history.strip()) if history.strip() else []
     pairs: list[Any] = history if isinstance(history, list) else [None]
@@ -214,7 +232,9 @@ def is_pair(value: Any) -> bool:
     """Return whether a value is a question with its answer: an object, or a list of two texts."""
     if isinstance(value, list):
         return len(value) == 2 and all(isinstance(text, str) for text in value)
-    return isinstance(value, dict) and all(len(_keys_of(value, k)) == 1 for k in (ASKED, ANSWERED))
+    return isinstance(value, dict) and all(
+        len(_keys_of(value, k)) == 1 for k in (QUESTION_KEYS, ANSWER_KEYS)
+    )
 
 
 def _keys_of(pair: dict[str, Any], known: Sequence[str]) -> list[str]:
@@ -222,7 +242,7 @@ def _keys_of(pair: dict[str, Any], known: Sequence[str]) -> list[str]:
 
 
 def _pairs(pairs: list[Any]) -> list[Message]:
-    """Return the turns of pairs; the last pair may wait for its answer."""
+    """Return the turns of pairs; the last pair may lack its answer."""
     messages: list[Message] = []
     for number, pair in enumerate(pairs, 1):
         if not is_pair(pair):
@@ -238,19 +258,19 @@ def _pairs(pairs: list[Any]) -> list[Message]:
 def _pair(pair: Any, is_first: bool, is_last: bool) -> list[Message]:
     if isinstance(pair, list):
         pair = {"human": pair[0], "assistant": pair[1]}
-    (asked,), (answered,) = _keys_of(pair, ASKED), _keys_of(pair, ANSWERED)
-    said = [(role, pair[key]) for role, key in (("user", asked), ("assistant", answered))]
+    (question_key,), (answer_key,) = _keys_of(pair, QUESTION_KEYS), _keys_of(pair, ANSWER_KEYS)
+    turns = [(role, pair[key]) for role, key in (("user", question_key), ("assistant", answer_key))]
     if pair.get("system"):
         if not is_first:
             raise RowError("it has a `system`, which only the first may have")
-        said.insert(0, ("system", pair["system"]))
-    if is_last and (said[-1][1] is None or said[-1][1] == ""):
-        said.pop()
-    for role, text in said:
+        turns.insert(0, ("system", pair["system"]))
+    if is_last and (turns[-1][1] is None or turns[-1][1] == ""):
+        turns.pop()
+    for role, text in turns:
         if not isinstance(text, str) or not text.strip():
             raise RowError(f"the {role} says nothing")
-    messages = [{"role": role, "content": text} for role, text in said]
-    marks = _marked(pair)
+    messages = [{"role": role, "content": text} for role, text in turns]
+    marks = _loss_weight(pair)
     return [m | marks if m["role"] == "assistant" else m for m in messages]
 
 
@@ -277,17 +297,17 @@ def _openai(turn: dict[str, Any]) -> Message:
 
 
 def _require_role(role: str) -> None:
-    """Reject a role that a template would write as it stands, and nobody would train."""
+    """Reject a role that a chat template would write unchanged, and that is never trained."""
     plain = role.strip().lower()
-    meant = plain if plain in ROLES else MEANT_ROLES.get(plain)
-    if meant is not None and role != meant:
-        raise RowError(f"its role is `{role}`; write `{meant}`")
+    standard = plain if plain in ROLES else STANDARD_ROLES.get(plain)
+    if standard is not None and role != standard:
+        raise RowError(f"its role is `{role}`; write `{standard}`")
     if not re.fullmatch(r"[A-Za-z][\w-]*", role):
         raise RowError(f"its role is `{role}`, not a name such as `user`")
 
 
 def _content(value: Any) -> str:
-    """Return a content as text; the parts of a list are joined."""
+    """Return the content of a message as text, joining the parts of a list."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
@@ -301,13 +321,13 @@ def _content(value: Any) -> str:
             raise RowError(f"a part of its `content` is {JSON_NAMES[type(part)]}, not text")
         kind, text = part.get("type"), part.get("text")
         if kind == "text" and text is None:
-            text = part.get("value")  # as LLaMA-Factory 1 writes it
+            text = part.get("value")  # written by LLaMA-Factory 1
         if kind not in TEXT_PARTS:
             raise RowError(f"its `content` has a part `{kind}`, and only parts of text are read")
         if not isinstance(text, str):
             keys = ", ".join(f"`{key}`" for key in part)
             raise RowError(f"its `content` has a part with {keys}, but without a text in `text`")
-        if other := _first_filled(part, NOT_READ):
+        if other := _first_filled(part, UNSUPPORTED):
             raise RowError(f"its `content` has a part with `{other}`, and only text is read")
         texts.append(text)
     if not texts:
@@ -320,9 +340,9 @@ def _first_filled(value: dict[str, Any], keys: Sequence[str]) -> str | None:
 
 
 def _tool_calls(turn: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the calls of a turn, with arguments that are objects: as templates write them."""
+    """Return the tool calls of a turn, with arguments as objects, as chat templates expect."""
     calls = turn.get("tool_calls") or []
-    if (old := turn.get("function_call")) is not None:  # as OpenAI had it before there were tools
+    if (old := turn.get("function_call")) is not None:  # OpenAI's format before tools
         if calls:
             raise RowError("it has both `tool_calls` and `function_call`")
         calls = [{"type": "function", "function": old}]
@@ -338,22 +358,22 @@ def _tool_calls(turn: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _tool_call(call: dict[str, Any]) -> dict[str, Any]:
     call = {key: value for key, value in call.items() if value is not None}
-    inside = call.get("function", call)
-    if not isinstance(inside, dict) or not isinstance(inside.get("name"), str):
+    function = call.get("function", call)
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise RowError("one of its tool calls has no `name`")
-    arguments = inside.get("arguments")
+    arguments = function.get("arguments")
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments) if arguments.strip() else {}
         except (ValueError, RecursionError):
-            what = f"the arguments of its call of `{inside['name']}` are text that is no JSON"
+            what = f"the arguments of its call of `{function['name']}` are text that is no JSON"
             raise RowError(what) from None
     if arguments is None:
         arguments = {}
     if not isinstance(arguments, dict):
-        raise RowError(f"the arguments of its call of `{inside['name']}` are no object")
-    new = {**inside, "arguments": arguments}
-    return {**call, "function": new} if "function" in call else new
+        raise RowError(f"the arguments of its call of `{function['name']}` are no object")
+    converted = {**function, "arguments": arguments}
+    return {**call, "function": converted} if "function" in call else converted
 
 
 def _sharegpt(turn: dict[str, Any]) -> Message:
@@ -376,21 +396,21 @@ def _sharegpt(turn: dict[str, Any]) -> Message:
     return {"role": SHAREGPT_ROLES[speaker], "content": _content(text)}
 
 
-def _marked(turn: dict[str, Any]) -> Message:
-    """Return the weight of a turn that says whether it is trained; reject what is not read."""
-    if other := _first_filled(turn, NOT_READ):
+def _loss_weight(turn: dict[str, Any]) -> Message:
+    """Return the loss weight of a turn, if it states one; reject fields that are not supported."""
+    if other := _first_filled(turn, UNSUPPORTED):
         raise RowError(f"it has `{other}`, which no task reads")
-    marks = {key: turn[key] for key in TRAINED_MARKS if turn.get(key) is not None}
+    marks = {key: turn[key] for key in WEIGHT_KEYS if turn.get(key) is not None}
     for key, value in marks.items():
-        if value not in (0, 1):  # true and false too
+        if value not in (0, 1):  # also true and false
             raise RowError(f"its `{key}` is {value!r}, not 0 or 1")
     return {"weight": 0} if any(not value for value in marks.values()) else {}
 
 
 def _tools(row: dict[str, Any]) -> list[dict[str, Any]] | None:
-    """Return the schemas of the tools of a row."""
-    names = (key for key in ("tools", "functions") if _given(row, key) not in (None, "", []))
-    name = next(names, None)
+    """Return the JSON schemas of the tools in a row; None if it has none."""
+    filled = (key for key in ("tools", "functions") if _value(row, key) not in (None, "", []))
+    name = next(filled, None)
     if name is None:
         return None
     tools = row[name]
@@ -402,12 +422,12 @@ def _tools(row: dict[str, Any]) -> list[dict[str, Any]] | None:
         raise RowError(f"column `{name}` is not a list of the schemas of tools")
     if not all(isinstance(name_of(tool), str) for tool in tools):
         raise RowError(f"column `{name}` has a tool without a name")
-    if name == "functions":  # as OpenAI had it before there were tools
+    if name == "functions":  # OpenAI's format before tools
         tools = [{"type": "function", "function": tool} for tool in tools]
     return tools or None
 
 
 def name_of(tool: dict[str, Any]) -> Any:
-    """Return the name of a tool, or of what a call calls."""
-    inside = tool.get("function", tool)
-    return inside.get("name") if isinstance(inside, dict) else None
+    """Return the name in a tool schema or a tool call."""
+    function = tool.get("function", tool)
+    return function.get("name") if isinstance(function, dict) else None

@@ -17,7 +17,7 @@ from typing import Any
 from lora_cli.data.conll import is_conll
 from lora_cli.data.detect_table import DELIMITERS, DetectedFormat, find_delimiter, find_table
 from lora_cli.data.file_formats import KINDS, read_rows
-from lora_cli.data.json_layouts import reject_whole
+from lora_cli.data.json_layouts import reject_whole_file
 from lora_cli.data.labelled_text import FASTTEXT, label_source
 from lora_cli.data.text_encoding import BOM, LINE_END, encoding_of, lines_of
 from lora_cli.data.text_lines import RawRow, unreadable
@@ -108,7 +108,7 @@ def read_data_file(path: Path) -> DataFile:
         what = f"{len(errors)} of {counted(len(rows), 'row')} cannot be read: {errors[0].error}"
         raise LoraError(what, errors[0].place, CHECK_FILE)
     if detected.kind == "json" and len(rows) == 1:
-        reject_whole(readable[0], path)
+        reject_whole_file(readable[0], path)
     columns = list(dict.fromkeys(name for row in readable for name in row))
     return DataFile(
         path,

@@ -1,8 +1,8 @@
-"""Entities as places in a text, in the forms in which annotation tools export them.
+"""Read entities as character spans, in the formats that annotation tools export.
 
-A span is `{"start": 0, "end": 5, "label": "PER"}`, in characters, the end being the first one
-after it. Also read are Doccano's `[0, 5, "PER"]` and `start_offset`, Label Studio's `labels`, which
-is a list of one, and spans inside an object's `value`. Spaces at either end are no part of a span.
+A span is `{"start": 0, "end": 5, "label": "PER"}`, with offsets in characters and an exclusive end.
+Doccano's `[0, 5, "PER"]` and `start_offset`, Label Studio's `labels` (a list of one), and spans in
+an object's `value` are supported too. Whitespace at either end is stripped from a span.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ENDS = ("end", "end_offset", "stop", "end_char")
 # `entity` comes last: beside a type, it is the entity's text
 LABELS = ("label", "labels", "entity_group", "entity_type", "type", "tag", "entity")
 END_AFTER = "an end is the place after the last character"
-MANY = 10  # spans that show how ends are counted
+MIN_SPANS = 10  # spans needed to tell whether ends are inclusive
 CHUNKS = regex.compile(r"\S+")
 WORD = regex.compile(rf"[{UNSPACED}]\p{{M}}*|[^{UNSPACED}]+")
 LETTER = rf"[\p{{L}}\p{{N}}--[{UNSPACED}\p{{Script=Hangul}}]]"
@@ -42,20 +42,20 @@ class Span:
 
 
 def read_spans(value: Any, text: str) -> list[Span] | str:
-    """Return the spans of a text, in their order, or what is wrong with them.
+    """Return the spans of a text, sorted by position, or an error message.
 
     Args:
-        value: What the column of spans holds.
-        text: The text that they are places of.
+        value: The value of the span column.
+        text: The text that the spans refer to.
     """
     if not isinstance(value, list):
         return f"holds {JSON_NAMES.get(type(value), 'something else')}, not a list of spans"
     spans = []
     for number, item in enumerate(value, 1):
-        found = _read(item)
-        if isinstance(found, str):
-            return f"span {number} {found}"
-        start, end, label = found
+        parsed = _read_span(item)
+        if isinstance(parsed, str):
+            return f"span {number} {parsed}"
+        start, end, label = parsed
         if 0 <= start == end < len(text):
             return f"span {number}, {start} to {end} (`{label}`), is empty: {END_AFTER}"
         if not 0 <= start < end <= len(text):
@@ -63,9 +63,9 @@ def read_spans(value: Any, text: str) -> list[Span] | str:
                 f"span {number}, {start} to {end} (`{label}`), is not inside the text, which has "
                 f"{counted(len(text), 'character')}"
             )
-        inside = text[start:end]
-        start += len(inside) - len(inside.lstrip())
-        end -= len(inside) - len(inside.rstrip())
+        covered = text[start:end]
+        start += len(covered) - len(covered.lstrip())
+        end -= len(covered) - len(covered.rstrip())
         if start >= end:
             return f"span {number} (`{label}`) holds nothing but spaces"
         stated = item.get("text") if isinstance(item, dict) else None
@@ -79,17 +79,17 @@ def read_spans(value: Any, text: str) -> list[Span] | str:
             )
         spans.append(Span(start, end, label))
     spans.sort(key=lambda span: (span.start, span.end))
-    for one, two in pairwise(spans):
-        if two.start < one.end:
+    for a, b in pairwise(spans):
+        if b.start < a.end:
             return (
-                f"two spans overlap: {one.start} to {one.end} (`{one.label}`) and {two.start} to "
-                f"{two.end} (`{two.label}`)"
+                f"two spans overlap: {a.start} to {a.end} (`{a.label}`) and {b.start} to "
+                f"{b.end} (`{b.label}`)"
             )
     return spans
 
 
-def _read(item: Any) -> tuple[int, int, str] | str:
-    """Return start, end and label of a span, or what is wrong with it."""
+def _read_span(item: Any) -> tuple[int, int, str] | str:
+    """Return the start, end and label of a span, or an error message."""
     if isinstance(item, list | tuple):
         if len(item) != 3:
             return f"has {len(item)} parts, not start, end and label"
@@ -119,39 +119,39 @@ def are_spans(values: Sequence[Any]) -> bool:
     """Return whether nearly all values are lists of spans, and some are not empty."""
     lists = [value for value in values if isinstance(value, list)]
     items = [item for value in lists for item in value]
-    read = sum(not isinstance(_read(item), str) for item in items)
-    return len(lists) == len(values) and bool(items) and read >= 0.9 * len(items)
+    n_readable = sum(not isinstance(_read_span(item), str) for item in items)
+    return len(lists) == len(values) and bool(items) and n_readable >= 0.9 * len(items)
 
 
 def end_inside_words(texts: Sequence[tuple[str, Sequence[Span]]]) -> bool:
-    """Return whether nearly all spans lack the last letter of a word, as inclusive ends do.
+    """Return whether nearly all spans stop before the last letter of a word, as inclusive ends do.
 
-    In Korean, and in scripts without spaces, what follows an entity stands in the same word.
+    Korean and scripts without spaces do not count: suffixes may follow an entity in the same word.
     """
     lacking = [
         LAST_LETTER.match(text, span.end - 1) is not None for text, spans in texts for span in spans
     ]
-    return len(lacking) >= MANY and sum(lacking) >= 0.9 * len(lacking)
+    return len(lacking) >= MIN_SPANS and sum(lacking) >= 0.9 * len(lacking)
 
 
 def words_of(text: str) -> list[tuple[int, int]]:
-    """Return the places of the words of a typed text.
+    """Split raw text into words, and return the (start, end) of each.
 
-    Words stand between spaces. Punctuation and symbols at the beginning and the end of a word are
-    words by themselves, but for `@` and `#` at the beginning; inside a word they belong to it
-    (`don't`, `e-mail`, `3.5`). In scripts without spaces (Chinese, Japanese, Thai, …) each letter
-    is a word.
+    Words are separated by spaces. Punctuation and symbols at the beginning or end of a word are
+    words of their own, except for a leading `@` or `#`; inside a word they belong to it (`don't`,
+    `e-mail`, `3.5`). In scripts without spaces (Chinese, Japanese, Thai, …), each character is a
+    word.
     """
-    found: list[tuple[int, int]] = []
+    words: list[tuple[int, int]] = []
     for chunk in CHUNKS.finditer(text):
         start, end = chunk.span()
         while (mark := OPENING.match(text, start, end)) and mark.end() < end:
-            found.append(mark.span())
+            words.append(mark.span())
             start = mark.end()
         closing = []
         while (mark := CLOSING.search(text, start, end)) and mark.start() > start:
             closing.append(mark.span())
             end = mark.start()
-        found += [match.span() for match in WORD.finditer(text, start, end)]
-        found += reversed(closing)
-    return found
+        words += [match.span() for match in WORD.finditer(text, start, end)]
+        words += reversed(closing)
+    return words

@@ -1,16 +1,16 @@
-"""Entities as tags of words: how schemes write them, and which scheme a data set uses.
+"""Entities as tags of words: read every tagging scheme, and detect the one of a data set.
 
 An entity is a run of words with one type. Schemes differ in how they mark where it begins:
 
     words      Alice  met   New    York   Paris  fans
     IOB2       B-PER  O     B-LOC  I-LOC  B-LOC  O        each entity begins with B
     IOB1       I-PER  O     I-LOC  I-LOC  B-LOC  O        B only after an entity of the same type
-    IO         I-PER  O     I-LOC  I-LOC  I-LOC  O        two neighbours are one; also without I-
+    IO         I-PER  O     I-LOC  I-LOC  I-LOC  O        adjacent entities merge; also without I-
     IOBES      S-PER  O     B-LOC  E-LOC  S-LOC  O        also BILOU: L for E, U for S
 
-All are read by the rule of conlleval, CoNLL's own script of evaluation: an entity begins at a B or
-an S, after an E or an S, and where the type changes or there was none before. What the rule reads
-from tags that break their scheme is a guess about a mistake, so `tag_error` rejects such tags.
+All are read by the rule of conlleval, the evaluation script of CoNLL: an entity begins at a B or S,
+after an E or S, where the type changes, and after O. For tags that violate their scheme, the rule
+could only guess what was meant, so `tag_error` rejects them.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from lora_cli.errors import LoraError
 Scheme = Literal["iob1", "iob2", "io", "iobes"]
 OUTSIDE = "O"
 TAG = re.compile(r"(?P<prefix>[BIESLUM])[-_](?P<kind>\S.*)", re.DOTALL)
-PREFIXES = ("B", "I", "E", "S")  # which are whole tags where all entities are of one type
-ONLY_TYPE = "entity"  # what that is called
+PREFIXES = ("B", "I", "E", "S")  # stand alone as tags in data sets with a single type
+ONLY_TYPE = "entity"  # name of that single type
 NO_TYPE = re.compile(r"[BIESLUM][-_]\s*")
-SAME_PREFIX = {"L": "E", "U": "S", "M": "I"}  # of BILOU and BMES
+SAME_PREFIX = {"L": "E", "U": "S", "M": "I"}  # prefixes of BILOU and BMES
 BEGINS = ("B", "S")
 ENDS = ("E", "S")
 ONLY_IN_IOBES = ("E", "S")
-MANY = 0.5  # of the entities: more begin otherwise, so that it is the scheme and no mistake
+MIN_IOB1_SHARE = 0.5  # of informative entities that begin with I; fewer are annotation errors
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,10 @@ class Entity:
 
 
 def parts_of(tag: str) -> tuple[str, str]:
-    """Return the prefix and the type of a tag: of `B-PER` B and PER, of `PER` I and PER, of O "".
+    """Return the prefix and type of a tag: (B, PER) for `B-PER`, (I, PER) for `PER`, (O, "") for O.
 
-    Of a prefix alone, as in data sets of one type (B, I and O), the type is `entity`.
-
-    L, U and M, as BILOU and BMES have them, are returned as E, S and I.
+    A prefix alone, as in data sets with a single type (B, I and O), gives the type `entity`. The
+    prefixes L, U and M of BILOU and BMES become E, S and I.
     """
     if tag == OUTSIDE:
         return OUTSIDE, ""
@@ -69,17 +68,17 @@ def _is_bare(tag: str) -> bool:
 
 def entities_of(tags: Sequence[str]) -> list[Entity]:
     """Return the entities of a sentence by conlleval's rule, which reads every scheme."""
-    found: list[Entity] = []
+    entities: list[Entity] = []
     start, kind, before = 0, "", OUTSIDE
     for i, tag in enumerate([*tags, OUTSIDE]):
         prefix, label = parts_of(tag)
-        goes_on = bool(label) and label == kind and prefix not in BEGINS and before not in ENDS
-        if kind and not goes_on:
-            found.append(Entity(start, i, kind))
-        if label and not goes_on:
+        continues = bool(label) and label == kind and prefix not in BEGINS and before not in ENDS
+        if kind and not continues:
+            entities.append(Entity(start, i, kind))
+        if label and not continues:
             start = i
         kind, before = label, prefix
-    return found
+    return entities
 
 
 def iob2_tags(entities: Iterable[Entity], count: int) -> list[str]:
@@ -93,47 +92,47 @@ def iob2_tags(entities: Iterable[Entity], count: int) -> list[str]:
 
 
 def iob2_labels(types: Iterable[str]) -> list[str]:
-    """Return the tags that a model learns for types of entities: O, then B and I of each."""
+    """Return the tags that a model predicts for entity types: O, then B and I of each type."""
     return [OUTSIDE, *(f"{prefix}-{kind}" for kind in types for prefix in "BI")]
 
 
 def types_of(tags: Iterable[str]) -> list[str]:
-    """Return the types that tags name, each once, in their order."""
+    """Return the distinct types of tags, in order of appearance."""
     return list(dict.fromkeys(kind for tag in tags if (kind := parts_of(tag)[1])))
 
 
-def marked_otherwise(types: Iterable[str]) -> tuple[str, str] | None:
-    """Return two types that differ in a B and an I alone, as `b-PER` and `i-PER`, or None.
+def types_that_are_tags(types: Iterable[str]) -> tuple[str, str] | None:
+    """Return two types that differ only in B and I, such as `b-PER` and `i-PER`; None if none do.
 
-    They are tags that mark where an entity begins in a way that is not read: in small letters,
-    with another sign than a hyphen or an underscore, without one (`BPER`), or at the end (`PER-B`).
+    Such types are tags in an unsupported notation: in lower case, with a separator other than a
+    hyphen or underscore or none at all (`BPER`), or with the prefix at the end (`PER-B`).
     """
-    found = set(types)
-    for kind in sorted(found):
-        glued = kind.isupper() and kind.isalpha()
-        if kind[:1] in ("B", "b") and (glued or not kind[1:2].isalnum()):
+    distinct = set(types)
+    for kind in sorted(distinct):
+        may_be_glued = kind.isupper() and kind.isalpha()
+        if kind[:1] in ("B", "b") and (may_be_glued or not kind[1:2].isalnum()):
             other = chr(ord(kind[0]) + ord("I") - ord("B")) + kind[1:]
-            if other in found:
+            if other in distinct:
                 return kind, other
         if kind[-1:] in ("B", "b") and not kind[-2:-1].isalnum():
             other = kind[:-1] + chr(ord(kind[-1]) + ord("I") - ord("B"))
-            if other in found:
+            if other in distinct:
                 return kind, other
     return None
 
 
 def require_types(types: Iterable[str], at: str, of_spans: bool = False) -> None:
-    """Check that types are not tags that mark beginnings in a way that is not read.
+    """Check that entity types are not tags in an unsupported notation.
 
     Args:
-        types: Of the entities.
-        at: Where they are from.
-        of_spans: They are labels of spans, and not of words.
+        types: The entity types.
+        at: The location to report in an error.
+        of_spans: Whether the types are labels of spans instead of words.
 
     Raises:
-        LoraError: If they are.
+        LoraError: If they are such tags.
     """
-    if (pair := marked_otherwise(types)) is None:
+    if (pair := types_that_are_tags(types)) is None:
         return
     what = f"`{pair[0]}` and `{pair[1]}` would be two types of entities"
     hint = "tags are written `B-PER` and `I-PER`"
@@ -144,37 +143,37 @@ def require_types(types: Iterable[str], at: str, of_spans: bool = False) -> None
 
 @dataclass
 class Beginnings:
-    """How the entities of a data set begin, by which its scheme is known."""
+    """Counts of how the entities of a data set begin, from which its scheme is inferred."""
 
     prefixes: Counter[str]
-    """Of the tags: O, B, I, E, S, or nothing for a type without a prefix."""
+    """Number of tags with each prefix: O, B, I, E, S, or empty for a type without a prefix."""
     i_begins: int = 0
-    """Entities whose first tag is an I."""
+    """Number of entities whose first tag is an I."""
     needless_b: int = 0
-    """Entities that begin with B although nothing of the same type stands before them."""
+    """Number of entities that begin with B although no entity of their type precedes them."""
 
     @classmethod
     def of(cls, sentences: Iterable[Sequence[str]]) -> Beginnings:
         """Count the tags of sentences."""
-        found = cls(Counter())
+        counts = cls(Counter())
         for tags in sentences:
             before = ""
             for tag in tags:
                 prefix, kind = parts_of(tag)
-                found.prefixes["" if _is_bare(tag) else prefix] += 1
-                found.i_begins += prefix == "I" and kind != before
-                found.needless_b += prefix == "B" and kind != before
+                counts.prefixes["" if _is_bare(tag) else prefix] += 1
+                counts.i_begins += prefix == "I" and kind != before
+                counts.needless_b += prefix == "B" and kind != before
                 before = kind
-        return found
+        return counts
 
     @property
     def scheme(self) -> Scheme:
-        """The scheme: what is seen of it, or IOB2 where that decides nothing."""
+        """The scheme that the counts suggest; IOB2 if they are inconclusive."""
         if any(self.prefixes[prefix] for prefix in ONLY_IN_IOBES):
             return "iobes"
         if not self.prefixes["B"] and (self.prefixes["I"] or self.prefixes[""]):
             return "io"
-        if self.i_begins > MANY * (self.i_begins + self.needless_b):
+        if self.i_begins > MIN_IOB1_SHARE * (self.i_begins + self.needless_b):
             return "iob1"
         return "iob2"
 
@@ -185,27 +184,27 @@ class Beginnings:
 
 
 def tag_error(tags: Sequence[str], scheme: Scheme) -> str:
-    """Return which tag of a sentence breaks a scheme, or nothing."""
+    """Return an error for the first tag that violates the scheme; empty if none does."""
     before, kind = OUTSIDE, ""
     for number, tag in enumerate(tags, 1):
         prefix, label = parts_of(tag)
-        goes_on = bool(label) and label == kind and before in ("B", "I")
-        where = f"tag {number}, `{tag}`,"
+        continues = bool(label) and label == kind and before in ("B", "I")
+        subject = f"tag {number}, `{tag}`,"
         if NO_TYPE.fullmatch(tag):
-            return f"{where} has a prefix, and no type after it"
+            return f"{subject} has a prefix, and no type after it"
         if _is_bare(tag) and scheme != "io":
-            return f"{where} is neither O nor a type with a prefix, such as `B-{label}`"
+            return f"{subject} is neither O nor a type with a prefix, such as `B-{label}`"
         if scheme != "iobes" and prefix in ONLY_IN_IOBES:
-            return f"{where} has a prefix that only IOBES has, and the scheme is {scheme}"
+            return f"{subject} has a prefix that only IOBES has, and the scheme is {scheme}"
         if scheme == "io" and prefix == "B":
-            return f"{where} begins with B, which IO does not have"
+            return f"{subject} begins with B, which IO does not have"
         if scheme == "iob2" and prefix == "I" and label != kind:
-            return f"{where} continues an entity that no `B-{label}` began"
+            return f"{subject} continues an entity that no `B-{label}` began"
         if scheme == "iobes":
-            if prefix in ("I", "E") and not goes_on:
-                return f"{where} continues an entity that no `B-{label}` began"
+            if prefix in ("I", "E") and not continues:
+                return f"{subject} continues an entity that no `B-{label}` began"
             if kind and before in ("B", "I") and (prefix not in ("I", "E") or label != kind):
-                return f"{where} follows `{before}-{kind}`, which no `E-{kind}` has ended"
+                return f"{subject} follows `{before}-{kind}`, which no `E-{kind}` has ended"
         before, kind = prefix, label
     if scheme == "iobes" and kind and before in ("B", "I"):
         return f"the last tag is `{before}-{kind}`, which no `E-{kind}` has ended"

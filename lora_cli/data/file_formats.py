@@ -1,11 +1,11 @@
-"""The formats of files that rows are read from: csv, JSON, parquet, text and CoNLL.
+"""Read rows from files in any supported format: csv, JSON, parquet, text and CoNLL.
 
-To add a format, add the endings of its names to `KINDS` and its reader to `read_rows` and
-`columns_of`; for `lora init`, `detect_format.py` has to recognise it.
+To add a format, add its file extensions to `KINDS` and its reader to `read_rows` and `columns_of`.
+For `lora init`, `detect_format.py` must recognise it too.
 
-Every value of a csv file is text as it is written: `NA`, `null` and `nan` are words, and `007`
-keeps its zeros. A row that cannot be read is yielded with its error, so that all errors can be
-reported together.
+Every value of a csv file stays text as written: `NA`, `null` and `nan` are words, and `007` keeps
+its zeros. A row that cannot be read is yielded with its error, so that all errors can be reported
+together.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lora_cli.data.conll import read_conll
 from lora_cli.data.csv_quoting import quoting_of
 from lora_cli.data.csv_rows import column_names, read_records, width_error
 from lora_cli.data.json_rows import JSON_NAMES, read_json
-from lora_cli.data.labelled_text import LABEL_COLUMN, divide
+from lora_cli.data.labelled_text import LABEL_COLUMN, split_label
 from lora_cli.data.parallel_texts import parts_of, read_parallel
 from lora_cli.data.parquet_rows import parquet_names, read_parquet
 from lora_cli.data.text_lines import RawRow, byte_error, read_lines
@@ -49,19 +49,19 @@ def kind_of(path: Path, spec: FormatSpec) -> str:
 
 
 def kind_by_name(name: str) -> str | None:
-    """Return the format that the ending of a name stands for; None if it stands for none."""
+    """Return the format that a file extension stands for; None if it is unknown."""
     return KINDS.get(Path(name.lower().removesuffix(".gz")).suffix)
 
 
-def form_of(source: Path, given: FormatSpec) -> FormatSpec:
-    """Return how a file is read: by the ending of its name, else as the recipe says."""
+def form_of(source: Path, recipe_form: FormatSpec) -> FormatSpec:
+    """Return the settings to read a file with: its extension decides, otherwise the recipe."""
     is_text = kind_by_name(source.name) in (None, "text")
-    label_from = given.label_from if is_text else None
-    by_name = given.model_copy(update={"type": None, "label_from": label_from})
+    label_from = recipe_form.label_from if is_text else None
+    by_name = recipe_form.model_copy(update={"type": None, "label_from": label_from})
     try:
         kind_of(source, by_name)
     except LoraError:
-        return given
+        return recipe_form
     return by_name
 
 
@@ -69,14 +69,14 @@ def read_rows(path: Path, spec: FormatSpec) -> Iterator[RawRow]:
     """Yield the rows of a file in order.
 
     Args:
-        path: The file; `.gz` is unpacked while it is read.
+        path: The file; `.gz` is decompressed while reading.
         spec: The recipe's `data.format`.
 
     Raises:
         LoraError: If the file as a whole cannot be read.
     """
     if parts := parts_of(path):
-        yield from _read_together(path, parts, spec)
+        yield from _read_parallel_files(path, parts, spec)
         return
     match kind_of(path, spec):
         case "csv":
@@ -100,27 +100,28 @@ def _read_csv(path: Path, spec: FormatSpec) -> Iterator[RawRow]:
     for line, fields, error, _ in records:
         if names is None:
             names = [str(number) for number in range(len(fields))]
-        error = error or width_error(fields, len(names)) or _header_again(fields, names, spec)
+        error = error or width_error(fields, len(names)) or _repeated_header(fields, names, spec)
         columns = None if error else dict(zip(names, fields, strict=True))
         yield RawRow(columns, f"{path.name}:{line}", error)
 
 
-def _header_again(fields: list[str], names: list[str], spec: FormatSpec) -> str:
-    """Return what is wrong with a row that is the header, or nothing.
+def _repeated_header(fields: list[str], names: list[str], spec: FormatSpec) -> str:
+    """Return an error if a row repeats the header; empty if it does not.
 
-    A single name can be a text too, as can those that the recipe gives.
+    Tables with one column or with names from the recipe are exempt, as their names may also be
+    ordinary values.
     """
     if not spec.header or len(names) < 2 or len(fields) != len(names):
         return ""
-    same = all(f.strip("\ufeff ") == n for f, n in zip(fields, names, strict=True))
-    return "it is the header again, as where files were joined" if same else ""
+    is_header = all(f.strip("\ufeff ") == n for f, n in zip(fields, names, strict=True))
+    return "it is the header again, as where files were joined" if is_header else ""
 
 
 def columns_of(path: Path, spec: FormatSpec) -> list[str]:
     """Return the names of all columns of a file.
 
     Raises:
-        LoraError: If the file as a whole cannot be read, or no row of it.
+        LoraError: If the file cannot be read, or none of its rows can.
     """
     names: list[str] | None = None
     match kind_of(path, spec):
@@ -133,9 +134,11 @@ def columns_of(path: Path, spec: FormatSpec) -> list[str]:
             names = list(parts_of(path)) or [text_column(spec)]
             names = [LABEL_COLUMN, *names] if spec.label_from else names
     if names is None:
-        enough = None if kind_of(path, spec) == "json" else 1
+        max_rows = None if kind_of(path, spec) == "json" else 1
         rows = (row.columns for row in read_rows(path, spec) if row.columns is not None)
-        names = list(dict.fromkeys(name for row in itertools.islice(rows, enough) for name in row))
+        names = list(
+            dict.fromkeys(name for row in itertools.islice(rows, max_rows) for name in row)
+        )
     if not names:
         hint = "is it empty, or `data.format` another?"
         raise LoraError("no row can be read", str(path), hint)
@@ -153,18 +156,18 @@ def _read_text(path: Path, spec: FormatSpec) -> Iterator[RawRow]:
         if spec.label_from == "folder":
             columns = {LABEL_COLUMN: path.parent.name, name: text}
         elif spec.label_from:
-            label, rest = divide(text, spec.label_from)
+            label, rest = split_label(text, spec.label_from)
             columns = {LABEL_COLUMN: label, name: rest}
         error = byte_error(text, spec.encoding)
         yield RawRow(None if error else columns, f"{place}:{number}", error)
 
 
 def text_column(spec: FormatSpec) -> str:
-    """Return the name of the one column of a text file."""
+    """Return the name of the only column of a text file."""
     return spec.columns[0] if spec.columns and len(spec.columns) == 1 else "text"
 
 
-def _read_together(path: Path, parts: dict[str, Path], spec: FormatSpec) -> Iterator[RawRow]:
+def _read_parallel_files(path: Path, parts: dict[str, Path], spec: FormatSpec) -> Iterator[RawRow]:
     lines = {name: read_lines(part, spec.encoding) for name, part in parts.items()}
     for number, texts in read_parallel(parts, lines):
         error = next((f for text in texts.values() if (f := byte_error(text, spec.encoding))), "")
@@ -172,7 +175,7 @@ def _read_together(path: Path, parts: dict[str, Path], spec: FormatSpec) -> Iter
 
 
 def _text_units(path: Path, spec: FormatSpec) -> Iterator[tuple[int, str]]:
-    """Yield (first line, text) of the lines, the paragraphs, or the whole of a text file."""
+    """Yield (first line number, text) per line or paragraph, or once for the whole file."""
     sample_by = "document" if spec.label_from == "folder" else spec.sample_by
     pending: list[str] = []
     first = 1
@@ -194,7 +197,7 @@ def _text_units(path: Path, spec: FormatSpec) -> Iterator[tuple[int, str]]:
 
 
 def text_error(row: dict[str, Any], columns: Iterable[str]) -> str:
-    """Return what is wrong with the first column that contains no text; empty if all do."""
+    """Return an error for the first column without text; empty if all have text."""
     for column in columns:
         value = row.get(column)
         if is_blank(value):
@@ -208,33 +211,35 @@ def text_error(row: dict[str, Any], columns: Iterable[str]) -> str:
 
 
 def is_blank(value: Any) -> bool:
-    """Return whether a value shows nothing: null, NaN, spaces, characters without width."""
+    """Return whether a value is blank: null, NaN, whitespace, or zero-width characters."""
     if isinstance(value, str):
         if value[:1].isalnum():  # most texts; checking each character would take long
             return False
-        return all(letter.isspace() or unicodedata.category(letter) == "Cf" for letter in value)
+        return all(
+            character.isspace() or unicodedata.category(character) == "Cf" for character in value
+        )
     return value is None or value != value
 
 
-def require_columns(wanted: dict[str, str], present: list[str], source: str) -> None:
-    """Check that the data have the columns that the recipe names.
+def require_columns(required: dict[str, str], present: list[str], source: str) -> None:
+    """Check that the data has the columns that the recipe names.
 
     Args:
-        wanted: The columns, by the places in the recipe that name them.
+        required: The columns, by the location in the recipe that names them.
         present: The columns of the data.
-        source: The name of the data, for the error.
+        source: The name of the data, for the error message.
 
     Raises:
-        LoraError: With every column that is missing.
+        LoraError: With every missing column.
     """
     problems = []
-    for at, column in wanted.items():
+    for location, column in required.items():
         if column not in present:
             hint = did_you_mean(column, present, "its columns are")
-            between = next((mark for mark in ";\t|," if mark in "".join(present)), None)
-            if len(present) == 1 and between:
-                flag = f"--set 'data.format.delimiter={json.dumps(between)}'"
-                hint = f"if its columns are divided by {json.dumps(between)}: `{flag}`"
-            problems.append(Problem(f"{source} has no column `{column}`", at, hint))
+            delimiter = next((mark for mark in ";\t|," if mark in "".join(present)), None)
+            if len(present) == 1 and delimiter:
+                option = f"--set 'data.format.delimiter={json.dumps(delimiter)}'"
+                hint = f"if its columns are divided by {json.dumps(delimiter)}: `{option}`"
+            problems.append(Problem(f"{source} has no column `{column}`", location, hint))
     if problems:
         raise LoraError(problems)

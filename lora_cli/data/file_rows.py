@@ -1,4 +1,4 @@
-"""Rows of local files: read once, kept in the cache, and hashed with what they name."""
+"""Rows of local files, cached after the first read, and hashed with the files they refer to."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 from lora_cli.data import pascal_voc, yolo
 from lora_cli.data.annotated_folder import annotation_file, read_annotated
 from lora_cli.data.bad_rows import drop_bad_rows
-from lora_cli.data.coco_rows import coco_names, is_coco, places_of_pictures, read_coco
+from lora_cli.data.coco_rows import coco_names, image_folders, is_coco, read_coco
 from lora_cli.data.csv_quoting import announce_quoting
 from lora_cli.data.dataset_cache import SourceChangedError, cached_dataset
 from lora_cli.data.file_formats import kind_of, read_rows
@@ -49,24 +49,24 @@ from lora_cli.errors import LoraError, counted, warn
 from lora_cli.files import sha256_of
 from lora_cli.recipe import Recipe
 
-READINGS = 3  # of a file that changes while it is read
-READING = 7  # counts up when files are read in another way, so that no old cache is used
+MAX_ATTEMPTS = 3  # attempts to read a file that changes meanwhile
+READER_VERSION = 7  # version of the readers; increment it to invalidate caches when they change
 
 
 def read_files(recipe: Recipe, files: list[Path]) -> Iterator[RawRow]:
-    """Yield the rows of files in order, with media values in the columns that hold media."""
+    """Yield the rows of files in order, with media values in the media columns."""
     media = recipe.task.media_columns
     boxes = recipe.task.boxes_column
     if boxes is not None and (tables := [file for file in files if is_coco(file)]):
         for file in tables:
             yield from read_coco(file, next(iter(media)), boxes)
         return
-    pictures = [file for file in files if media and is_media_file(file)]
-    if pictures and boxes is not None:
-        yield from read_annotated(pictures, root_of(recipe, pictures), next(iter(media)), boxes)
+    images = [file for file in files if media and is_media_file(file)]
+    if images and boxes is not None:
+        yield from read_annotated(images, root_of(recipe, images), next(iter(media)), boxes)
         return
-    if pictures:
-        yield from read_media_files(recipe, pictures)
+    if images:
+        yield from read_media_files(recipe, images)
         return
     for file in files:
         folder = _folder_of(file, recipe)
@@ -75,71 +75,73 @@ def read_files(recipe: Recipe, files: list[Path]) -> Iterator[RawRow]:
 
 
 def _folder_of(file: Path, recipe: Recipe) -> Path:
-    """Return the folder that the paths in a table start from."""
+    """Return the folder that the paths in a table are relative to."""
     if not (media := recipe.task.media_columns):
         return file.parent
     rows = (renamed_row(row, recipe.data.columns) for row in read_rows(file, recipe.data.format))
     return folder_of_paths(file, paths_of(rows, media))
 
 
-def _places_of(file: Path, recipe: Recipe) -> str:
-    """Return where the files are that a table names, or a hash of it."""
+def _media_places(file: Path, recipe: Recipe) -> str:
+    """Return the folder of the files that a table refers to, or a hash of all their folders."""
     if recipe.task.boxes_column is not None and is_coco(file):
-        return _sha256("\n".join(places_of_pictures(file)))
+        return _sha256("\n".join(image_folders(file)))
     return str(_folder_of(file, recipe))
 
 
 def file_rows(recipe: Recipe, files: list[Path]) -> Rows:
-    """Return the rows of files, which are read once and then come from the cache.
+    """Return the rows of files, from the cache unless this is the first read.
 
     Raises:
-        LoraError: With the rows that cannot be read, unless they may be left out.
+        LoraError: With the rows that cannot be read, unless `data.on_bad_row` is `skip`.
     """
     form, media = recipe.data.format, tuple(recipe.task.media_columns)
     are_media = bool(media) and is_media_file(files[0])
-    dataset, sha256 = _read_unchanged(recipe, files, media, _names_of(recipe, files, are_media))
+    dataset, sha256 = _read_unchanged(recipe, files, media, _cache_key(recipe, files, are_media))
     for file in files:
         if not are_media and not parts_of(file) and kind_of(file, form) == "csv":
             announce_quoting(file, form)
     folder = os.path.commonpath([file.parent for file in files])
     source = str(files[0]) if len(files) == 1 else f"{folder} ({counted(len(files), 'file')})"
-    labels = class_names(recipe, files) if are_media else names_of_labels(recipe, files)
+    labels = class_names(recipe, files) if are_media else numbered_label_names(recipe, files)
     if (boxes := recipe.task.boxes_column) is not None:
         labels = {boxes: names} if (names := category_names(files)) else labels
     elif are_media and recipe.task.transcript_column is not None:
         _warn_of_texts_alone(root_of(recipe, files), recipe)
         _warn_of_shared_texts(files)
-    elif labels and (others := other_files(root_of(recipe, files), recipe)):
-        left = f"{counted(len(others), 'file')} in the folders of the classes"
-        warn(f"{left} are left out, the first is {others[0]}: by its name it is of another kind")
+    elif labels and (left_out := other_files(root_of(recipe, files), recipe)):
+        subject = f"{counted(len(left_out), 'file')} in the folders of the classes"
+        warn(
+            f"{subject} are left out, the first is {left_out[0]}: by its name it is of another kind"
+        )
     rows = Rows(dataset, source, sha256, np.arange(len(dataset)), labels, media=media)
     errors = {i: f for i, f in enumerate(dataset["fault"]) if f}
     return drop_bad_rows(*_with_hashes(rows, errors), recipe)
 
 
 def _warn_of_texts_alone(folder: Path, recipe: Recipe) -> None:
-    """Name the text files that are no row, as the picture or the recording is missing."""
-    if alone := texts_alone(folder, recipe):
+    """Warn of text files that are skipped because their image or recording is missing."""
+    if texts := texts_alone(folder, recipe):
         kind = {"image": "picture", "audio": "recording"}[
             next(iter(recipe.task.media_columns.values()))
         ]
-        has = "has" if len(alone) == 1 else "have"
-        what = f"{counted(len(alone), 'text file')} in {folder} {has} no {kind} of the same name"
-        warn(f"{what} next to {'it' if len(alone) == 1 else 'them'}, the first is {alone[0]}")
+        has = "has" if len(texts) == 1 else "have"
+        what = f"{counted(len(texts), 'text file')} in {folder} {has} no {kind} of the same name"
+        warn(f"{what} next to {'it' if len(texts) == 1 else 'them'}, the first is {texts[0]}")
 
 
 def _warn_of_shared_texts(files: list[Path]) -> None:
-    """Name the files that may hold the same picture or sound in two formats."""
+    """Warn of files that may be the same image or recording in two formats."""
     if groups := texts_of_several(files):
         names = " and ".join(file.name for file in groups[0][:2])
-        several = counted(len(groups), "text file")
+        subject = counted(len(groups), "text file")
         verb = "belongs" if len(groups) == 1 else "belong"
-        what = f"{several} in {groups[0][0].parent} {verb} to more than one file, such as {names}"
+        what = f"{subject} in {groups[0][0].parent} {verb} to more than one file, such as {names}"
         warn(f"{what}: if they are the same in another format, one split may have what another has")
 
 
-def names_of_labels(recipe: Recipe, files: list[Path]) -> dict[str, list[str]]:
-    """Return what the numbers of labels in tables mean, by column, if the files say so."""
+def numbered_label_names(recipe: Recipe, files: list[Path]) -> dict[str, list[str]]:
+    """Return the names of numbered labels by column, if the files store them."""
     if is_media_file(files[0]) or any(is_coco(file) for file in files):
         return {}
     if any(kind_of(file, recipe.data.format) != "parquet" for file in files):
@@ -148,34 +150,34 @@ def names_of_labels(recipe: Recipe, files: list[Path]) -> dict[str, list[str]]:
 
 
 def category_names(files: list[Path]) -> list[str]:
-    """Return the names that annotation files give to their categories, in their own order."""
+    """Return the category names of annotation files, in the order of the files."""
     if is_media_file(files[0]):
         return yolo.names_for(files[0])
-    found = (name for file in files if is_coco(file) for name in coco_names(file))
-    return list(dict.fromkeys(found))
+    names = (name for file in files if is_coco(file) for name in coco_names(file))
+    return list(dict.fromkeys(names))
 
 
-def _names_of(recipe: Recipe, files: list[Path], are_media: bool) -> list[str]:
-    """Return what the rows of files depend on besides the bytes in them."""
+def _cache_key(recipe: Recipe, files: list[Path], are_media: bool) -> list[str]:
+    """Return what the rows depend on besides the contents of the files."""
     renamed = [f"{old}\n{new}" for old, new in sorted(recipe.data.columns.items())]
     if not recipe.task.media_columns:
-        in_folders = recipe.data.format.label_from == "folder"  # whose names are labels
-        known = [f"{file.parent.name}/{file.name}" if in_folders else file.name for file in files]
-        return known + renamed
-    # paths lead on from where the files lie
+        in_folders = recipe.data.format.label_from == "folder"  # folder names are labels
+        names = [f"{file.parent.name}/{file.name}" if in_folders else file.name for file in files]
+        return names + renamed
+    # paths in a table are relative to its location
     names = [str(file.absolute()) for file in files] + list(recipe.task.media_columns) + renamed
-    if not are_media:  # and where the files are that they name
-        names += [_places_of(file, recipe) for file in files]
+    if not are_media:  # the files that a table refers to may be elsewhere
+        names += [_media_places(file, recipe) for file in files]
     if recipe.task.boxes_column is not None:
-        numbers = [str(yolo.labels_for(files[0])), *_first_pixels(files)] if are_media else []
-        return names + category_names(files) + numbers
-    if are_media:  # and labels depend on all folders
+        numbering = [str(yolo.labels_for(files[0])), *_first_pixels(files)] if are_media else []
+        return names + category_names(files) + numbering
+    if are_media:  # the label of a file may depend on all folders
         names += map(str, sorted(folder_labels(recipe, files).items()))
     return names
 
 
 def _first_pixels(files: list[Path]) -> list[str]:
-    """Return from which number the boxes of pictures count, for each folder of xml files."""
+    """Return the coordinate of the first pixel for each folder of XML annotations."""
     folders = {
         file.parent for file in map(annotation_file, files) if file and file.suffix == ".xml"
     }
@@ -183,22 +185,22 @@ def _first_pixels(files: list[Path]) -> list[str]:
 
 
 def _read_unchanged(
-    recipe: Recipe, files: list[Path], media: tuple[str, ...], names: list[str]
+    recipe: Recipe, files: list[Path], media: tuple[str, ...], key_parts: list[str]
 ) -> tuple[Any, str]:
-    """Return the data set of files, and the hash of their bytes, which stayed while it was made.
+    """Read files that do not change meanwhile, and return their data set and their hash.
 
     Raises:
-        LoraError: If they go on changing.
+        LoraError: If the files change during every attempt.
     """
     parts = [part for file in files for part in (parts_of(file).values() or [file])]
     if recipe.task.transcript_column is not None:
-        found = transcript_files([file for file in files if is_media_file(file)])
-        parts += dict.fromkeys(text for texts in found.values() for text in texts)
+        transcripts = transcript_files([file for file in files if is_media_file(file)])
+        parts += dict.fromkeys(text for texts in transcripts.values() for text in texts)
     if recipe.task.boxes_column is not None:
         parts += [
             boxes for file in files if is_media_file(file) and (boxes := annotation_file(file))
         ]
-    for _ in range(READINGS):
+    for _ in range(MAX_ATTEMPTS):
         state = [_state_of(part) for part in parts]
         hashes = [sha256 for sha256, _ in state]
         sha256 = hashes[0] if len(hashes) == 1 else _sha256("".join(hashes))
@@ -206,12 +208,12 @@ def _read_unchanged(
         def changed(state: list[Any] = state) -> bool:
             return state != [_state_of(part) for part in parts]
 
-        def stored() -> Iterator[dict[str, Any]]:
+        def stored_rows() -> Iterator[dict[str, Any]]:
             return _stored_rows(recipe, files, media)
 
         try:
-            key = [str(READING), sha256, recipe.data.format.model_dump_json(), *names]
-            return cached_dataset(stored, key, _features(media), changed), sha256
+            key = [str(READER_VERSION), sha256, recipe.data.format.model_dump_json(), *key_parts]
+            return cached_dataset(stored_rows, key, _features(media), changed), sha256
         except SourceChangedError:
             warn(f"{files[0]} changed while it was read: it is read once more")
         except LoraError:
@@ -223,7 +225,7 @@ def _read_unchanged(
 
 
 def _features(media: tuple[str, ...]) -> Any:
-    """Return the types of what is stored of a row."""
+    """Return the `datasets.Features` of the stored rows."""
     import datasets
 
     text, binary = datasets.Value("string"), datasets.Value("binary")
@@ -236,23 +238,23 @@ def _features(media: tuple[str, ...]) -> Any:
 def _stored_rows(
     recipe: Recipe, files: list[Path], media: tuple[str, ...]
 ) -> Iterator[dict[str, Any]]:
-    """Yield rows as they are stored: their columns as JSON, with the media apart."""
+    """Yield rows as they are stored: the columns as JSON, and the media separately."""
     for row in read_files(recipe, files):
-        apart = list(stored_media(row.columns or {}, media))
-        others = row.columns
-        if others is not None and apart:
-            others = {**others, **{value["column"]: None for value in apart}}
-        columns = json.dumps(others, ensure_ascii=False, default=_stored)
-        if NOT_TEXT.search(columns):  # bytes that are no text, in a parquet file
-            columns = json.dumps(others, default=_stored)
-        line = {"row": columns, "place": row.place, "fault": row.error}
-        yield {**line, "media": apart} if media else line
+        separate = list(stored_media(row.columns or {}, media))
+        columns = row.columns
+        if columns is not None and separate:
+            columns = {**columns, **{value["column"]: None for value in separate}}
+        encoded = json.dumps(columns, ensure_ascii=False, default=_stored)
+        if NOT_TEXT.search(encoded):  # bytes in a parquet file that are not text
+            encoded = json.dumps(columns, default=_stored)
+        stored = {"row": encoded, "place": row.place, "fault": row.error}
+        yield {**stored, "media": separate} if media else stored
 
 
 def _with_hashes(rows: Rows, errors: dict[int, str]) -> tuple[Rows, dict[int, str]]:
-    """Return rows whose hash depends on the bytes of their media, and errors with missing files.
+    """Extend the hash of rows by the contents of their media, and the errors by missing files.
 
-    The files that a table names may change or go while the table stays as it was.
+    The files that a table refers to may change or disappear while the table stays the same.
     """
     if not rows.media:
         return rows, errors
@@ -260,7 +262,7 @@ def _with_hashes(rows: Rows, errors: dict[int, str]) -> tuple[Rows, dict[int, st
     for i, row in enumerate(rows):
         if i in errors:
             continue
-        if error := _absent(row, rows.media):
+        if error := _missing_media(row, rows.media):
             errors[i] = error
         for column in rows.media:
             value: Any = row.get(column)
@@ -268,13 +270,13 @@ def _with_hashes(rows: Rows, errors: dict[int, str]) -> tuple[Rows, dict[int, st
     return replace(rows, sha256=digest.hexdigest()), errors
 
 
-def _absent(row: dict[str, Any], media: Sequence[str]) -> str:
-    """Return which file of a row is not there, or nothing; what is blank is left to the task."""
+def _missing_media(row: dict[str, Any], media: Sequence[str]) -> str:
+    """Return an error if a file of a row is missing; blank cells are left to the task."""
     return media_error(row, [column for column in media if is_media(row.get(column))])
 
 
 def _stored(value: Any) -> str | None:
-    """Return what JSON holds of a parquet file's dates, decimals and bytes; of no text, nothing."""
+    """Convert dates, decimals and bytes of parquet files to text; None for undecodable bytes."""
     if not isinstance(value, bytes):
         return str(value)
     try:
@@ -284,7 +286,7 @@ def _stored(value: Any) -> str | None:
 
 
 def _state_of(file: Path) -> tuple[str, tuple[int, ...]]:
-    """Return the SHA-256 of a file, and what else differs once it was replaced or written to."""
+    """Return the SHA-256 of a file, and the metadata that changes when it is written to."""
     try:
         status = file.stat()
         times = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)

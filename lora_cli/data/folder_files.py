@@ -1,6 +1,6 @@
-"""The files in a folder that may be data: not those that this tool, or a model's folder, put there.
+"""List the files in a folder that may be data, without the output of `lora` and model folders.
 
-`cd flowers; lora init . …; lora train recipe.yaml` writes into the folder of the data.
+`cd flowers; lora init . …; lora train recipe.yaml` writes into the data folder.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from pathlib import Path
 
 from lora_cli.errors import LoraError
 
-SCHEMA = "recipe.schema.json"  # that `lora init` writes next to a recipe
-MARKS = (  # files by which a folder is one of a run, an adapter or a model
+SCHEMA = "recipe.schema.json"  # written by `lora init` next to a recipe
+MARKS = (  # files that identify the folder of a run, an adapter or a model
     {"recipe.yaml", "metrics.jsonl"},
     {"adapter_config.json"},
     {"model_index.json"},
@@ -21,29 +21,33 @@ MARKS = (  # files by which a folder is one of a run, an adapter or a model
 
 
 def files_inside(folder: Path) -> list[Path]:
-    """Return the files in a folder and below, relative to it and in order.
+    """Return the files in a folder and its subfolders, sorted, as relative paths.
 
     Raises:
-        LoraError: If the folder holds a data set as `save_to_disk` writes it.
+        LoraError: If the folder contains a data set written by `save_to_disk`.
     """
     reject_saved(folder)
-    found = [file.relative_to(folder) for file in sorted(folder.rglob("*")) if file.is_file()]
+    files = [file.relative_to(folder) for file in sorted(folder.rglob("*")) if file.is_file()]
     names: dict[Path, set[str]] = defaultdict(set)
-    for file in found:
+    for file in files:
         names[file.parent].add(file.name)
-    written = {
-        place for place, own in names.items() if place != Path() and any(m <= own for m in MARKS)
+    output_folders = {
+        subfolder
+        for subfolder, own in names.items()
+        if subfolder != Path() and any(marks <= own for marks in MARKS)
     }
     return [
-        file for file in found if file.name != SCHEMA and not written.intersection(file.parents)
+        file
+        for file in files
+        if file.name != SCHEMA and not output_folders.intersection(file.parents)
     ]
 
 
 def reject_saved(folder: Path) -> None:
-    """Reject a data set that the library `datasets` saved in its own form.
+    """Reject a folder written by `save_to_disk` of the library `datasets`.
 
     Raises:
-        LoraError: If it is one; its hint writes parquet files.
+        LoraError: If it is one; the hint is a command that converts it to parquet.
     """
     has_splits = (folder / "dataset_dict.json").is_file()
     if not has_splits and not ((folder / "state.json").is_file() and any(folder.glob("*.arrow"))):

@@ -1,9 +1,9 @@
-"""Data sets on the Hub, and folders laid out like them: their pictures and sound undecoded.
+"""Load data sets from the Hub, or from folders with the same layout, with media undecoded.
 
-`datasets` keeps what it has prepared under the name of a data set and the layout that its README
-declares, whatever the files hold. For the Hub a commit tells contents apart. For a folder nothing
-does: another folder of the same name, or new files in the same folder, would get the rows of the
-first. So the rows of a folder are kept in a cache of their own, named by a hash of its files.
+The cache of `datasets` is keyed by the name of a data set and the layout that its README declares,
+not by the contents of its files. On the Hub, the commit distinguishes contents. Nothing does so for
+a folder: another folder of the same name, or new files in the same folder, would get the cached
+rows of the first. So each folder has its own cache, named by a hash of its files.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from lora_cli.files import sha256_of
 from lora_cli.recipe import Recipe
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-HASH_OF_FOLDER = re.compile(r"[0-9a-f]{16}")  # as `datasets` names what it prepared of a folder
+HASH_OF_FOLDER = re.compile(r"[0-9a-f]{16}")  # names the prepared files of a folder
 
 
 def load_hub(recipe: Recipe, split: str, streaming: bool = False, **options: Any) -> Any:
-    """Return a split of the recipe's data set, as `datasets` loads it.
+    """Load a split of the recipe's data set with `datasets`.
 
     Raises:
-        LoraError: If it cannot be loaded, or would be another than the recipe names.
+        LoraError: If it cannot be loaded, or is not the data set that the recipe names.
     """
     import datasets
 
@@ -44,7 +44,7 @@ def load_hub(recipe: Recipe, split: str, streaming: bool = False, **options: Any
     is_folder = _is_folder(recipe)
     if is_folder:
         reject_saved(Path(str(data.name)))
-    shown = datasets.utils.is_progress_bar_enabled()
+    had_progress_bars = datasets.utils.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
         if is_folder and not streaming:
@@ -60,8 +60,8 @@ def load_hub(recipe: Recipe, split: str, streaming: bool = False, **options: Any
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         from lora_cli.models.load_errors import place_error
 
-        if (place := place_error(error)) is not None:
-            raise place from error
+        if (access_error := place_error(error)) is not None:
+            raise access_error from error
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise LoraError(
             f"cannot load `{data.name}`: {reason}",
@@ -69,7 +69,7 @@ def load_hub(recipe: Recipe, split: str, streaming: bool = False, **options: Any
             "a local file is given as `data.path`",
         ) from error
     finally:
-        if shown:
+        if had_progress_bars:
             datasets.enable_progress_bars()
     if not is_folder and not streaming:
         _require_revision(recipe, dataset)
@@ -77,10 +77,10 @@ def load_hub(recipe: Recipe, split: str, streaming: bool = False, **options: Any
 
 
 def _is_folder(recipe: Recipe) -> bool:
-    """Return whether `data.name` is a folder on this machine; loading has made it absolute.
+    """Return whether `data.name` is a local folder, whose path is absolute in a loaded recipe.
 
     Raises:
-        LoraError: If it is, and has no revisions; or if a folder would be read instead of the Hub.
+        LoraError: If `data.revision` is set for a folder, or a folder hides a Hub data set.
     """
     data, name = recipe.data, recipe.data.name or ""
     if not os.path.isdir(name):
@@ -105,20 +105,20 @@ def _cache_of(sha256: str) -> Path:
 
 
 def _folder_sha256(recipe: Recipe) -> str:
-    """Return a hash of the files of a folder, as its README assigns them to splits."""
+    """Return a hash of the files of a folder and their assignment to splits."""
     import datasets
 
     builder = datasets.load_dataset_builder(recipe.data.name, recipe.data.config)
     files = [
         (str(split), str(file), _sha256_of(str(file)))
-        for split, of_split in (builder.config.data_files or {}).items()
-        for file in of_split
+        for split, split_files in (builder.config.data_files or {}).items()
+        for file in split_files
     ]
     return hashlib.sha256(json.dumps(sorted(files)).encode()).hexdigest()
 
 
 def _sha256_of(file: str) -> str:
-    """Return the SHA-256 of a file; nothing for an address, which names what it holds."""
+    """Return the SHA-256 of a file; empty for a URL."""
     if not os.path.isfile(file):
         return ""
     status = os.stat(file)
@@ -128,26 +128,24 @@ def _sha256_of(file: str) -> str:
 
 @functools.lru_cache(maxsize=100_000)
 def _sha256_of_state(file: str, _inode: int, _size: int, _times: tuple[int, int]) -> str:
-    """Return the SHA-256 of a file: read once in a process, as every split asks for it."""
+    """Return the SHA-256 of a file, cached because every split needs it."""
     return sha256_of(Path(file))
 
 
 def _require_revision(recipe: Recipe, dataset: Any) -> None:
-    """Reject rows that `datasets` took from its cache for want of a connection, but of another set.
+    """Reject cached rows of another data set, which `datasets` may load without a connection.
 
-    It then takes what it has last prepared under the name: of whichever revision, or of a folder.
+    It then loads whatever it last prepared under the name: any revision, or a folder.
 
     Raises:
-        LoraError: If they are not of the revision that the recipe names.
+        LoraError: If the rows are not from the revision that the recipe names.
     """
     data, files = recipe.data, dataset.cache_files
-    prepared = Path(files[0]["filename"]).parent.name if files else ""
-    if HASH_OF_FOLDER.fullmatch(prepared):
+    cached = Path(files[0]["filename"]).parent.name if files else ""
+    if HASH_OF_FOLDER.fullmatch(cached):
         what = f"cannot reach `{data.name}` on the Hub; the cache has a folder of this name only"
-    elif (
-        COMMIT.fullmatch(data.revision) and COMMIT.fullmatch(prepared) and prepared != data.revision
-    ):
-        what = f"cannot reach `{data.name}` on the Hub; the cache has revision {prepared} only"
+    elif COMMIT.fullmatch(data.revision) and COMMIT.fullmatch(cached) and cached != data.revision:
+        what = f"cannot reach `{data.name}` on the Hub; the cache has revision {cached} only"
     else:
         return
     hint = "connect once, so that it is downloaded; or name a folder that holds it, by its path"
@@ -155,7 +153,7 @@ def _require_revision(recipe: Recipe, dataset: Any) -> None:
 
 
 def hub_rows(recipe: Recipe, name: str) -> Rows:
-    """Return the rows of a split of the recipe's data set on the Hub, or in a folder like one."""
+    """Return the rows of a split from the Hub, or from a folder with the same layout."""
     dataset = load_hub(recipe, name)
     if damaged := damaged_files(dataset):
         warn(f"the cached data set of the Hub is damaged and is prepared again: {damaged[0]}")
@@ -166,18 +164,18 @@ def hub_rows(recipe: Recipe, name: str) -> Rows:
     names = label_names(dataset.features)
     source = "/".join(filter(None, (recipe.data.name, recipe.data.config, name)))
     sha256, media = dataset._fingerprint, tuple(recipe.task.media_columns)
-    if _is_folder(recipe):  # the fingerprint is a hash of names only
+    if _is_folder(recipe):  # the fingerprint depends only on names
         sha256 = hashlib.sha256(f"{_folder_sha256(recipe)} {sha256}".encode()).hexdigest()
     positions = np.arange(len(dataset))
     return Rows(undecoded(dataset), source, sha256, positions, names, media=media)
 
 
 def _renamed(recipe: Recipe, dataset: Any) -> Any:
-    """Return a data set whose columns have the recipe's names."""
+    """Rename the columns of a data set according to `data.columns`."""
     place = recipe.at("data.columns")
     names = renamed_columns(dataset.column_names, recipe.data.columns, place)
     if not names:
         return dataset
-    apart = {old: f"\0{i}" for i, old in enumerate(names)}  # so that two names can be exchanged
-    dataset = dataset.rename_columns(apart)
-    return dataset.rename_columns({apart[old]: new for old, new in names.items()})
+    temporary = {old: f"\0{i}" for i, old in enumerate(names)}  # so that two names can be swapped
+    dataset = dataset.rename_columns(temporary)
+    return dataset.rename_columns({temporary[old]: new for old, new in names.items()})

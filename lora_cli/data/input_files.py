@@ -1,4 +1,4 @@
-"""How a file is read that is given to `lora predict` or `lora eval`."""
+"""Decide how to read a file that is given to `lora predict` or `lora eval`."""
 
 from __future__ import annotations
 
@@ -16,139 +16,151 @@ from lora_cli.data.text_encoding import lines_of
 from lora_cli.errors import LoraError
 from lora_cli.recipe import FormatSpec
 
-COLUMN = re.compile(r"[^\W\d]\w*([ _.-]\w+)?")  # the name of a column, and hardly a text
+COLUMN = re.compile(r"[^\W\d]\w*([ _.-]\w+)?")  # likely a column name, not a text
 
 
 def input_form(
     source: Path,
     head: Head,
-    given: FormatSpec,
-    wanted: Sequence[str],
+    recipe_form: FormatSpec,
+    requested: Sequence[str],
     labels: Collection[str] = (),
 ) -> FormatSpec:
-    """Return how a file is read: as the recipe says, if that fits, else as its first lines say.
+    """Return the settings to read a file with: the recipe's if they fit, otherwise detected ones.
 
-    The rows to predict or to measure are often written in another way than those that were trained
-    on: another delimiter, no label, one text a line.
+    The rows to predict or evaluate are often written differently from the training data: with
+    another delimiter, without labels, or as one text per line.
 
     Args:
         source: The file.
-        head: What its first lines say.
-        given: The recipe's `data.format`.
-        wanted: The columns that are to be read.
-        labels: Of the model; a line of text may begin with one.
+        head: The format detected from its first lines.
+        recipe_form: The recipe's `data.format`.
+        requested: The columns to read.
+        labels: The labels of the model, as a line of text may begin with one.
     """
-    given = form_of(source, given)
-    if given.quoting == "none" and delimiter_of(source, given) == ",":
-        given = given.model_copy(update={"quoting": "auto"})  # which was said of a tsv file
-    # how numbers are written shows in no header, and not in every number
-    numbers = {"decimal": given.decimal, "thousands": given.thousands}
-    encoding = {"encoding": _encoding(head, given)}
-    found = head.form.model_copy(update={**encoding, **numbers})
-    given = given.model_copy(update=encoding)
+    recipe_form = form_of(source, recipe_form)
+    if recipe_form.quoting == "none" and delimiter_of(source, recipe_form) == ",":
+        recipe_form = recipe_form.model_copy(
+            update={"quoting": "auto"}
+        )  # the training data was a tsv file
+    # the number format cannot be detected from a header, or from every number
+    number_form = {"decimal": recipe_form.decimal, "thousands": recipe_form.thousands}
+    encoding = {"encoding": _encoding(head, recipe_form)}
+    detected = head.form.model_copy(update={**encoding, **number_form})
+    recipe_form = recipe_form.model_copy(update=encoding)
     if head.kind in ("json", "parquet"):
-        return found
-    if head.kind == "conll":  # whose columns have the names that the recipe gives them, if any
-        return found.model_copy(update={"type": "conll", "columns": given.columns})
-    if head.kind == "text" and (given.label_from or found.label_from):
-        return _with_or_without_labels(head, found, given, wanted, labels)
-    if given.header and kind_of(source, given) == "csv" and _fits(source, given, wanted):
-        return given
-    if (named := _by_header(head, found, wanted, given.header)) is not None:
-        return named
+        return detected
+    if head.kind == "conll":  # the recipe may name its columns
+        return detected.model_copy(update={"type": "conll", "columns": recipe_form.columns})
+    if head.kind == "text" and (recipe_form.label_from or detected.label_from):
+        return _with_or_without_labels(head, detected, recipe_form, requested, labels)
+    if (
+        recipe_form.header
+        and kind_of(source, recipe_form) == "csv"
+        and _fits(source, recipe_form, requested)
+    ):
+        return recipe_form
+    if (with_header := _by_header(head, detected, requested, recipe_form.header)) is not None:
+        return with_header
     if head.kind == "csv":
-        names = columns_of(source, found)
-        if head.named and set(wanted) <= set(names):
-            return found
-        if not given.header and given.columns and len(names) == len(given.columns):
+        names = columns_of(source, detected)
+        if head.named and set(requested) <= set(names):
+            return detected
+        if (
+            not recipe_form.header
+            and recipe_form.columns
+            and len(names) == len(recipe_form.columns)
+        ):
             if head.named:
                 raise LoraError(
                     f"the first line of {source.name} names its columns: {', '.join(names)}",
                     "--input",
-                    f"rename the column to be read to `{wanted[0]}`, as the recipe does",
+                    f"rename the column to be read to `{requested[0]}`, as the recipe does",
                 )
-            return found.model_copy(update={"columns": given.columns})
+            return detected.model_copy(update={"columns": recipe_form.columns})
         if head.named or len(names) > 1:
-            return given
-    if len(wanted) > 1:
-        return given
-    if head.kind == "text" and kind_of(source, given) == "text":
-        found = found.model_copy(update={"sample_by": given.sample_by})
-    return found.model_copy(update={"columns": wanted})  # a file of one column without a name
+            return recipe_form
+    if len(requested) > 1:
+        return recipe_form
+    if head.kind == "text" and kind_of(source, recipe_form) == "text":
+        detected = detected.model_copy(update={"sample_by": recipe_form.sample_by})
+    return detected.model_copy(update={"columns": requested})  # a file with one unnamed column
 
 
 def _with_or_without_labels(
     head: Head,
-    found: FormatSpec,
-    given: FormatSpec,
-    wanted: Sequence[str],
+    detected: FormatSpec,
+    recipe_form: FormatSpec,
+    requested: Sequence[str],
     labels: Collection[str],
 ) -> FormatSpec:
-    """Return how lines are read that may begin with labels, as those that were trained on did.
+    """Return the settings for lines that may begin with labels, as the training data did.
 
-    Where labels are not wanted, the first word of a line is only taken away if it is a label of the
-    model in every line.
+    If labels are not requested, the first word of a line is removed only if every line begins with
+    a label of the model.
     """
-    texts = [name for name in wanted if name != LABEL_COLUMN]
-    lines = lines_of(head.raw.decode(found.encoding, errors="replace").removeprefix("\ufeff"))
+    texts = [name for name in requested if name != LABEL_COLUMN]
+    lines = lines_of(head.raw.decode(detected.encoding, errors="replace").removeprefix("\ufeff"))
     filled = [line for line in lines if line.strip()]
     label_from = None
-    if LABEL_COLUMN in wanted and given.label_from:
-        label_from = given.label_from
+    if LABEL_COLUMN in requested and recipe_form.label_from:
+        label_from = recipe_form.label_from
     elif any(FASTTEXT in line for line in filled):
         label_from = "fasttext"
-    elif "first_word" in (given.label_from, found.label_from):
-        known = all(line.split()[0] in labels for line in filled)
-        label_from = "first_word" if known else None
+    elif "first_word" in (recipe_form.label_from, detected.label_from):
+        all_labelled = all(line.split()[0] in labels for line in filled)
+        label_from = "first_word" if all_labelled else None
     form = {"type": "text", "label_from": label_from, "columns": texts[:1] or None}
-    return FormatSpec.model_validate({**form, "encoding": found.encoding})
+    return FormatSpec.model_validate({**form, "encoding": detected.encoding})
 
 
 def _by_header(
-    head: Head, found: FormatSpec, wanted: Sequence[str], guess: bool
+    head: Head, detected: FormatSpec, requested: Sequence[str], guess: bool
 ) -> FormatSpec | None:
-    """Return how a table is read whose first line holds the names that are wanted, or any names.
+    """Return the settings for a table whose first line names the requested columns.
 
-    A few broken rows must not make one text a line of a table. Without `guess`, other names are
-    taken for values.
+    A header must be recognised even if some rows are broken: the file must not be read as one text
+    per line. With `guess`, a first line of any plausible names is taken as a header.
     """
-    text = head.raw.decode(found.encoding, errors="replace").removeprefix("\ufeff")
-    lines = lines_of(text)[found.skip_lines :]
+    text = head.raw.decode(detected.encoding, errors="replace").removeprefix("\ufeff")
+    lines = lines_of(text)[detected.skip_lines :]
     table = {"type": "csv", "header": True, "columns": None, "quoting": "auto"}
     for delimiter in DELIMITERS:
         names = [name.strip() for name in next(csv.reader(lines[:1], delimiter=delimiter), [])]
-        if _names(names, wanted) or (
+        if _has_names(names, requested) or (
             guess and len(names) > 1 and all(map(COLUMN.fullmatch, names))
         ):
-            return found.model_copy(update={**table, "delimiter": delimiter})
-    if len(wanted) == 1 and lines and lines[0].strip().strip('"') == wanted[0]:
-        spare = next((mark for mark in SPARE_DELIMITERS if mark not in text), ",")
-        return found.model_copy(update={**table, "delimiter": spare})
+            return detected.model_copy(update={**table, "delimiter": delimiter})
+    if len(requested) == 1 and lines and lines[0].strip().strip('"') == requested[0]:
+        unused = next((mark for mark in SPARE_DELIMITERS if mark not in text), ",")
+        return detected.model_copy(update={**table, "delimiter": unused})
     return None
 
 
-def _fits(source: Path, form: FormatSpec, wanted: Sequence[str]) -> bool:
-    """Return whether a header, read so, names the columns that are wanted, and others too."""
+def _fits(source: Path, form: FormatSpec, requested: Sequence[str]) -> bool:
+    """Return whether the file has the requested columns when read with these settings."""
     try:
         names = columns_of(source, form)
     except LoraError:
         return False
-    return _names(names, wanted)
+    return _has_names(names, requested)
 
 
-def _names(header: Sequence[str], wanted: Sequence[str]) -> bool:
-    """Return whether a header names what is wanted; one word alone may be a text."""
-    return set(wanted) <= set(header) and len(header) > 1
+def _has_names(header: Sequence[str], requested: Sequence[str]) -> bool:
+    """Return whether a header has all requested names; a single name could be a text."""
+    return set(requested) <= set(header) and len(header) > 1
 
 
-def _encoding(head: Head, given: FormatSpec) -> str:
-    """Return the encoding of a file: the recipe's, unless its bytes are UTF-8 or not in it."""
+def _encoding(head: Head, recipe_form: FormatSpec) -> str:
+    """Return the encoding: the recipe's, unless the file is UTF-8 or cannot be decoded with it."""
     if head.raw.isascii() and head.form.encoding != "utf-8":
-        return head.form.encoding  # letters written in codes, or of two bytes: hardly ASCII
-    if head.raw.isascii() or (head.form.encoding != "utf-8" and given.encoding != "utf-8"):
+        return (
+            head.form.encoding
+        )  # escape sequences or two-byte characters, unlikely in plain ASCII
+    if head.raw.isascii() or (head.form.encoding != "utf-8" and recipe_form.encoding != "utf-8"):
         try:
-            head.raw.decode(given.encoding)
+            head.raw.decode(recipe_form.encoding)
         except (UnicodeError, LookupError):
             return head.form.encoding
-        return given.encoding
+        return recipe_form.encoding
     return head.form.encoding

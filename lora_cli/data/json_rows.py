@@ -12,8 +12,8 @@ from typing import Any
 from lora_cli.data.jq_commands import field, jq_command
 from lora_cli.data.json_layouts import (
     reject_lists,
-    reject_over_lines,
-    reject_whole,
+    reject_multiline_objects,
+    reject_whole_file,
 )
 from lora_cli.data.text_lines import NOT_TEXT, RawRow, byte_error, encoding_hint, read_lines
 from lora_cli.errors import LoraError
@@ -148,9 +148,9 @@ def _reject_one_object(path: Path, spec: FormatSpec) -> None:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
-        reject_over_lines(text, path)
+        reject_multiline_objects(text, path)
         return
-    reject_whole(value, path)
+    reject_whole_file(value, path)
     lists = {key: item for key, item in value.items() if isinstance(item, list) and item}
     key = "train" if "train" in lists else next(iter(lists), "rows")
     how = f"{field(key)}[]"

@@ -1,4 +1,4 @@
-"""Lists that stand in a table as text: `['a', 'b']`, `["a", "b"]`, `['a' 'b']`, `[1, 2]`."""
+"""Parse lists that tables store as text: `['a', 'b']`, `["a", "b"]`, `['a' 'b']`, `[1, 2]`."""
 
 from __future__ import annotations
 
@@ -7,20 +7,22 @@ import json
 import re
 from typing import Any
 
-TEXT = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""  # as Python writes one
-ARRAY = re.compile(rf"\[\s*{TEXT}(?:\s+{TEXT})+\s*\]", re.DOTALL)
-GAP = re.compile(rf"{TEXT}|(\}}\s+\{{)", re.DOTALL)  # between objects, and in no text
-LONGEST = 10_000  # characters; a list of labels is short
+STRING = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""  # a Python string literal
+ARRAY = re.compile(rf"\[\s*{STRING}(?:\s+{STRING})+\s*\]", re.DOTALL)
+STRING_OR_GAP = re.compile(
+    rf"{STRING}|(\}}\s+\{{)", re.DOTALL
+)  # between objects, outside of strings
+MAX_LENGTH = 10_000  # characters; a list of labels is short
 
 
 def listed_labels(value: Any) -> list[Any] | None:
-    """Return the items of a list that is written as text, or None for anything else.
+    """Parse a list of scalars that is stored as text; return None for anything else.
 
-    As JSON has it, as Python prints lists, tuples and sets, or as NumPy prints arrays of words,
-    which have no commas.
+    The text may be JSON, a list, tuple or set as printed by Python, or an array as printed by
+    NumPy, without commas.
     """
     text = value.strip() if isinstance(value, str) else ""
-    if text[:1] + text[-1:] not in ("[]", "()", "{}") or len(text) > LONGEST:
+    if text[:1] + text[-1:] not in ("[]", "()", "{}") or len(text) > MAX_LENGTH:
         return None
     items = read_nested(text)
     if not isinstance(items, list | tuple | set | frozenset):
@@ -31,7 +33,7 @@ def listed_labels(value: Any) -> list[Any] | None:
 
 
 def list_in_cell(value: Any) -> list[Any] | None:
-    """Return a list, also one that a table holds as text: as JSON, Python or NumPy write it."""
+    """Return the list in a cell, parsing text in the notation of JSON, Python or NumPy."""
     if isinstance(value, list):
         return value
     text = value.strip() if isinstance(value, str) else ""
@@ -40,7 +42,7 @@ def list_in_cell(value: Any) -> list[Any] | None:
 
 
 def texts_in_cell(value: Any) -> list[Any]:
-    """Return the texts of a cell that holds one, or a list of them, which a table has as text."""
+    """Return the texts of a cell, which has a single text or a list, possibly stored as text."""
     if isinstance(value, list):
         return value
     items = list_in_cell(value)
@@ -49,13 +51,13 @@ def texts_in_cell(value: Any) -> list[Any]:
 
 
 def read_nested(text: str) -> Any:
-    """Return what JSON or Python read in a text, or None if neither reads it.
+    """Parse a text as JSON or as a Python literal; return None if it is neither.
 
-    Tables that pandas wrote hold lists and objects as Python prints them, or as NumPy does.
+    Tables written by pandas contain lists and objects as printed by Python or NumPy.
     """
-    if ARRAY.fullmatch(text):  # of NumPy: without commas, Python would join all texts to one
-        text = ", ".join(re.findall(TEXT, text)).join("[]")
-    for read in (json.loads, ast.literal_eval, _of_array):
+    if ARRAY.fullmatch(text):  # NumPy writes no commas; Python would join the strings
+        text = ", ".join(re.findall(STRING, text)).join("[]")
+    for read in (json.loads, ast.literal_eval, _read_object_array):
         try:
             return read(text)
         except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
@@ -63,6 +65,6 @@ def read_nested(text: str) -> Any:
     return None
 
 
-def _of_array(text: str) -> Any:
-    """Return what Python reads in an array of objects, between which NumPy writes no commas."""
-    return ast.literal_eval(GAP.sub(lambda found: "}, {" if found[1] else found[0], text))
+def _read_object_array(text: str) -> Any:
+    """Parse an array of objects, between which NumPy writes no commas."""
+    return ast.literal_eval(STRING_OR_GAP.sub(lambda match: "}, {" if match[1] else match[0], text))

@@ -11,7 +11,7 @@ import numpy as np
 
 from lora_cli.data.csv_quoting import announce_quoting
 from lora_cli.data.file_formats import is_blank, kind_of, require_columns
-from lora_cli.data.file_rows import file_rows, names_of_labels, read_files
+from lora_cli.data.file_rows import file_rows, numbered_label_names, read_files
 from lora_cli.data.find_files import SPLITS as SPLITS
 from lora_cli.data.find_files import files_of, positions, split_slice
 from lora_cli.data.hub_rows import hub_rows, load_hub
@@ -160,7 +160,7 @@ def stream_rows(recipe: Recipe) -> Iterator[RawRow]:
 def stream_label_names(recipe: Recipe) -> dict[str, list[str]]:
     """Return the names of numbered labels in a streamed data set, by column."""
     if not recipe.data.name:
-        return names_of_labels(recipe, files_of(recipe, "train", recipe.data.train))
+        return numbered_label_names(recipe, files_of(recipe, "train", recipe.data.train))
     return label_names(load_hub(recipe, recipe.data.train, streaming=True).features or {})
 
 
