@@ -1,3 +1,5 @@
+"""Tests of the metrics: values against formulas and libraries, names, scripts of users."""
+
 from __future__ import annotations
 
 import gc
@@ -42,7 +44,7 @@ THREE_R = [0, 0, 0, 1, 1, 2, 2, 2, 2, 2]
 THREE_P = [0, 0, 1, 1, 2, 2, 2, 2, 2, 1]
 
 
-def measure(names, channel, predictions, references, context=UNKNOWN):
+def compute_metrics(names, channel, predictions, references, context=UNKNOWN):
     metrics = MetricSet(names, channel, context)
     assert metrics.channels == {channel}
     metrics.add_batch(channel, predictions, references)
@@ -51,8 +53,8 @@ def measure(names, channel, predictions, references, context=UNKNOWN):
     return results
 
 
-def one(name, channel, predictions, references, context=UNKNOWN):
-    results = measure([name], channel, predictions, references, context)
+def compute_metric(name, channel, predictions, references, context=UNKNOWN):
+    results = compute_metrics([name], channel, predictions, references, context)
     assert list(results) == [name]
     return results[name]
 
@@ -60,9 +62,9 @@ def one(name, channel, predictions, references, context=UNKNOWN):
 # ------------------------------------------------------------------------------------- labels
 
 
-def test_binary_scores_are_of_label_1():
+def test_binary_scores_are_those_of_label_1():
     names = ["accuracy", "precision", "recall", "f1", "balanced_accuracy", "matthews_correlation"]
-    assert measure(names, "label", BINARY_P, BINARY_R, BINARY) == pytest.approx(
+    assert compute_metrics(names, "label", BINARY_P, BINARY_R, BINARY) == pytest.approx(
         {
             "accuracy": 3 / 6,
             "precision": 2 / 3,
@@ -78,7 +80,7 @@ def test_binary_averages_are_explicit():
     f1_of_0 = 2 * 1 / (2 * 1 + 2 + 1)
     f1_of_1 = 4 / 7
     names = ["f1_macro", "f1_micro", "f1_weighted"]
-    assert measure(names, "label", BINARY_P, BINARY_R, BINARY) == pytest.approx(
+    assert compute_metrics(names, "label", BINARY_P, BINARY_R, BINARY) == pytest.approx(
         {
             "f1_macro": (f1_of_0 + f1_of_1) / 2,
             "f1_micro": 3 / 6,
@@ -93,7 +95,7 @@ def test_three_classes_are_averaged(i, score):
     support = Counter(THREE_R)
     macro = sum(by_class[c][i] for c in by_class) / 3
     names = [score, f"{score}_macro", f"{score}_micro", f"{score}_weighted"]
-    assert measure(names, "label", THREE_P, THREE_R, THREE) == pytest.approx(
+    assert compute_metrics(names, "label", THREE_P, THREE_R, THREE) == pytest.approx(
         {
             score: macro,
             f"{score}_macro": macro,
@@ -108,12 +110,14 @@ def test_matthews_of_three_classes():
     p, r = np.eye(3)[THREE_P], np.eye(3)[THREE_R]
     p, r = p - p.mean(0), r - r.mean(0)
     expected = (p * r).sum() / math.sqrt((p * p).sum() * (r * r).sum())
-    assert one("matthews_correlation", "label", THREE_P, THREE_R, THREE) == pytest.approx(expected)
+    assert compute_metric(
+        "matthews_correlation", "label", THREE_P, THREE_R, THREE
+    ) == pytest.approx(expected)
 
 
 def test_balanced_accuracy_where_a_class_is_only_predicted():
-    # recall of 0: 1/2, of 1: 1; class 2 is never right nor wrong
-    result = one("balanced_accuracy", "label", [0, 2, 1], [0, 0, 1], THREE)
+    # recall of class 0: 1/2, of class 1: 1; class 2 has no references
+    result = compute_metric("balanced_accuracy", "label", [0, 2, 1], [0, 0, 1], THREE)
     assert result == pytest.approx(0.75)
 
 
@@ -122,7 +126,9 @@ def test_several_labels_per_row():
     references = [[1, 0, 0], [1, 0, 0], [0, 1, 1], [0, 0, 1]]
     f1 = [1, 0, 2 / 3]  # by label: tp 2 fp 0 fn 0; tp 0 fp 1 fn 1; tp 1 fp 0 fn 1
     names = ["accuracy", "f1", "f1_micro", "f1_weighted", "precision", "recall"]
-    assert measure(names, "label", np.array(predictions), references, TAGS) == pytest.approx(
+    assert compute_metrics(
+        names, "label", np.array(predictions), references, TAGS
+    ) == pytest.approx(
         {
             "accuracy": 1 / 4,
             "f1": sum(f1) / 3,
@@ -134,17 +140,17 @@ def test_several_labels_per_row():
     )
 
 
-def test_two_labels_of_which_both_may_hold_are_not_binary():
+def test_two_labels_per_row_are_not_binary():
     context = MetricContext(n_labels=2, multi_label=True)
     predictions, references = [[1, 0], [1, 0]], [[1, 1], [0, 1]]
-    assert one("recall", "label", predictions, references, context) == pytest.approx(0.5)
+    assert compute_metric("recall", "label", predictions, references, context) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("name", ["f1", "f1_macro", "f1_weighted"])
 def test_one_multi_label_column_is_one_label(name):
     context = MetricContext(n_labels=1, multi_label=True)
     predictions, references = [[1], [1], [0], [0]], [[1], [0], [0], [0]]
-    assert one(name, "label", predictions, references, context) == pytest.approx(2 / 3)
+    assert compute_metric(name, "label", predictions, references, context) == pytest.approx(2 / 3)
 
 
 # --------------------------------------------------------------------------- values and sums
@@ -156,7 +162,7 @@ def test_regression():
     pearson = centred_p @ centred_r / np.linalg.norm(centred_p) / np.linalg.norm(centred_r)
     squares = 0 + 0.25 + 4 + 9
     names = ["pearson", "mse", "rmse", "mae"]
-    assert measure(names, "value", p, r) == pytest.approx(
+    assert compute_metrics(names, "value", p, r) == pytest.approx(
         {
             "pearson": pearson,
             "mse": squares / 4,
@@ -170,21 +176,23 @@ def test_spearman_takes_mean_ranks_of_ties():
     # ranks of predictions 1 2.5 2.5 4, of references 1 3 2 4
     p, r = np.array([1, 2.5, 2.5, 4]) - 2.5, np.array([1, 3, 2, 4]) - 2.5
     expected = p @ r / math.sqrt((p @ p) * (r @ r))
-    assert one("spearman", "value", [0, 5, 5, 1e6], [1, 3, 2, 4]) == pytest.approx(expected)
+    assert compute_metric("spearman", "value", [0, 5, 5, 1e6], [1, 3, 2, 4]) == pytest.approx(
+        expected
+    )
 
 
 def test_values_keep_double_precision():
     # in float32 both are 2**24, and the error 0
-    assert one("mae", "value", [16777217.0], [16777216.0]) == 1.0
+    assert compute_metric("mae", "value", [16777217.0], [16777216.0]) == 1.0
 
 
-def test_perplexity_is_of_all_tokens_together():
-    result = one("perplexity", "nll", [2.0, 3.0, 0.0], [1, 4, 0])
+def test_perplexity_is_over_all_tokens():
+    result = compute_metric("perplexity", "nll", [2.0, 3.0, 0.0], [1, 4, 0])
     assert result == pytest.approx(math.exp(5 / 5))
 
 
 def test_perplexity_overflows_to_infinity():
-    assert one("perplexity", "nll", [1e6], [1]) == math.inf
+    assert compute_metric("perplexity", "nll", [1e6], [1]) == math.inf
 
 
 def test_perplexity_without_trained_tokens():
@@ -197,13 +205,13 @@ def test_perplexity_without_trained_tokens():
 # -------------------------------------------------------------------------------------- texts
 
 
-def test_exact_match_strips():
-    result = one("exact_match", "text", [" yes\n", "no", "Yes"], ["yes", "no ", "yes"])
+def test_exact_match_strips_spaces():
+    result = compute_metric("exact_match", "text", [" yes\n", "no", "Yes"], ["yes", "no ", "yes"])
     assert result == pytest.approx(2 / 3)
 
 
 def corpus_bleu(predictions, references):
-    """Papineni et al. 2002, on texts that need no tokenizer; 0 to 100."""
+    """Return BLEU (Papineni et al. 2002) of texts split at spaces, 0 to 100."""
     log_precision = 0.0
     for n in range(1, 5):
         hits = total = 0
@@ -219,24 +227,24 @@ def corpus_bleu(predictions, references):
     return 100 * math.exp(log_precision + min(0.0, 1 - lengths[1] / lengths[0]))
 
 
-def test_bleu_is_the_corpus_score():
+def test_bleu_is_a_corpus_score():
     predictions = ["the cat sat on the mat today", "there is a dog in my garden"]
     references = ["the cat sat on the red mat today", "there is a dog in our big garden"]
     expected = corpus_bleu(predictions, references)
     assert 0 < expected < 100
-    assert one("bleu", "text", predictions, references) == pytest.approx(expected)
+    assert compute_metric("bleu", "text", predictions, references) == pytest.approx(expected)
 
 
-def test_bleu_does_not_warn_of_tokenized_text():
+def test_bleu_does_not_warn_about_tokenized_texts():
     with TestCase().assertNoLogs(level="WARNING"):
-        one("bleu", "text", ["a b c d ."] * 101, ["a b c d ."] * 101)
+        compute_metric("bleu", "text", ["a b c d ."] * 101, ["a b c d ."] * 101)
 
 
 def test_rouge():
     # stems: the cat sit; first row: 1-grams 2 of 3 and 2 of 4, 2-grams 1 of 2 and 1 of 3; the
     # longest common subsequence is `the cat`. Second row: one line each is right, out of order:
     # as one text 2 of 4 words in order, line by line all 4
-    results = measure(
+    results = compute_metrics(
         ["rouge"],
         "text",
         ["the cats run", "red sun\nblue moon"],
@@ -259,7 +267,7 @@ def test_rouge():
 @pytest.mark.parametrize("language", TEXTS)
 def test_identical_texts_are_perfect_in_every_language(language):
     text, _ = TEXTS[language]
-    results = measure(TEXT_METRICS, "text", [text, text], [text, text])
+    results = compute_metrics(TEXT_METRICS, "text", [text, text], [text, text])
     assert results == {
         "exact_match": 1.0,
         "bleu": pytest.approx(100),
@@ -270,7 +278,7 @@ def test_identical_texts_are_perfect_in_every_language(language):
 @pytest.mark.parametrize("language", TEXTS)
 def test_nearly_identical_texts_are_nearly_perfect(language):
     text, other = TEXTS[language]
-    results = measure(TEXT_METRICS, "text", [other], [text])
+    results = compute_metrics(TEXT_METRICS, "text", [other], [text])
     assert results["exact_match"] == 0.0
     assert 40 < results["bleu"] < 95
     assert 0.7 < results["rouge1"] < 1
@@ -278,41 +286,44 @@ def test_nearly_identical_texts_are_nearly_perfect(language):
 
 
 @pytest.mark.parametrize("language", UNSPACED)
-def test_bleu_without_spaces_is_sacrebleus_by_characters(language):
+def test_bleu_without_spaces_equals_sacrebleu_by_characters(language):
     import sacrebleu
 
     pairs = [TEXTS[language], TEXTS[language][::-1]]
-    said, wanted = [p for _, p in pairs], [r for r, _ in pairs]
-    expected = sacrebleu.corpus_bleu(said, [wanted], tokenize="char").score
-    assert one("bleu", "text", said, wanted) == pytest.approx(expected)
+    predictions, references = [p for _, p in pairs], [r for r, _ in pairs]
+    expected = sacrebleu.corpus_bleu(predictions, [references], tokenize="char").score
+    assert compute_metric("bleu", "text", predictions, references) == pytest.approx(expected)
 
 
-def test_bleu_of_chinese_is_sacrebleus_zh():
+def test_bleu_of_chinese_equals_sacrebleu_zh():
     import sacrebleu
 
-    said = ["我有2台iPhone15，想退货。", TEXTS["Chinese"][1]]
-    wanted = ["我买了2台iPhone 15，想要退货。", TEXTS["Chinese"][0]]
-    expected = sacrebleu.corpus_bleu(said, [wanted], tokenize="zh").score
-    assert one("bleu", "text", said, wanted) == pytest.approx(expected)
+    predictions = ["我有2台iPhone15，想退货。", TEXTS["Chinese"][1]]
+    references = ["我买了2台iPhone 15，想要退货。", TEXTS["Chinese"][0]]
+    expected = sacrebleu.corpus_bleu(predictions, [references], tokenize="zh").score
+    assert compute_metric("bleu", "text", predictions, references) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("language", ["Korean", "Arabic", "Hindi", "German", "Russian"])
-def test_bleu_with_spaces_is_sacrebleus_default(language):
+def test_bleu_with_spaces_equals_sacrebleu_by_default(language):
     import sacrebleu
 
     text, other = TEXTS[language]
-    said, wanted = [other, f'&quot;{text}&quot;, 3.5 "ok"!'], [text, f'"{other}" 3.5, "ok"?']
-    expected = sacrebleu.corpus_bleu(said, [wanted]).score
-    assert one("bleu", "text", said, wanted) == pytest.approx(expected)
+    predictions, references = (
+        [other, f'&quot;{text}&quot;, 3.5 "ok"!'],
+        [text, f'"{other}" 3.5, "ok"?'],
+    )
+    expected = sacrebleu.corpus_bleu(predictions, [references]).score
+    assert compute_metric("bleu", "text", predictions, references) == pytest.approx(expected)
 
 
-def test_bleu_of_answers_shorter_than_four_words_counts_what_there_is():
+def test_bleu_of_short_answers_uses_the_effective_order():
     import sacrebleu
 
-    assert one("bleu", "text", ["返品", "yes"], ["返品", "yes"]) == pytest.approx(100)
-    said, wanted = ["the red car", "no"], ["the blue car", "no"]
-    expected = sacrebleu.corpus_bleu(said, [wanted], use_effective_order=True).score
-    assert 0 < one("bleu", "text", said, wanted) == pytest.approx(expected)
+    assert compute_metric("bleu", "text", ["返品", "yes"], ["返品", "yes"]) == pytest.approx(100)
+    predictions, references = ["the red car", "no"], ["the blue car", "no"]
+    expected = sacrebleu.corpus_bleu(predictions, [references], use_effective_order=True).score
+    assert 0 < compute_metric("bleu", "text", predictions, references) == pytest.approx(expected)
 
 
 def lcs(a, b):
@@ -325,75 +336,84 @@ def lcs(a, b):
 
 
 @pytest.mark.parametrize("language", TEXTS)
-def test_rouge_is_that_of_words_counted_by_hand(language):
+def test_rouge_equals_an_independent_count(language):
     text, other = TEXTS[language]
-    marks = "、。，？?"
+    punctuation = "、。，？?"
     if language in UNSPACED:
-        split = [[c for c in t if c not in marks] for t in (text, other)]
+        words = [[c for c in t if c not in punctuation] for t in (text, other)]
     elif language == "mixed":
-        split = [
+        words = [
             re.findall("[a-z]+|[0-9]+|[ぁ-ヿ一-龥]", t.lower().replace("iphone", "iphon"))
             for t in (text, other)
         ]
     else:
-        split = [text.split(), other.split()]
-    want, said = split
-    common = (Counter(want) & Counter(said)).total()
-    results = measure(["rouge"], "text", [other], [text])
-    assert results["rouge1"] == pytest.approx(2 * common / (len(want) + len(said)))
-    assert results["rougeL"] == pytest.approx(2 * lcs(want, said) / (len(want) + len(said)))
+        words = [text.split(), other.split()]
+    reference, prediction = words
+    common = (Counter(reference) & Counter(prediction)).total()
+    results = compute_metrics(["rouge"], "text", [other], [text])
+    assert results["rouge1"] == pytest.approx(2 * common / (len(reference) + len(prediction)))
+    assert results["rougeL"] == pytest.approx(
+        2 * lcs(reference, prediction) / (len(reference) + len(prediction))
+    )
 
 
-def test_rouge_of_english_is_that_of_its_library():
+def test_rouge_of_english_equals_that_of_rouge_score():
     from rouge_score.rouge_scorer import RougeScorer
 
-    said = "The cats' houses were running-down (badly), e.g. in 2021_b!"
-    want = "A cat's house is running down badly, e.g. in 2021 b"
-    expected = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True).score(want, said)
-    results = measure(["rouge"], "text", [said], [want])
+    prediction = "The cats' houses were running-down (badly), e.g. in 2021_b!"
+    reference = "A cat's house is running down badly, e.g. in 2021 b"
+    expected = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True).score(
+        reference, prediction
+    )
+    results = compute_metrics(["rouge"], "text", [prediction], [reference])
     for key, score in expected.items():
         assert results[key] == pytest.approx(score.fmeasure)
 
 
-def test_rouge_sees_letters_beyond_ascii():
-    results = measure(["rouge"], "text", ["sch n f r"], ["schön für"])
+def test_rouge_keeps_letters_beyond_ascii():
+    results = compute_metrics(["rouge"], "text", ["sch n f r"], ["schön für"])
     assert set(results.values()) == {0.0}
 
 
 @pytest.mark.parametrize("text", ["\U0001f44d", "!?", ":-)", "。", "\u2192 \u2713"])
-def test_rouge_of_texts_without_words_compares_what_is_seen(text):
-    assert measure(["rouge"], "text", [text], [text])["rouge1"] == 1.0
-    assert measure(["rouge"], "text", [text], ["x"])["rouge1"] == 0.0
+def test_rouge_of_texts_without_words_compares_visible_characters(text):
+    assert compute_metrics(["rouge"], "text", [text], [text])["rouge1"] == 1.0
+    assert compute_metrics(["rouge"], "text", [text], ["x"])["rouge1"] == 0.0
 
 
 @pytest.mark.parametrize("metric", ["exact_match", "bleu", "rouge"])
 @pytest.mark.parametrize(
     "text", ["ガソリン代を返金", "é à la carte ça", "반품하고 싶은데 어떻게 하나요"]
 )
-def test_the_normal_form_of_unicode_makes_no_difference(metric, text):
-    same = measure([metric], "text", [text], [text])
-    apart = measure([metric], "text", [unicodedata.normalize("NFD", text)], [text])
-    assert apart == same
+def test_texts_are_compared_in_unicode_s_normal_form(metric, text):
+    composed = compute_metrics([metric], "text", [text], [text])
+    decomposed = compute_metrics([metric], "text", [unicodedata.normalize("NFD", text)], [text])
+    assert decomposed == composed
 
 
 @pytest.mark.slow
-def test_languages_may_stand_in_one_corpus():
+def test_a_corpus_may_mix_languages():
     import sacrebleu
 
-    said, wanted = [b for _, b in TEXTS.values()], [a for a, _ in TEXTS.values()]
-    rows = [bleu_words(t) for t in said], [bleu_words(t) for t in wanted]
-    expected = sacrebleu.corpus_bleu(rows[0], [rows[1]], tokenize="none", force=True).score
-    together = measure(TEXT_METRICS, "text", said, wanted)
+    predictions, references = [b for _, b in TEXTS.values()], [a for a, _ in TEXTS.values()]
+    tokenized = [bleu_words(t) for t in predictions], [bleu_words(t) for t in references]
+    expected = sacrebleu.corpus_bleu(
+        tokenized[0], [tokenized[1]], tokenize="none", force=True
+    ).score
+    together = compute_metrics(TEXT_METRICS, "text", predictions, references)
     assert together["bleu"] == pytest.approx(expected)
-    alone = [measure(["rouge"], "text", [p], [r]) for p, r in zip(said, wanted, strict=True)]
-    assert together["rougeL"] == pytest.approx(np.mean([x["rougeL"] for x in alone]))
+    per_row = [
+        compute_metrics(["rouge"], "text", [p], [r])
+        for p, r in zip(predictions, references, strict=True)
+    ]
+    assert together["rougeL"] == pytest.approx(np.mean([x["rougeL"] for x in per_row]))
 
 
-# ---------------------------------------------------------------------------------- what they are
+# ----------------------------------------------------------------------------------- definitions
 
 
 @pytest.mark.parametrize(
-    ("metric", "context", "said"),
+    ("metric", "context", "text"),
     [
         ("f1", MetricContext(2, labels=("bad", "良い")), "of the label `良い`, the second of two"),
         ("precision", MetricContext(2), "of the label at position 1"),
@@ -412,25 +432,25 @@ def test_languages_may_stand_in_one_corpus():
         ("meteor", UNKNOWN, "computed by `evaluate`'s metric `meteor`"),
     ],
 )
-def test_a_metric_says_what_it_is(metric, context, said):
+def test_metric_definitions(metric, context, text):
     (line,) = definition(metric, context).values()
-    assert said in line
+    assert text in line
 
 
-def test_every_metric_says_what_it_is_for_each_of_its_numbers():
+def test_every_result_of_every_metric_is_defined():
     for name in known_metrics():
         for context in (UNKNOWN, BINARY, THREE, TAGS):
             assert list(definition(name, context)) == list(result_names(name))
     assert "lower-case words" in definition("rouge", UNKNOWN)["rouge1"]
 
 
-def test_the_label_that_f1_is_of_is_the_one_that_is_named():
+def test_the_definition_of_f1_names_the_right_label():
     from sklearn.metrics import f1_score
 
     context = MetricContext(2, labels=("no", "yes"))
     names_p, names_r = ([context.labels[i] for i in rows] for rows in (BINARY_P, BINARY_R))
     expected = f1_score(names_r, names_p, pos_label="yes")
-    assert one("f1", "label", BINARY_P, BINARY_R, context) == pytest.approx(expected)
+    assert compute_metric("f1", "label", BINARY_P, BINARY_R, context) == pytest.approx(expected)
     assert "`yes`" in definition("f1", context)["f1"]
 
 
@@ -446,15 +466,15 @@ def test_the_label_that_f1_is_of_is_the_one_that_is_named():
         ("text", ["rouge", "bleu", "exact_match"], ["a b c d", "b", "c"], ["a b c d e", "b", "d"]),
     ],
 )
-def test_batches_of_any_size_give_the_same(channel, names, predictions, references):
-    together = measure(names, channel, predictions, references, THREE)
+def test_results_do_not_depend_on_the_batch_size(channel, names, predictions, references):
+    together = compute_metrics(names, channel, predictions, references, THREE)
     metrics = MetricSet(names, channel, THREE)
     for start, stop in [(0, 1), (1, 1), (1, 3), (3, len(predictions))]:
         metrics.add_batch(channel, predictions[start:stop], references[start:stop])
     assert metrics.compute() == together
 
 
-def test_compute_forgets_the_rows():
+def test_compute_clears_the_rows():
     metrics = MetricSet(["accuracy"], "label", BINARY)
     metrics.add_batch("label", [1, 1], [0, 0])
     assert metrics.compute() == {"accuracy": 0.0}
@@ -464,12 +484,12 @@ def test_compute_forgets_the_rows():
     assert metrics.compute() == {"accuracy": 1.0}
 
 
-def test_channels_are_fed_apart():
+def test_channels_are_fed_separately():
     metrics = MetricSet(["perplexity", "exact_match", "perplexity"], "nll")
     assert metrics.channels == {"nll", "text"}
     metrics.add_batch("nll", [0.0], [3])
     metrics.add_batch("text", ["a"], ["a"])
-    metrics.add_batch("label", [1], [0])  # nobody listens
+    metrics.add_batch("label", [1], [0])  # no metric reads this channel
     assert metrics.compute() == {"perplexity": 1.0, "exact_match": 1.0}
 
 
@@ -481,28 +501,30 @@ def test_a_channel_without_rows_is_an_error():
         metrics.compute()
 
 
-def test_no_metrics_give_nothing():
+def test_an_empty_set_of_metrics():
     metrics = MetricSet([], "label")
     metrics.add_batch("label", [1], [1])
     assert metrics.channels == set()
     assert metrics.compute() == {}
 
 
-def test_tensors_and_arrays_are_taken():
+def test_tensors_and_arrays_are_accepted():
     import torch
 
-    assert one("accuracy", "label", torch.tensor([1, 0]), np.array([1, 1]), BINARY) == 0.5
-    assert one("mse", "value", torch.tensor([1.0, 3.0]), np.float32([1, 1])) == 2.0
+    assert (
+        compute_metric("accuracy", "label", torch.tensor([1, 0]), np.array([1, 1]), BINARY) == 0.5
+    )
+    assert compute_metric("mse", "value", torch.tensor([1.0, 3.0]), np.float32([1, 1])) == 2.0
 
 
-def test_floats_are_no_labels():
+def test_labels_must_be_integers():
     with pytest.raises(AssertionError):
-        measure(["accuracy"], "label", [0.4, 0.6], [0, 1], BINARY)
+        compute_metrics(["accuracy"], "label", [0.4, 0.6], [0, 1], BINARY)
 
 
 def test_lengths_must_agree():
     with pytest.raises(AssertionError):
-        measure(["accuracy"], "label", [0, 1], [0], BINARY)
+        compute_metrics(["accuracy"], "label", [0, 1], [0], BINARY)
 
 
 # --------------------------------------------------------------------------- degenerate cases
@@ -518,7 +540,7 @@ VALUE_METRICS = [n for n in known_metrics() if not check_metric_names([n], "valu
     [([0, 0], [0, 0], 1.0), ([1], [1], 1.0), ([1, 1], [0, 0], 0.0), ([0, 0], [1, 1], 0.0)],
 )
 def test_one_class_only(context, predictions, references, right):
-    results = measure(LABEL_METRICS, "label", predictions, references, context)
+    results = compute_metrics(LABEL_METRICS, "label", predictions, references, context)
     assert results.pop("matthews_correlation") == 0.0
     if context == BINARY and references == predictions == [0, 0]:
         # label 1 does not occur, so its scores divide by zero
@@ -528,12 +550,12 @@ def test_one_class_only(context, predictions, references, right):
 
 def test_many_classes_seen_once():
     rows = list(range(50))
-    results = measure(LABEL_METRICS, "label", rows, rows, MetricContext(n_labels=50))
+    results = compute_metrics(LABEL_METRICS, "label", rows, rows, MetricContext(n_labels=50))
     assert list(results.values()) == pytest.approx([1.0] * len(LABEL_METRICS))
 
 
 def test_rows_without_any_label():
-    results = measure(["f1", "accuracy"], "label", [[0, 0, 0]] * 2, [[0, 0, 0]] * 2, TAGS)
+    results = compute_metrics(["f1", "accuracy"], "label", [[0, 0, 0]] * 2, [[0, 0, 0]] * 2, TAGS)
     assert results == {"f1": 0.0, "accuracy": 1.0}
 
 
@@ -548,35 +570,35 @@ def test_rows_without_any_label():
         ([math.inf, 1.0, 2.0], [1.0, 2.0, 3.0]),
     ],
 )
-def test_correlation_that_is_undefined_is_nan(predictions, references):
-    results = measure(["pearson", "spearman"], "value", predictions, references)
+def test_undefined_correlations_are_nan(predictions, references):
+    results = compute_metrics(["pearson", "spearman"], "value", predictions, references)
     assert all(math.isnan(value) for value in results.values())
 
 
 def test_correlation_of_two_rows():
-    assert measure(["pearson", "spearman"], "value", [1.0, 2.0], [5.0, 3.0]) == pytest.approx(
-        {"pearson": -1.0, "spearman": -1.0}
-    )
+    assert compute_metrics(
+        ["pearson", "spearman"], "value", [1.0, 2.0], [5.0, 3.0]
+    ) == pytest.approx({"pearson": -1.0, "spearman": -1.0})
 
 
 def test_correlation_of_nearly_constant_values_does_not_warn():
-    one("pearson", "value", [1e16, 1e16, 1e16 + 2], [1.0, 2.0, 3.0])
+    compute_metric("pearson", "value", [1e16, 1e16, 1e16 + 2], [1.0, 2.0, 3.0])
 
 
 @pytest.mark.parametrize(
     ("bad", "expected"), [(math.nan, math.nan), (math.inf, math.inf), (1e300, math.inf)]
 )
 def test_errors_of_a_model_that_diverged(bad, expected):
-    results = measure(["mse", "rmse"], "value", [bad, 1.0], [1.0, 1.0])
+    results = compute_metrics(["mse", "rmse"], "value", [bad, 1.0], [1.0, 1.0])
     assert list(results.values()) == pytest.approx([expected, expected], nan_ok=True)
 
 
 def test_perplexity_of_a_model_that_diverged():
-    assert math.isnan(one("perplexity", "nll", [math.nan, 1.0], [1, 1]))
+    assert math.isnan(compute_metric("perplexity", "nll", [math.nan, 1.0], [1, 1]))
 
 
 def test_empty_texts():
-    results = measure(TEXT_METRICS, "text", ["", ""], ["", "a b c d"])
+    results = compute_metrics(TEXT_METRICS, "text", ["", ""], ["", "a b c d"])
     assert results.pop("exact_match") == 0.5
     assert set(results.values()) == {0.0}
 
@@ -602,7 +624,7 @@ def test_the_documented_metrics_are_known():
     assert set(documented.split(", ")) <= set(known_metrics())
 
 
-def test_names_that_do_not_suit_the_task_are_told_together():
+def test_unsuitable_metrics_are_reported_together():
     with pytest.raises(LoraError) as caught:
         MetricSet(
             ["bleu", "accuracy", "mse", "perplexity", "mse"],
@@ -622,7 +644,7 @@ def test_names_that_do_not_suit_the_task_are_told_together():
 
 
 @pytest.mark.parametrize("channel", ["text", "nll"])
-def test_a_language_model_feeds_texts_and_likelihoods(channel):
+def test_language_models_yield_texts_and_likelihoods(channel):
     assert check_metric_names([*TEXT_METRICS, "perplexity"], channel) == []
     assert len(check_metric_names(["accuracy", "mse"], channel)) == 2
 
@@ -640,7 +662,7 @@ def test_names_are_checked_without_a_task():
 
 
 @pytest.mark.parametrize("name", ["./absent.py", "absent.py", "/absent", "~/absent.py"])
-def test_a_script_that_is_absent(name, tmp_path, monkeypatch):
+def test_a_missing_script(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (problem,) = check_metric_names([name], "label")
     assert problem.what == f"there is no metric script `{name}`"
@@ -670,11 +692,13 @@ def test_names_are_checked_without_heavy_imports():
         "heavy = 'evaluate datasets sklearn scipy sacrebleu rouge_score torch'.split()\n"
         "print([name for name in heavy if name in sys.modules])\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert process.stdout == "[]\n"
 
 
-# ------------------------------------------------------------------- metrics of other people
+# ------------------------------------------------------------------- metrics that are not built in
 
 SCRIPT = """
 import datasets
@@ -699,7 +723,7 @@ LABELS = '{"predictions": datasets.Value("int32"), "references": datasets.Value(
 
 @pytest.fixture
 def offline(tmp_path, monkeypatch):
-    """No network; `evaluate` keeps its copies of scripts in a folder of the test's own."""
+    """Block the network, and let `evaluate` cache scripts in the test's folder."""
     import socket
 
     import evaluate
@@ -729,7 +753,7 @@ def script(offline, tmp_path):
     return write
 
 
-def test_a_script_of_ones_own(script, capsys):
+def test_a_custom_script(script, capsys):
     name = script('{"hits": sum(hits), "share": sum(hits) / len(hits), "rows": hits}')
     metrics = MetricSet(["accuracy", name], "label", THREE)
     for _ in range(2):
@@ -743,9 +767,9 @@ def test_a_script_of_ones_own(script, capsys):
     assert err.split() == ["imported", "computed", "computed"]
 
 
-def test_a_script_does_not_take_the_place_of_the_loss(script):
+def test_a_script_does_not_replace_the_loss(script):
     path = script('{"loss": 7.0}')
-    assert measure([path], "label", [1], [1]) == {"mine_loss": 7.0}
+    assert compute_metrics([path], "label", [1], [1]) == {"mine_loss": 7.0}
 
 
 def test_a_script_in_the_home_folder(script, tmp_path, monkeypatch):
@@ -753,20 +777,20 @@ def test_a_script_in_the_home_folder(script, tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert measure(["~/at_home.py"], "label", [1], [1]) == {"a": 1.0}
+    assert compute_metrics(["~/at_home.py"], "label", [1], [1]) == {"a": 1.0}
 
 
-def test_a_result_of_the_same_name_is_told_apart(script):
+def test_results_of_the_same_name_are_prefixed(script):
     name = script('{"accuracy": 0.25}')
-    results = measure(["accuracy", name], "label", [1], [1], BINARY)
+    results = compute_metrics(["accuracy", name], "label", [1], [1], BINARY)
     assert results == {"accuracy": 1.0, "mine_accuracy": 0.25}
 
 
-def test_numbers_of_any_kind_are_plain_floats(script):
+def test_results_are_converted_to_floats(script):
     name = script(
         '{"a": __import__("numpy").float32(0.5), "b": __import__("numpy").array(2), "c": True}'
     )
-    assert measure([name], "label", [1], [1]) == {"a": 0.5, "b": 2.0, "c": 1.0}
+    assert compute_metrics([name], "label", [1], [1]) == {"a": 0.5, "b": 2.0, "c": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -784,7 +808,7 @@ def test_a_script_that_fails(script, result, reason):
     assert caught.value.problems[0].what == f"metric `./mine.py` failed: {reason}"
 
 
-def test_a_script_that_wants_other_rows(script):
+def test_a_script_with_incompatible_rows(script):
     metrics = MetricSet([script('{"a": 1.0}')], "text")
     with pytest.raises(
         LoraError, match=r"metric `\./mine\.py` failed: ValueError: invalid literal"
@@ -792,18 +816,18 @@ def test_a_script_that_wants_other_rows(script):
         metrics.add_batch("text", ["not a number"], ["nor this"])
 
 
-def test_a_script_that_wants_other_inputs(script):
+def test_a_script_with_other_inputs(script):
     features = '{"predictions": datasets.Value("string"), "sources": datasets.Value("string")}'
     with pytest.raises(LoraError, match="expects predictions, sources; a task yields"):
         MetricSet([script('{"a": 1.0}', features)], "text")
 
 
-def test_a_script_that_is_broken(script):
+def test_a_script_with_a_syntax_error(script):
     with pytest.raises(LoraError, match=r"`\./mine\.py` cannot be loaded: SyntaxError"):
         MetricSet([script('{"a": ')], "label")
 
 
-def test_unknown_names_are_told_with_all_other_problems(offline):
+def test_unknown_names_are_reported_with_all_other_problems(offline):
     with pytest.raises(LoraError) as caught:
         MetricSet(["acuracy", "bleu", "user/metric"], "label")
     acuracy, bleu, hub = caught.value.problems
@@ -834,28 +858,28 @@ def test_no_file_is_left_behind(script, tmp_path, monkeypatch):
     assert not cache.exists()
 
 
-def test_metrics_of_texts_take_the_best_of_several_references():
+def test_the_best_of_several_references_counts():
     import sacrebleu
     from rouge_score.rouge_scorer import RougeScorer
 
-    said = ["a cat sat on the mat", "the dog runs very fast"]
-    wanted = [["the cat sat on a mat", "a cat sat on the mat"], ["the dog runs quickly today"]]
+    predictions = ["a cat sat on the mat", "the dog runs very fast"]
+    references = [["the cat sat on a mat", "a cat sat on the mat"], ["the dog runs quickly today"]]
     streams = [["the cat sat on a mat", "the dog runs quickly today"],
                ["a cat sat on the mat", None]]  # fmt: skip
     context = MetricContext(several_references=True)
     metrics = MetricSet(["bleu", "chrf", "rouge", "exact_match"], "text", context)
-    metrics.add_batch("text", said[:1], wanted[:1])
-    metrics.add_batch("text", said[1:], wanted[1:])
-    found = metrics.compute()
-    expected = sacrebleu.corpus_bleu(said, streams, use_effective_order=True).score
-    assert found["bleu"] == pytest.approx(expected)
-    assert found["chrf"] == pytest.approx(sacrebleu.corpus_chrf(said, streams).score)
+    metrics.add_batch("text", predictions[:1], references[:1])
+    metrics.add_batch("text", predictions[1:], references[1:])
+    results = metrics.compute()
+    expected = sacrebleu.corpus_bleu(predictions, streams, use_effective_order=True).score
+    assert results["bleu"] == pytest.approx(expected)
+    assert results["chrf"] == pytest.approx(sacrebleu.corpus_chrf(predictions, streams).score)
     scorer = RougeScorer(["rouge1"], use_stemmer=True)
     scores = [
-        max(scorer.score(want, text)["rouge1"].fmeasure for want in rows)
-        for text, rows in zip(said, wanted, strict=True)
+        max(scorer.score(reference, text)["rouge1"].fmeasure for reference in row_references)
+        for text, row_references in zip(predictions, references, strict=True)
     ]
-    assert found["rouge1"] == pytest.approx(sum(scores) / 2)
-    assert found["exact_match"] == 0.5
+    assert results["rouge1"] == pytest.approx(sum(scores) / 2)
+    assert results["exact_match"] == 0.5
     assert "nrefs:var" in definition("chrf", context)["chrf"]
     assert "nrefs:1|" in definition("bleu", MetricContext())["bleu"]

@@ -1,4 +1,4 @@
-"""Recordings as public data sets lay them out, and tables whose rows are parts of a recording."""
+"""Tests of the layouts of public speech data sets, and of tables of segments of recordings."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-def recipe_of(data: Json, model: Path | str = "none", **task: Any) -> Recipe:
+def build_recipe(data: Json, model: Path | str = "none", **task: Any) -> Recipe:
     task = {"type": "speech_recognition", **task}
     return Recipe.model_validate({"model": {"name": str(model)}, "task": task, "data": data})
 
 
-def said(rows: Rows, column: str = "text") -> dict[str, str]:
+def transcripts(rows: Rows, column: str = "text") -> dict[str, str]:
     return {rows.place(i): rows[i][column] for i in range(len(rows))}
 
 
-def drafted(source: Path, base: Path, **given: Any) -> Recipe:
+def draft_and_load(source: Path, base: Path, **options: Any) -> Recipe:
     target = source.parent / "recipe.yaml"
-    draft = draft_recipe(source, str(base), target, **given)
+    draft = draft_recipe(source, str(base), target, **options)
     write_recipe(target, draft.text(), draft.extra_files)
     return load_recipe(target)
 
@@ -49,35 +49,35 @@ def drafted(source: Path, base: Path, **given: Any) -> Recipe:
 
 def librispeech(root: Path) -> Path:
     for n, (split, chapter) in enumerate((("train-clean-100", "19/198"), ("dev-clean", "26/495"))):
-        speaker, _, part = chapter.partition("/")
+        speaker, _, chapter_id = chapter.partition("/")
         lines = []
         for i in range(3):
-            name = f"{speaker}-{part}-{i:04d}"
+            name = f"{speaker}-{chapter_id}-{i:04d}"
             write(root / split / chapter / f"{name}.flac", sound(10 * n + i, 0.3))
             lines.append(f"{name} WORD {n} {i}\n")
-        (root / split / chapter / f"{speaker}-{part}.trans.txt").write_text("".join(lines))
+        (root / split / chapter / f"{speaker}-{chapter_id}.trans.txt").write_text("".join(lines))
     return root
 
 
-def test_the_lists_of_librispeech_are_read_as_the_transcripts(tmp_path: Path) -> None:
+def test_librispeech_transcripts_are_read(tmp_path: Path) -> None:
     root = librispeech(tmp_path / "LibriSpeech")
-    recipe = recipe_of({"path": str(root), "validation": "validation"})
+    recipe = build_recipe({"path": str(root), "validation": "validation"})
     splits = load_rows(recipe)
     place = "train-clean-100/19/198/19-198-000"
-    assert said(splits["train"]) == {f"{place}{i}.flac": f"WORD 0 {i}" for i in range(3)}
-    assert list(said(splits["validation"]).values()) == [f"WORD 1 {i}" for i in range(3)]
+    assert transcripts(splits["train"]) == {f"{place}{i}.flac": f"WORD 0 {i}" for i in range(3)}
+    assert list(transcripts(splits["validation"]).values()) == [f"WORD 1 {i}" for i in range(3)]
     assert texts_alone(root, recipe) == []
 
-    listed = next(root.rglob("19-198.trans.txt"))
-    listed.write_text(listed.read_text().replace("WORD 0 1", "ANOTHER"))
-    assert said(load_rows(recipe)["train"])[f"{place}1.flac"] == "ANOTHER"
-    (listed.parent / "19-198-0001.txt").write_text("its own\n")
-    assert said(load_rows(recipe)["train"])[f"{place}1.flac"] == "its own"
+    transcript_file = next(root.rglob("19-198.trans.txt"))
+    transcript_file.write_text(transcript_file.read_text().replace("WORD 0 1", "ANOTHER"))
+    assert transcripts(load_rows(recipe)["train"])[f"{place}1.flac"] == "ANOTHER"
+    (transcript_file.parent / "19-198-0001.txt").write_text("its own\n")
+    assert transcripts(load_rows(recipe)["train"])[f"{place}1.flac"] == "its own"
 
 
-def test_librispeech_is_drafted_by_its_lists(tmp_path: Path) -> None:
+def test_librispeech_is_drafted(tmp_path: Path) -> None:
     base = tiny_speech.save(tmp_path / "base")
-    recipe = drafted(librispeech(tmp_path / "LibriSpeech"), base)
+    recipe = draft_and_load(librispeech(tmp_path / "LibriSpeech"), base)
     assert recipe.task.text_column == "text"
     assert len(load_rows(recipe)["validation"]) == 3
 
@@ -88,33 +88,35 @@ SENTENCES = ["Größe und Maß für die Tür", "schöne Grüße aus Köln", "wir
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "utf-16", "utf-8-sig", "utf-8"])
-def test_the_encoding_of_texts_next_to_recordings_is_found(encoding: str, tmp_path: Path) -> None:
+def test_the_encoding_of_text_files_is_detected(encoding: str, tmp_path: Path) -> None:
     for i, text in enumerate(SENTENCES * 2):
         write(tmp_path / "speech" / f"{i}.wav", sound(i, 0.3))
         (tmp_path / "speech" / f"{i}.txt").write_bytes(f"{text} {i}\n".encode(encoding))
-    recipe = drafted(tmp_path / "speech", tiny_speech.save(tmp_path / "base"))
+    recipe = draft_and_load(tmp_path / "speech", tiny_speech.save(tmp_path / "base"))
     rows = {
-        place: text for split in load_rows(recipe).values() for place, text in said(split).items()
+        place: text
+        for split in load_rows(recipe).values()
+        for place, text in transcripts(split).items()
     }
     assert rows == {f"{i}.wav": f"{text} {i}" for i, text in enumerate(SENTENCES * 2)}
 
 
-def test_a_text_file_with_a_capital_ending_belongs_to_its_recording(tmp_path: Path) -> None:
+def test_text_files_may_have_an_upper_case_suffix(tmp_path: Path) -> None:
     write(tmp_path / "speech" / "1.wav", sound(1))
     (tmp_path / "speech" / "1.TXT").write_text("a word\n")
-    recipe = recipe_of({"path": str(tmp_path / "speech")})
-    assert said(load_rows(recipe)["train"]) == {"1.wav": "a word"}
+    recipe = build_recipe({"path": str(tmp_path / "speech")})
+    assert transcripts(load_rows(recipe)["train"]) == {"1.wav": "a word"}
     assert texts_alone(tmp_path / "speech", recipe) == []
 
 
-def test_recordings_in_two_formats_share_their_text_and_are_named(
+def test_recordings_in_two_formats_share_a_text_with_a_warning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for i in range(2):
         for ending in ("wav", "flac"):
             write(tmp_path / "speech" / f"{i}.{ending}", sound(i))
         (tmp_path / "speech" / f"{i}.txt").write_text(f"word {i}")
-    load_rows(recipe_of({"path": str(tmp_path / "speech")}))
+    load_rows(build_recipe({"path": str(tmp_path / "speech")}))
     err = capsys.readouterr().err
     assert f"2 text files in {tmp_path}/speech belong to more than one file" in err
     assert "such as 0.flac and 0.wav" in err
@@ -123,16 +125,16 @@ def test_recordings_in_two_formats_share_their_text_and_are_named(
 # ------------------------------------------------------------------------- folders of classes
 
 
-def test_names_of_folders_are_no_transcripts_unless_they_are_asked_for(tmp_path: Path) -> None:
+def test_folder_names_are_transcripts_only_on_request(tmp_path: Path) -> None:
     base = tiny_speech.save(tmp_path / "base")
     for n, word in enumerate(("yes", "no")):
         for i in range(4):
             write(tmp_path / "words" / word / f"{i}.wav", sound(10 * n + i, 0.3))
     with pytest.raises(LoraError, match="have no texts next to them"):
-        drafted(tmp_path / "words", base)
-    recipe = drafted(tmp_path / "words", base, text="label")
+        draft_and_load(tmp_path / "words", base)
+    recipe = draft_and_load(tmp_path / "words", base, text="label")
     assert recipe.task.text_column == "label"
-    assert set(said(load_rows(recipe)["train"], "label").values()) == {"yes", "no"}
+    assert set(transcripts(load_rows(recipe)["train"], "label").values()) == {"yes", "no"}
 
 
 # -------------------------------------------------------------------------------- Common Voice
@@ -147,9 +149,9 @@ def common_voice(root: Path) -> Path:
     return root / "train.tsv"
 
 
-def test_paths_of_common_voice_start_from_its_folder_of_clips(tmp_path: Path) -> None:
+def test_common_voice_paths_are_relative_to_clips(tmp_path: Path) -> None:
     table = common_voice(tmp_path / "cv")
-    recipe = recipe_of({"path": str(table)}, audio_column="path", text_column="sentence")
+    recipe = build_recipe({"path": str(table)}, audio_column="path", text_column="sentence")
     rows = load_rows(recipe)["train"]
     assert [row["path"]["path"] for row in rows] == [
         str(tmp_path / "cv" / "clips" / f"voice_{i}.mp3") for i in range(4)
@@ -157,20 +159,18 @@ def test_paths_of_common_voice_start_from_its_folder_of_clips(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("inner", ["clips", "wavs", "audio", "audio/train", "train"])
-def test_a_folder_beside_the_table_is_found_once_its_files_are_there(
-    inner: str, tmp_path: Path
-) -> None:
+def test_paths_may_be_relative_to_a_folder_next_to_the_table(inner: str, tmp_path: Path) -> None:
     table = common_voice(tmp_path / "cv")
     (tmp_path / "cv" / "clips").rename(tmp_path / "elsewhere")
-    recipe = recipe_of({"path": str(table)}, audio_column="path", text_column="sentence")
+    recipe = build_recipe({"path": str(table)}, audio_column="path", text_column="sentence")
     with pytest.raises(LoraError, match=f"there is no file `{tmp_path}/cv/voice_0.mp3`"):
         load_rows(recipe)
-    place = tmp_path / "cv" / inner
-    place.parent.mkdir(exist_ok=True)
-    (tmp_path / "elsewhere").rename(place)
+    folder = tmp_path / "cv" / inner
+    folder.parent.mkdir(exist_ok=True)
+    (tmp_path / "elsewhere").rename(folder)
     rows = load_rows(recipe)["train"]
-    assert rows[0]["path"]["path"] == str(place / "voice_0.mp3")
-    write(tmp_path / "cv" / "voice_2.mp3", sound(9))  # beside the table itself comes first
+    assert rows[0]["path"]["path"] == str(folder / "voice_0.mp3")
+    write(tmp_path / "cv" / "voice_2.mp3", sound(9))  # next to the table takes precedence
     table.write_text(table.read_text().replace("voice_0", "voice_2"))
     with pytest.raises(LoraError, match=r"there is no file `.*/cv/voice_1.mp3`"):
         load_rows(recipe)
@@ -181,7 +181,7 @@ def test_a_folder_beside_the_table_is_found_once_its_files_are_there(
 
 @pytest.mark.parametrize("kind", ["WAV", "FLAC", "MP3", "OGG", "AIFF", "AU"])
 @pytest.mark.parametrize("form", ["bare", "address", "pair"])
-def test_recordings_in_base64_are_heard(form: str, kind: str, tmp_path: Path) -> None:
+def test_recordings_in_base64_are_decoded(form: str, kind: str, tmp_path: Path) -> None:
     files = [encoded(sound(i, 0.3), format=kind) for i in range(3)]
     texts = [base64.b64encode(file).decode() for file in files]
     values: list[Any] = {
@@ -191,12 +191,12 @@ def test_recordings_in_base64_are_heard(form: str, kind: str, tmp_path: Path) ->
     }[form]
     rows = [{"audio": value, "text": f"word {i}"} for i, value in enumerate(values)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    loaded = load_rows(recipe_of({"path": str(tmp_path / "rows.jsonl")}))["train"]
+    loaded = load_rows(build_recipe({"path": str(tmp_path / "rows.jsonl")}))["train"]
     for row, file in zip(loaded, files, strict=True):
         assert row["audio"] == {"bytes": file, "path": None}
         assert read_recording(row["audio"], 16_000).std() > 0.1
     if form != "pair":
-        recipe = drafted(tmp_path / "rows.jsonl", tiny_speech.save(tmp_path / "base"))
+        recipe = draft_and_load(tmp_path / "rows.jsonl", tiny_speech.save(tmp_path / "base"))
         assert (recipe.task.type, recipe.task.audio_column) == ("speech_recognition", "audio")
 
 
@@ -208,11 +208,11 @@ def test_recordings_in_base64_are_heard(form: str, kind: str, tmp_path: Path) ->
         {"array": [0.1], "sampling_rate": 16_000},
     ],
 )  # fmt: skip
-def test_a_pair_that_is_no_file_is_an_error_of_its_row(value: Json, tmp_path: Path) -> None:
+def test_invalid_media_objects_are_row_errors(value: Json, tmp_path: Path) -> None:
     write(tmp_path / "1.wav", sound(1))
     rows = [{"audio": "1.wav", "text": "a"}, {"audio": value, "text": "b"}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    recipe = recipe_of(
+    recipe = build_recipe(
         {"path": str(tmp_path / "rows.jsonl")}, tiny_speech.save(tmp_path / "base")
     )  # fmt: skip
     with pytest.raises(LoraError) as raised:
@@ -222,10 +222,10 @@ def test_a_pair_that_is_no_file_is_an_error_of_its_row(value: Json, tmp_path: Pa
     ]
 
 
-# ------------------------------------------------------------------------- parts of recordings
+# ------------------------------------------------------------------------- segments of recordings
 
 
-def table_of_parts(folder: Path, column: str, files: list[str]) -> Path:
+def write_segments(folder: Path, column: str, files: list[str]) -> Path:
     for name in set(files):
         write(folder / name, sound(len(name), 0.9))
     lines = [f"{name},{0.2 * i:.1f},word {i}\n" for i, name in enumerate(files)]
@@ -234,47 +234,47 @@ def table_of_parts(folder: Path, column: str, files: list[str]) -> Path:
 
 
 @pytest.mark.parametrize("column", ["start", "start_time", "offset", "begin_ms", "segment_start"])
-def test_init_rejects_rows_that_are_parts_of_recordings(column: str, tmp_path: Path) -> None:
+def test_init_rejects_segments_of_recordings(column: str, tmp_path: Path) -> None:
     base = tiny_speech.save(tmp_path / "base")
-    table = table_of_parts(tmp_path, column, ["1.wav", "1.wav", "22.wav", "22.wav"])
+    table = write_segments(tmp_path, column, ["1.wav", "1.wav", "22.wav", "22.wav"])
     with pytest.raises(LoraError, match=f"parts of recordings, which begin where `{column}` says"):
-        drafted(table, base)
+        draft_and_load(table, base)
 
 
-def test_a_beginning_of_recordings_of_their_own_is_no_matter(tmp_path: Path) -> None:
+def test_a_start_column_is_fine_if_recordings_are_distinct(tmp_path: Path) -> None:
     base = tiny_speech.save(tmp_path / "base")
-    table = table_of_parts(tmp_path, "start", [f"{'1' * i}.wav" for i in range(1, 5)])
-    assert drafted(table, base).task.text_column == "text"
+    table = write_segments(tmp_path, "start", [f"{'1' * i}.wav" for i in range(1, 5)])
+    assert draft_and_load(table, base).task.text_column == "text"
 
 
-def warnings_of(recipe: Recipe) -> str:
+def data_warnings(recipe: Recipe) -> str:
     task, data = inspect_data(recipe)
     return "\n".join(examine(task, data).warnings())
 
 
-def test_several_texts_of_one_recording_are_named(tmp_path: Path) -> None:
+def test_conflicting_texts_of_a_recording_are_a_warning(tmp_path: Path) -> None:
     base = tiny_speech.save(tmp_path / "base")
-    table = table_of_parts(tmp_path, "start", ["1.wav", "22.wav", "1.wav"])
-    found = warnings_of(recipe_of({"path": str(table)}, base))
+    table = write_segments(tmp_path, "start", ["1.wav", "22.wav", "1.wav"])
+    warnings = data_warnings(build_recipe({"path": str(table)}, base))
     assert (
         "1 train recording stands in several rows with different texts, such as 1.wav in "
         "parts.csv:2 and parts.csv:4: each row is heard as the whole recording"
-    ) in found
-    table.write_text(table.read_text().replace("word 2", "word 0"))  # said twice the same
-    assert "different texts" not in warnings_of(recipe_of({"path": str(table)}, base))
+    ) in warnings
+    table.write_text(table.read_text().replace("word 2", "word 0"))  # now both texts are the same
+    assert "different texts" not in data_warnings(build_recipe({"path": str(table)}, base))
 
 
-def test_a_recording_may_be_an_object_with_its_path_alone(tmp_path: Path) -> None:
+def test_recordings_may_be_objects_with_only_a_path(tmp_path: Path) -> None:
     folder = tmp_path / "data"
     for i in range(20):
         write(folder / "wavs" / f"{i}.wav", sound(i, 0.3))
     rows = [{"audio": {"path": f"wavs/{i}.wav"}, "txt": f"word {i}", "language": "English"}
             for i in range(20)]  # fmt: skip
     (folder / "train.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    recipe = drafted(folder / "train.json", tiny_speech.save(tmp_path / "base"))
+    recipe = draft_and_load(folder / "train.json", tiny_speech.save(tmp_path / "base"))
     assert (recipe.task.audio_column, recipe.task.text_column) == ("audio", "txt")
-    read = load_rows(recipe.with_values({"data.validation": None, "data.test": None}))["train"]
-    for i, row in enumerate(read):
-        wanted = read_recording({"bytes": None, "path": str(folder / f"wavs/{i}.wav")}, 16_000)
-        assert (read_recording(row["audio"], 16_000) == wanted).all()
+    loaded = load_rows(recipe.with_values({"data.validation": None, "data.test": None}))["train"]
+    for i, row in enumerate(loaded):
+        expected = read_recording({"bytes": None, "path": str(folder / f"wavs/{i}.wav")}, 16_000)
+        assert (read_recording(row["audio"], 16_000) == expected).all()
         assert row["txt"] == f"word {i}"

@@ -1,7 +1,7 @@
-"""Tiny Whisper models, which hear one second at once, and recordings, made in code.
+"""Tiny Whisper models, which hear one second at a time, and recordings, built in code.
 
-folder = tiny_speech.save(tmp_path / "base")                    of English alone
-folder = tiny_speech.save(tmp_path / "base", languages=True)    of several languages
+folder = tiny_speech.save(tmp_path / "base")                    English-only
+folder = tiny_speech.save(tmp_path / "base", languages=True)    multilingual
 tiny_speech.write(tmp_path / "1.wav", tiny_speech.sound(1))
 """
 
@@ -26,7 +26,7 @@ from transformers import (
 )
 
 RATE = 16_000
-SECONDS = 1  # that the models hear at once
+SECONDS = 1  # per forward pass
 POSITIONS = 40  # of the decoder
 END = "<|endoftext|>"
 SPECIAL = [
@@ -39,7 +39,7 @@ LOUD, QUIET = 0.3, 0.001
 
 @functools.cache
 def tokenizer() -> WhisperTokenizer:
-    """Return a tokenizer as Whisper's."""
+    """Return a tokenizer like Whisper's."""
     backend = Tokenizer.from_str(tiny._bpe(()))
     model = json.loads(backend.to_str())["model"]
     vocabulary = dict(model["vocab"])
@@ -92,7 +92,7 @@ def save(folder: Path, languages: bool = False, **config: Any) -> Path:
 
 
 def sound(seed: int, seconds: float = 0.4, rate: int = RATE, channels: int = 1) -> Any:
-    """Return a tone with noise, which no other seed gives: (N,), or (N, channels)."""
+    """Return a tone with noise that is unique to the seed: (N,), or (N, channels)."""
     rng = np.random.default_rng(seed)
     time = np.arange(int(seconds * rate)) / rate
     tone = np.sin(2 * np.pi * (200 + 40 * seed) * time)
@@ -104,21 +104,21 @@ def sound(seed: int, seconds: float = 0.4, rate: int = RATE, channels: int = 1) 
 def encoded(
     samples: Any, rate: int = RATE, format: str = "WAV", subtype: str | None = None
 ) -> bytes:
-    """Return a recording as a file has it."""
+    """Return a recording as the bytes of a file."""
     file = io.BytesIO()
     soundfile.write(file, samples, rate, format=format, subtype=subtype)
     return file.getvalue()
 
 
 def write(path: Path, samples: Any, rate: int = RATE) -> Path:
-    """Write a recording; the ending says in which format."""
+    """Write a recording in the format of the path's suffix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     soundfile.write(path, samples, rate)
     return path
 
 
 def text(i: int) -> str:
-    """Return a text that no other number has."""
+    """Return a text that is unique to the number."""
     return f"{TEXTS[i % len(TEXTS)]} {i}"
 
 

@@ -1,4 +1,4 @@
-"""Tiny random SpeechT5 models that speak, vocoders, and recordings of several speakers.
+"""Tiny random SpeechT5 models, vocoders, and recordings of several speakers.
 
 base = tiny_synthesis.save(tmp_path / "base")
 tiny_synthesis.save_vocoder(tmp_path / "vocoder")
@@ -25,7 +25,7 @@ from transformers import (
     SpeechT5HifiGanConfig,
 )
 
-BANDS, SPEAKER = 16, 6  # of a spectrogram, and of a speaker's vector
+BANDS, SPEAKER = 16, 6  # mel bands, and the length of a speaker embedding
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]  # with SpeechT5's own ids
 LETTERS = [*SPECIAL, " ", *string.ascii_lowercase, *string.digits, *",.'"]
 TEXT_POSITIONS, SPEECH_POSITIONS = 80, 60
@@ -46,12 +46,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def extractor() -> SpeechT5FeatureExtractor:
-    """Return a feature extractor as SpeechT5's, of fewer bands."""
+    """Return a feature extractor like SpeechT5's, with fewer mel bands."""
     return SpeechT5FeatureExtractor(num_mel_bins=BANDS)
 
 
 def model(seed: int = 0, **config: Any) -> SpeechT5ForTextToSpeech:
-    """Return a model without dropout but that which SpeechT5 always draws."""
+    """Return a model without dropout, except for the pre-net's, which is always on."""
     values: dict[str, Any] = {
         "vocab_size": len(LETTERS), "hidden_size": 32, "encoder_layers": 2, "decoder_layers": 2,
         "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48,
@@ -94,12 +94,12 @@ def save_vocoder(folder: Path, **config: Any) -> Path:
 
 
 def speaker(number: int) -> list[float]:
-    """Return the vector of a speaker."""
+    """Return a speaker embedding."""
     return [round(float(x), 4) for x in np.random.default_rng(number).normal(size=SPEAKER)]
 
 
 def row(i: int, folder: Path, seconds: float | None = None) -> dict[str, Any]:
-    """Return a row of one of three speakers, whose recording is written into a folder."""
+    """Return a row with one of three speakers; write its recording to a folder."""
     file = folder / f"said{i}.wav"
     if not file.exists():
         length = 0.13 + 0.037 * (i % 7) if seconds is None else seconds
