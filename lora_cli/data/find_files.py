@@ -87,34 +87,26 @@ def _files_of(recipe: Recipe, split: str, name: str) -> list[Path]:
         files, others_there = annotated, [pattern.name]
     elif pattern.is_dir():
         are_media = False
-        candidates = [file for file in files_inside(pattern) if _is_data_file(file, recipe)]
-        if recipe.task.boxes_column is not None and _has_annotation_files(
-            pattern, candidates, recipe
-        ):
-            candidates = []  # such as `notes.json`, which Label Studio puts next to the folders
-        others_there = [str(file) for file in candidates]
+        listed = [file for file in files_inside(pattern) if _is_data_file(file, recipe)]
+        if recipe.task.boxes_column is not None and _has_annotations(pattern, listed, recipe):
+            listed = []  # such as `notes.json`, which Label Studio puts next to the folders
+        others_there = [str(file) for file in listed]
         if data.format.label_from == "folder":
-            candidates = class_files(candidates)
-        split_names = {file: _split_parts(file, data.format) for file in candidates}
-        if not candidates and (
-            candidates := _outside_other_folders(recipe, pattern, media_files(pattern, recipe))
-        ):
-            others_there, split_names = [str(file) for file in candidates], split_parts(candidates)
+            listed = class_files(listed)
+        names = {file: _split_parts(file, data.format) for file in listed}
+        if not listed and (listed := _own_files(recipe, pattern, media_files(pattern, recipe))):
+            others_there, names = [str(file) for file in listed], split_parts(listed)
             are_media = True
             if not recipe.task.label_columns_by_key:  # folders are not classes
-                split_names = {file: file.parent.parts for file in candidates}
-        by_split = [file for file in candidates if _belongs_to(split_names[file], name)]
-        unassigned = [
-            file
-            for file in candidates
-            if not any(_belongs_to(split_names[file], s) for s in SPLITS)
-        ]
-        unassigned_train = unassigned if are_media or len(unassigned) == len(candidates) else []
-        of_split = by_split or (unassigned_train if name == "train" else [])
+                names = {file: file.parent.parts for file in listed}
+        by_split = [file for file in listed if _belongs(names[file], name)]
+        no_split = [file for file in listed if not any(_belongs(names[file], s) for s in SPLITS)]
+        default_train = no_split if are_media or len(no_split) == len(listed) else []
+        of_split = by_split or (default_train if name == "train" else [])
         if is_file(name) and are_media:
-            of_split = candidates  # the recipe names a folder of images as this split
-        elif are_media and by_split and unassigned and name == "train":
-            _announce_left_out(pattern, tuple(unassigned))
+            of_split = listed  # the recipe names a folder of images as this split
+        elif are_media and by_split and no_split and name == "train":
+            _announce_left_out(pattern, tuple(no_split))
         files = [pattern / file for file in of_split]
     elif parts := parts_of(pattern):
         if missing := [part for part in parts.values() if not part.is_file()]:
@@ -141,7 +133,7 @@ def _files_of(recipe: Recipe, split: str, name: str) -> list[Path]:
     return files
 
 
-def _outside_other_folders(recipe: Recipe, folder: Path, files: Sequence[Path]) -> list[Path]:
+def _own_files(recipe: Recipe, folder: Path, files: Sequence[Path]) -> list[Path]:
     """Return the files of a folder, except for those in other folders that the task names."""
     keys = (key.split(".") for key in recipe.task.local_folders)
     other_folders = [
@@ -185,7 +177,7 @@ def _no_such_file(pattern: Path, folder: Path, location: str) -> tuple[str, str,
     return f"there is {kind} {pattern}", location, hint
 
 
-def _has_annotation_files(folder: Path, tables: Sequence[Path], recipe: Recipe) -> bool:
+def _has_annotations(folder: Path, tables: Sequence[Path], recipe: Recipe) -> bool:
     """Return whether images have annotation files of their own, and no table has the boxes."""
     if any(file.stem == "metadata" or is_coco(folder / file) for file in tables):
         return False
@@ -213,6 +205,6 @@ def _split_parts(file: Path, form: FormatSpec) -> tuple[str, ...]:
     return file.parts[:-2] if form.label_from == "folder" else file.parts
 
 
-def _belongs_to(parts: Sequence[str], split: str) -> bool:
+def _belongs(parts: Sequence[str], split: str) -> bool:
     """Return whether any part of a path says that the file belongs to a split."""
     return any(names_split(part, [split]) for part in parts)

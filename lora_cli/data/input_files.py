@@ -22,7 +22,7 @@ COLUMN = re.compile(r"[^\W\d]\w*([ _.-]\w+)?")  # likely a column name, not a te
 def input_form(
     source: Path,
     head: Head,
-    recipe_form: FormatSpec,
+    form: FormatSpec,
     requested: Sequence[str],
     labels: Collection[str] = (),
 ) -> FormatSpec:
@@ -34,56 +34,46 @@ def input_form(
     Args:
         source: The file.
         head: The format detected from its first lines.
-        recipe_form: The recipe's `data.format`.
+        form: The recipe's `data.format`.
         requested: The columns to read.
         labels: The labels of the model, as a line of text may begin with one.
     """
-    recipe_form = form_of(source, recipe_form)
-    if recipe_form.quoting == "none" and delimiter_of(source, recipe_form) == ",":
-        recipe_form = recipe_form.model_copy(
-            update={"quoting": "auto"}
-        )  # the training data was a tsv file
+    form = form_of(source, form)
+    if form.quoting == "none" and delimiter_of(source, form) == ",":
+        form = form.model_copy(update={"quoting": "auto"})  # the training data was a tsv file
     # the number format cannot be detected from a header, or from every number
-    number_form = {"decimal": recipe_form.decimal, "thousands": recipe_form.thousands}
-    encoding = {"encoding": _encoding(head, recipe_form)}
+    number_form = {"decimal": form.decimal, "thousands": form.thousands}
+    encoding = {"encoding": _encoding(head, form)}
     detected = head.form.model_copy(update={**encoding, **number_form})
-    recipe_form = recipe_form.model_copy(update=encoding)
+    form = form.model_copy(update=encoding)
     if head.kind in ("json", "parquet"):
         return detected
     if head.kind == "conll":  # the recipe may name its columns
-        return detected.model_copy(update={"type": "conll", "columns": recipe_form.columns})
-    if head.kind == "text" and (recipe_form.label_from or detected.label_from):
-        return _with_or_without_labels(head, detected, recipe_form, requested, labels)
-    if (
-        recipe_form.header
-        and kind_of(source, recipe_form) == "csv"
-        and _fits(source, recipe_form, requested)
-    ):
-        return recipe_form
-    if (with_header := _by_header(head, detected, requested, recipe_form.header)) is not None:
+        return detected.model_copy(update={"type": "conll", "columns": form.columns})
+    if head.kind == "text" and (form.label_from or detected.label_from):
+        return _with_or_without_labels(head, detected, form, requested, labels)
+    if form.header and kind_of(source, form) == "csv" and _fits(source, form, requested):
+        return form
+    if (with_header := _by_header(head, detected, requested, form.header)) is not None:
         return with_header
     if head.kind == "csv":
         names = columns_of(source, detected)
         if head.named and set(requested) <= set(names):
             return detected
-        if (
-            not recipe_form.header
-            and recipe_form.columns
-            and len(names) == len(recipe_form.columns)
-        ):
+        if not form.header and form.columns and len(names) == len(form.columns):
             if head.named:
                 raise LoraError(
                     f"the first line of {source.name} names its columns: {', '.join(names)}",
                     "--input",
                     f"rename the column to be read to `{requested[0]}`, as the recipe does",
                 )
-            return detected.model_copy(update={"columns": recipe_form.columns})
+            return detected.model_copy(update={"columns": form.columns})
         if head.named or len(names) > 1:
-            return recipe_form
+            return form
     if len(requested) > 1:
-        return recipe_form
-    if head.kind == "text" and kind_of(source, recipe_form) == "text":
-        detected = detected.model_copy(update={"sample_by": recipe_form.sample_by})
+        return form
+    if head.kind == "text" and kind_of(source, form) == "text":
+        detected = detected.model_copy(update={"sample_by": form.sample_by})
     return detected.model_copy(update={"columns": requested})  # a file with one unnamed column
 
 
@@ -151,16 +141,16 @@ def _has_names(header: Sequence[str], requested: Sequence[str]) -> bool:
     return set(requested) <= set(header) and len(header) > 1
 
 
-def _encoding(head: Head, recipe_form: FormatSpec) -> str:
+def _encoding(head: Head, form: FormatSpec) -> str:
     """Return the encoding: the recipe's, unless the file is UTF-8 or cannot be decoded with it."""
     if head.raw.isascii() and head.form.encoding != "utf-8":
         return (
             head.form.encoding
         )  # escape sequences or two-byte characters, unlikely in plain ASCII
-    if head.raw.isascii() or (head.form.encoding != "utf-8" and recipe_form.encoding != "utf-8"):
+    if head.raw.isascii() or (head.form.encoding != "utf-8" and form.encoding != "utf-8"):
         try:
-            head.raw.decode(recipe_form.encoding)
+            head.raw.decode(form.encoding)
         except (UnicodeError, LookupError):
             return head.form.encoding
-        return recipe_form.encoding
+        return form.encoding
     return head.form.encoding
