@@ -13,12 +13,12 @@ from torch import nn
 
 from lora_cli.preprocessing import cached_hidden_states
 from lora_cli.preprocessing.cached_hidden_states import (
-    _require_alike,
+    _reason_not_to_cache,
+    _require_same_form,
     _shape,
+    _ShapeMismatchError,
     _States,
     _TooLargeError,
-    _UnlikeError,
-    _why_not,
     passes_over,
     with_cached_hidden_states,
 )
@@ -114,19 +114,19 @@ def test_how_often_a_run_computes_each_split(
 def test_why_no_states_are_kept_of_any_split() -> None:
     task: Any = Prepared()
     model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
-    assert _why_not(task, model) == ""
+    assert _reason_not_to_cache(task, model) == ""
     task.frozen_parts = lambda _: {"other": nn.Linear(1, 1)}
-    assert _why_not(task, model) == ""
+    assert _reason_not_to_cache(task, model) == ""
     task.frozen_parts = lambda _: {"first": model[0]}
-    assert "the task keeps" in _why_not(task, model)
+    assert "the task keeps" in _reason_not_to_cache(task, model)
     task.several_inputs = True
-    assert _why_not(task, model) == "an example has several texts"
+    assert _reason_not_to_cache(task, model) == "an example has several texts"
     task.same_in_any_batch = True
-    assert _why_not(task, model) == "texts share rows"
+    assert _reason_not_to_cache(task, model) == "texts share rows"
     task.frozen_layers.recorded = ()
-    assert "hand on more than hidden states" in _why_not(task, model)
+    assert "hand on more than hidden states" in _reason_not_to_cache(task, model)
     task.recipe.data.cache_bytes = 0
-    assert _why_not(task, model) == "`data.cache_limit` is 0"
+    assert _reason_not_to_cache(task, model) == "`data.cache_limit` is 0"
 
 
 @pytest.mark.parametrize(
@@ -142,9 +142,9 @@ def test_why_the_states_of_a_split_are_not_kept(
 ) -> None:
     task = Prepared()
     task.recipe.train.packing = packing
-    monkeypatch.setattr(_States, "are_drawn", lambda *_: drawn)
-    monkeypatch.setattr(_States, "agree", lambda *_: agrees)
-    found = states_of(task).why_not(name, split_of([0]))
+    monkeypatch.setattr(_States, "inputs_vary", lambda *_: drawn)
+    monkeypatch.setattr(_States, "is_equivalent", lambda *_: agrees)
+    found = states_of(task).reason_not_to_cache(name, split_of([0]))
     assert found.startswith(why)
     assert bool(found) == bool(why)
 
@@ -156,17 +156,17 @@ def test_four_draws_of_a_batch_show_whether_training_changes_it(
     task = Prepared()
     task.differs_at = differs_at
     split = split_of([{"x": i} for i in range(9)])
-    assert states_of(task).are_drawn(split) == drawn
+    assert states_of(task).inputs_vary(split) == drawn
     assert len(task.drawn) == 4 * (4 if differs_at in (None, 4) else differs_at + 1)
     task.augments = True
-    assert states_of(task).are_drawn(split)
+    assert states_of(task).inputs_vary(split)
 
 
 def test_a_task_that_prepares_nothing_draws_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cached_hidden_states.Task, "prepare", Prepared.prepare)
     task = Prepared()
     task.differs_at = 0
-    assert not states_of(task).are_drawn(split_of([{"x": 3}] * 4))
+    assert not states_of(task).inputs_vary(split_of([{"x": 3}] * 4))
     assert task.drawn == []
 
 
@@ -207,10 +207,10 @@ def test_what_enters_the_head_is_tried_before_what_the_last_layers_compute(
         asked.append((positions, self.layers.first))
         return answers[len(asked) - 1]
 
-    monkeypatch.setattr(_States, "_agree_on", agree_on)
+    monkeypatch.setattr(_States, "_outputs_match", agree_on)
     lengths = [5, 9, 1, 3, 7, 2, 8, 4, 6]
     states = states_of(Prepared(), Layers(first, last), model)
-    assert states.agree(split_of([0] * 9, lengths)) is agrees
+    assert states.is_equivalent(split_of([0] * 9, lengths)) is agrees
     # the shortest, the longest and two between: of 1, 3, 6 and 9 tokens
     assert asked == [([1, 2, 3, 8], first), ([1, 2, 3, 8], None)][:tries]
     assert model.training
@@ -228,7 +228,7 @@ def test_losses_agree_up_to_rounding_of_what_is_kept(
     dtype: torch.dtype, loss: float, near: float, far: float | None, monkeypatch: Any
 ) -> None:
     kept = {"a": KeptState(np.zeros(8, dtype=np.uint8), dtype, (2,))}
-    monkeypatch.setattr(_States, "_of", lambda self, split, positions: [kept])
+    monkeypatch.setattr(_States, "_compute", lambda self, split, positions: [kept])
     brought: list[Any] = []
 
     class Task(Prepared):
@@ -254,7 +254,7 @@ def test_losses_agree_up_to_rounding_of_what_is_kept(
     for difference, agrees in ((near, True), (far, False)):
         if difference is not None:
             task.losses_of = difference
-            assert states_of(task)._agree_on(split, [0, 2]) is agrees
+            assert states_of(task)._outputs_match(split, [0, 2]) is agrees
     assert brought[:2] == [kept, kept]
 
 
@@ -282,7 +282,7 @@ def test_keeping_ends_as_soon_as_it_will_be_too_much(
 ) -> None:
     # two groups of two: of one token of ten bytes each, then of two tokens, of ten bytes as well
     split = split_of([0] * 4, [1, 1, 2, 2])
-    monkeypatch.setattr(_States, "_of", lambda self, split, group: [kept(10) for _ in group])
+    monkeypatch.setattr(_States, "_compute", lambda self, split, group: [kept(10) for _ in group])
     rows = states_of(Prepared())._rows(split, [[0, 1], [2, 3]], limit, kept(10))
     if error is None:
         assert list(rows) == [{"a": bytes(range(10))}] * 4
@@ -293,9 +293,9 @@ def test_keeping_ends_as_soon_as_it_will_be_too_much(
 
 
 def test_states_may_differ_in_their_length_alone() -> None:
-    _require_alike(kept(10), kept(20))
-    with pytest.raises(_UnlikeError):
-        _require_alike(kept(10), kept(10, torch.float16))
+    _require_same_form(kept(10), kept(20))
+    with pytest.raises(_ShapeMismatchError):
+        _require_same_form(kept(10), kept(10, torch.float16))
 
 
 def test_only_tensors_that_are_not_trained_decide_what_is_kept() -> None:
@@ -327,8 +327,8 @@ def test_splits_share_what_may_be_kept_in_their_order(monkeypatch: pytest.Monkey
     passes = {"once": 1.0, "twice": 2.0}
     monkeypatch.setattr(cached_hidden_states, "passes_over", lambda *_: passes)
     monkeypatch.setattr(cached_hidden_states, "find_layers", lambda *_: task.frozen_layers)
-    monkeypatch.setattr(_States, "why_not", lambda self, name, split: split.why)
-    monkeypatch.setattr(_States, "added_to", added)
+    monkeypatch.setattr(_States, "reason_not_to_cache", lambda self, name, split: split.why)
+    monkeypatch.setattr(_States, "with_states", added)
     splits: Any = {
         name: SimpleNamespace(name=name, n_bytes=n_bytes, why=why)
         for name, n_bytes, why in (
@@ -348,7 +348,9 @@ def test_splits_share_what_may_be_kept_in_their_order(monkeypatch: pytest.Monkey
     ):  # fmt: skip
         assert part in said
     assert task.notes == [f"frozen {said}"]
-    monkeypatch.setattr(cached_hidden_states, "_why_not", lambda *_: "there is a reason")
+    monkeypatch.setattr(
+        cached_hidden_states, "_reason_not_to_cache", lambda *_: "there is a reason"
+    )
     found = with_cached_hidden_states(task, nn.Linear(1, 1), splits, accelerator)
     assert found == splits
     assert "once: not kept: there is a reason" in task.frozen_facts["frozen_layers"]

@@ -122,7 +122,8 @@ def test_within_a_split_as_with_all_pairs_compared() -> None:
         for i in range(len(texts))
         if texts[i] not in texts[:i]
         and any(
-            t != texts[i] and similarity(t, texts[i]) >= near_duplicates.SIMILAR for t in texts[:i]
+            t != texts[i] and similarity(t, texts[i]) >= near_duplicates.MIN_SIMILARITY
+            for t in texts[:i]
         )
     }
     both = exact & set(rows.tolist())
@@ -169,7 +170,7 @@ def test_memory_does_not_grow_with_the_length_of_the_texts() -> None:
 
 
 def test_only_so_many_rows_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(near_duplicates, "MOST_ROWS", 3)
+    monkeypatch.setattr(near_duplicates, "MAX_ROWS", 3)
     texts = [f"{word} is a long and winding text" for word in "ab"] * 3
     result = prints(texts, 2)
     assert (len(result), len(result.near)) == (6, 3)
@@ -230,10 +231,10 @@ def test_of_short_texts_the_similarity_is_counted() -> None:
     texts += [f"where is my {thing}" for thing in ("bag", "bags", "big bag", "hat", "old hat")]
     rows, others = near_repeated(prints(texts))
     found = set(zip(rows.tolist(), others.tolist(), strict=True))
-    assert all(similarity(texts[i], texts[j]) >= near_duplicates.SIMILAR for i, j in found)
+    assert all(similarity(texts[i], texts[j]) >= near_duplicates.MIN_SIMILARITY for i, j in found)
     pairs = {
         (i, j) for i in range(len(texts)) for j in range(i)
-        if similarity(texts[i], texts[j]) >= near_duplicates.SIMILAR
+        if similarity(texts[i], texts[j]) >= near_duplicates.MIN_SIMILARITY
     }  # fmt: skip
     assert pairs
     assert {i for i, _ in pairs} == {i for i, _ in found}
@@ -242,7 +243,7 @@ def test_of_short_texts_the_similarity_is_counted() -> None:
         for j in range(i):
             near_rows, _ = near_shared(prints([texts[i]]), prints([texts[j]]))
             assert bool(len(near_rows)) == (
-                similarity(texts[i], texts[j]) >= near_duplicates.SIMILAR
+                similarity(texts[i], texts[j]) >= near_duplicates.MIN_SIMILARITY
             )
 
 

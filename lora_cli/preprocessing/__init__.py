@@ -1,1 +1,1 @@
-"""From rows to examples: checked, encoded, cached, streamed, packed and planned into steps."""
+"""Turn rows into examples: check, encode, cache, stream, and plan the steps."""

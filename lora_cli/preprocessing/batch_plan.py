@@ -1,6 +1,6 @@
-"""Which examples form which step: a function of the seed, the data and the recipe alone.
+"""Plan which examples form each step, as a function of only the seed, the data and the recipe.
 
-It depends neither on the number of processes or workers, nor on an interruption: a run that is
+The plan depends neither on the number of processes or workers, nor on interruptions: a run that is
 resumed after step k continues with the examples of step k + 1.
 """
 
@@ -19,10 +19,10 @@ WINDOW_STEPS = 50  # steps whose examples are sorted by length together
 
 @dataclass(frozen=True)
 class Mixture:
-    """How many examples of each of several data sets form an epoch, and which.
+    """Chooses the examples of each epoch from several data sets.
 
     The examples of a set are taken in order from an endless sequence of its permutations, so none
-    is taken again before all others were. What is taken from a set depends only on the seed, its
+    is repeated before all others were used. The choice depends only on the seed, and on the set's
     position among the sets, its size and its quota.
 
     Args:
@@ -35,40 +35,43 @@ class Mixture:
 
     def epoch(self, seed: int, epoch: int) -> Indices:
         """Return the examples of an epoch, set after set."""
-        drawn = [np.empty(0, dtype=np.int64)]
+        chunks = [np.empty(0, dtype=np.int64)]
         for number, (members, quota) in enumerate(zip(self.members, self.quotas, strict=True)):
             size, start = len(members), epoch * quota
-            for turn in range(start // size, math.ceil((start + quota) / size)):
-                order = np.random.default_rng((seed, number, turn)).permutation(size)
-                first, last = (min(max(at - turn * size, 0), size) for at in (start, start + quota))
-                drawn.append(members[order[first:last]])
-        return np.concatenate(drawn)
+            for cycle in range(start // size, math.ceil((start + quota) / size)):
+                order = np.random.default_rng((seed, number, cycle)).permutation(size)
+                first, last = (
+                    min(max(end - cycle * size, 0), size) for end in (start, start + quota)
+                )
+                chunks.append(members[order[first:last]])
+        return np.concatenate(chunks)
 
 
 def quotas_of(weights: Sequence[float], total: int) -> tuple[int, ...]:
     """Return how many of `total` examples come from each set, in proportion to the weights.
 
-    Numbers are rounded down; the examples that remain go to the sets with the largest remainders,
-    of equal ones to the first.
+    Counts are rounded down; the remaining examples go to the sets with the largest remainders. Ties
+    go to the earlier set.
     """
     exact = np.asarray(weights, dtype=np.float64) / sum(weights) * total
-    found = np.floor(exact).astype(np.int64)
-    order = np.argsort(found - exact, kind="stable")
-    found[order[: total - int(found.sum())]] += 1
-    return tuple(found.tolist())
+    quotas = np.floor(exact).astype(np.int64)
+    order = np.argsort(quotas - exact, kind="stable")
+    quotas[order[: total - int(quotas.sum())]] += 1
+    return tuple(quotas.tolist())
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """The order of training.
+    """The order of the examples in training.
 
     Args:
         n_examples: The number of examples (or packs) in an epoch.
-        examples_per_step: The number in a step; the last step of an epoch may have fewer.
-        seed: Decides the order, which differs from epoch to epoch.
-        lengths: The length of each example, or the number of its group, by which similar examples
-            are put into the same step; None to ignore it.
-        mixture: The examples of an epoch, if it does not have each example once.
+        examples_per_step: The number of examples in a step; the last step of an epoch may have
+            fewer.
+        seed: Determines the order, which differs from epoch to epoch.
+        lengths: The length of each example, or the number of its group. Examples with similar
+            values are put into the same step; None to ignore it.
+        mixture: The examples of an epoch, unless it has each example once.
     """
 
     n_examples: int
@@ -97,7 +100,7 @@ class BatchPlan:
             window = order[i : i + size * WINDOW_STEPS]
             window = window[np.argsort(-self.lengths[window], kind="stable")]
             steps += [window[j : j + size] for j in range(0, len(window), size)]
-        # the step with the longest examples comes first, to show at once whether memory suffices
+        # the step with the longest examples comes first, so that a lack of memory shows at once
         yield from [steps[0], *(steps[1 + i] for i in random.permutation(len(steps) - 1))]
 
     def steps(self, start: int, stop: int) -> Iterator[tuple[int, Indices]]:
@@ -117,15 +120,15 @@ class BatchPlan:
 def micro_batches(
     examples: Indices, micro_batch_size: int, rank: int = 0, processes: int = 1
 ) -> list[Indices]:
-    """Return one process's share of a step, divided into micro-batches.
+    """Return one process's share of a step, split into micro-batches.
 
-    The examples of a step are divided evenly among the processes, so that each is used once. A
-    process has no micro-batch if the step has fewer examples than there are processes.
+    The examples of a step are split evenly among the processes. Some processes have no micro-batch
+    if the step has fewer examples than there are processes.
 
     Args:
-        examples: The examples of the step.
-        micro_batch_size: The number of examples of one forward pass.
-        rank: The number of this process.
+        examples: The indices of the examples of the step.
+        micro_batch_size: The number of examples in one forward pass.
+        rank: The rank of this process.
         processes: The number of processes.
     """
     share = np.array_split(examples, processes)[rank]

@@ -1,10 +1,10 @@
-"""The hidden states that enter the first trained layer: computed once, and kept on the disk.
+"""Compute the hidden states that enter the first trained layer once, and cache them on disk.
 
-Where whole layers below it are frozen, they compute the same of an example in every epoch. Their
-outputs lie in the cache of encoded rows, under a hash of the examples and of all that is frozen.
-Examples of the same shape are computed together, so that no padding is kept. A split is computed
-again in every step if its states take more than `data.cache_limit`, or if training draws its inputs
-anew, as augmentation does.
+If all layers below it are frozen, their outputs for an example are the same in every epoch. The
+outputs are cached next to the encoded rows, under a hash of the examples and of all frozen tensors.
+Examples of the same shape are computed together, so that no padding is cached. The states of a
+split are recomputed in every step if they take more than `data.cache_limit`, or if training
+augments the inputs at random.
 """
 
 from __future__ import annotations
@@ -35,29 +35,29 @@ from lora_cli.tasks.examples import Encoded, Example
 from lora_cli.tasks.hidden_states import STATES, KeptState
 from lora_cli.tasks.texts.padding import ROUNDING
 
-DRAWS = 4  # of some examples, to find out whether training draws what the layers read
-TRIED = 4  # examples on which the outputs are compared with those of the whole model
+N_DRAWS = 4  # of some examples, to test whether training changes the layers' inputs at random
+N_TRIED = 4  # examples on which the outputs are compared with those of the whole model
 
 
 class _TooLargeError(Exception):
-    """The states of a split take more bytes than may be kept: about so many."""
+    """The states of a split take more bytes than may be cached: about `n_bytes`."""
 
     def __init__(self, n_bytes: float) -> None:
         super().__init__(n_bytes)
         self.n_bytes = n_bytes
 
 
-class _UnlikeError(Exception):
-    """The states are not a block an example, alike but for its first dimension; the text says why.
+class _ShapeMismatchError(Exception):
+    """The states are not one block per example that differs only in its first dimension.
 
-    XLNet's have the tokens first, and then the examples.
+    In XLNet, for example, the token dimension comes before the batch dimension.
     """
 
 
 def find_layers(
     task: Task, model: nn.Module, splits: dict[str, Encoded], accelerator: Accelerator
 ) -> FrozenLayers | None:
-    """Return what lies below the first trained layer, as the task computes an example."""
+    """Return the frozen layers below the first trained one, by running the task on an example."""
 
     def run() -> None:
         with accelerator.autocast():
@@ -75,63 +75,65 @@ def find_layers(
 def with_cached_hidden_states(
     task: Task, model: nn.Module, splits: dict[str, Encoded], accelerator: Accelerator
 ) -> dict[str, Encoded]:
-    """Find the frozen layers of a model, and keep what they compute of each split where that pays.
+    """Find the frozen layers of a model, and cache their outputs for each split that profits.
 
     Args:
-        task: Gets the layers that are frozen, and a note on each split.
+        task: Gets the frozen layers, and a note on each split.
         model: The model, on its device.
-        splits: The encoded rows, by the name of the split. `data.cache_limit` is for all together,
-            in their order.
-        accelerator: Precision and device.
+        splits: The encoded rows, by the name of the split. `data.cache_limit` applies to their
+            total, in this order.
+        accelerator: The precision and the device.
 
     Returns:
-        The splits; where it is kept, their examples bring it along.
+        The splits; the examples of those that are cached contain their hidden states.
     """
-    recipe, found = task.recipe, dict(splits)
+    recipe, cached = task.recipe, dict(splits)
     if recipe.adapter.frozen_entries:
         task.notes.append(f"frozen: {frozen_in_words(model)}")
     task.frozen_layers = layers = find_layers(task, model, splits, accelerator)
     if layers is None:
-        return found
-    left = recipe.data.cache_bytes
-    said: dict[str, str] = {}
+        return cached
+    bytes_left = recipe.data.cache_bytes
+    status: dict[str, str] = {}
     passes = passes_over(recipe, splits)
     for name, split in splits.items():
-        why = _why_not(task, model)
+        reason = _reason_not_to_cache(task, model)
         states = _States(task, model, accelerator, layers)
         if passes.get(name, 2.0) <= 1:
-            why = why or "the run computes it once"
+            reason = reason or "the run computes it once"
         try:
-            why = why or states.why_not(name, split)
-            if not why:
-                found[name], n_bytes = states.added_to(split, left)
-                left -= n_bytes
-                said[name] = f"kept, {in_words(n_bytes)}"
+            reason = reason or states.reason_not_to_cache(name, split)
+            if not reason:
+                cached[name], n_bytes = states.with_states(split, bytes_left)
+                bytes_left -= n_bytes
+                status[name] = f"kept, {in_words(n_bytes)}"
                 continue
         except _TooLargeError as error:
-            why = f"it takes about {in_words(error.n_bytes)}, and {in_words(left)} are left "
-            why += f"of `data.cache_limit` ({recipe.data.cache_limit})"
-        except _UnlikeError as error:
-            why = str(error)
-        said[name] = f"not kept: {why}"
-    said = {"layers": f"{len(layers.frozen)} in evaluation mode", **said}
-    task.frozen_facts = {"frozen_layers": "; ".join(f"{k}: {v}" for k, v in said.items())}
+            reason = (
+                f"it takes about {in_words(error.n_bytes)}, and {in_words(bytes_left)} are left "
+            )
+            reason += f"of `data.cache_limit` ({recipe.data.cache_limit})"
+        except _ShapeMismatchError as error:
+            reason = str(error)
+        status[name] = f"not kept: {reason}"
+    status = {"layers": f"{len(layers.frozen)} in evaluation mode", **status}
+    task.frozen_facts = {"frozen_layers": "; ".join(f"{k}: {v}" for k, v in status.items())}
     task.notes.append(f"frozen {task.frozen_facts['frozen_layers']}")
-    return found
+    return cached
 
 
 def passes_over(recipe: Recipe, splits: dict[str, Encoded]) -> dict[str, float]:
-    """Return how often a run computes the examples of each split, where that may be once."""
-    train, found = recipe.train, {"test": 1.0 + recipe.evaluate.baseline}
+    """Return how often a run computes each example, for the splits that it may compute once."""
+    train, passes = recipe.train, {"test": 1.0 + recipe.evaluate.baseline}
     if "train" in splits:
         steps = train.max_steps or 0
         epochs = 3.0 if train.epochs is None else train.epochs
-        found["train"] = steps * train.step_size / len(splits["train"]) if steps else epochs
-    return found
+        passes["train"] = steps * train.step_size / len(splits["train"]) if steps else epochs
+    return passes
 
 
-def _why_not(task: Task, model: nn.Module) -> str:
-    """Return why the states of no split are kept, or nothing."""
+def _reason_not_to_cache(task: Task, model: nn.Module) -> str:
+    """Return why no split can be cached, or ""."""
     assert task.frozen_layers is not None
     if not task.recipe.data.cache_bytes:
         return "`data.cache_limit` is 0"
@@ -141,20 +143,20 @@ def _why_not(task: Task, model: nn.Module) -> str:
         return "texts share rows"
     if task.several_inputs:
         return "an example has several texts"
-    own = set(task.frozen_parts(model).values())
-    if any(module in own for module in model.modules()):
+    frozen_parts = set(task.frozen_parts(model).values())
+    if any(module in frozen_parts for module in model.modules()):
         return "the task keeps what its frozen parts compute"
     return ""
 
 
 def _prepared(task: Task, split: Encoded, positions: Sequence[int]) -> list[Example]:
-    found = split.examples.__getitems__(list(positions))
-    return [prepared_for_evaluation(task, example) for example in found]
+    examples = split.examples.__getitems__(list(positions))
+    return [prepared_for_evaluation(task, example) for example in examples]
 
 
 @dataclass
 class _States:
-    """Computes, keeps and checks what enters the first trained layer."""
+    """Computes, caches and checks the inputs of the first trained layer."""
 
     task: Task
     model: nn.Module
@@ -163,19 +165,21 @@ class _States:
 
     @property
     def batch_size(self) -> int:
-        """Examples that are computed at once."""
+        """The number of examples in a forward pass."""
         return self.task.recipe.evaluate.micro_batch_size or 2 * self.task.micro_batch
 
-    def why_not(self, name: str, split: Encoded) -> str:
-        """Return why the states of a split are not kept, or nothing."""
+    def reason_not_to_cache(self, name: str, split: Encoded) -> str:
+        """Return why the states of a split cannot be cached, or ""."""
         if name == "train" and self.task.recipe.train.packing:
             return "`train.packing` puts several examples into a row"
-        if name == "train" and self.are_drawn(split):
+        if name == "train" and self.inputs_vary(split):
             return "training draws the inputs anew in every epoch"
-        return "" if self.agree(split) else "with it alone, the model computes something else"
+        return (
+            "" if self.is_equivalent(split) else "with it alone, the model computes something else"
+        )
 
-    def are_drawn(self, split: Encoded) -> bool:
-        """Return whether training draws what the frozen layers read, as augmentation does."""
+    def inputs_vary(self, split: Encoded) -> bool:
+        """Return whether the frozen layers' inputs are random in training, due to augmentation."""
         task = self.task
         if task.augments:
             return True
@@ -183,63 +187,65 @@ class _States:
             return False
         positions = list(range(min(self.batch_size, len(split))))
         expected = task.collate(_prepared(task, split, positions)).inputs
-        for draw in range(DRAWS):
+        for draw in range(N_DRAWS):
             rng = np.random.default_rng((task.recipe.train.seed, draw))
             rows = split.examples.__getitems__(positions)
-            found = task.collate([task.prepare(row, rng, training=True) for row in rows]).inputs
-            if any(not torch.equal(found[name], expected[name]) for name in expected):
+            drawn = task.collate([task.prepare(row, rng, training=True) for row in rows]).inputs
+            if any(not torch.equal(drawn[name], expected[name]) for name in expected):
                 return True
         return False
 
     @torch.no_grad()
-    def agree(self, split: Encoded) -> bool:
-        """Return whether outputs are the same with kept states, up to rounding.
+    def is_equivalent(self, split: Encoded) -> bool:
+        """Return whether the losses are the same with cached states, up to rounding.
 
-        What only the first trained module reads is tried first, and then what the last frozen
-        layers compute: a model may have other ways past them.
+        Caching the inputs of the first trained module is tried first, and then caching the outputs
+        of the last frozen layers, as a model may have connections that skip the former.
         """
         by_length = np.argsort(split.lengths, kind="stable")
-        some = sorted(
-            {int(by_length[i]) for i in np.linspace(0, len(split) - 1, TRIED).astype(int)}
+        positions = sorted(
+            {int(by_length[i]) for i in np.linspace(0, len(split) - 1, N_TRIED).astype(int)}
         )
         was_training = self.model.training
         self.model.eval()
         try:
             with self.accelerator.autocast():
-                if self._agrees(split, some):
+                if self._try_outputs_match(split, positions):
                     return True
                 if self.layers.first is None or not self.layers.last:
                     return False
                 self.layers = self.layers.recording_last()
-                return self._agrees(split, some)
+                return self._try_outputs_match(split, positions)
         finally:
             self.model.train(was_training)
 
-    def _agrees(self, split: Encoded, positions: list[int]) -> bool:
-        """Return the same of some examples; a model that then cannot compute does not agree."""
+    def _try_outputs_match(self, split: Encoded, positions: list[int]) -> bool:
+        """Compare the losses on some examples; a model that fails with cached states differs."""
         try:
-            return self._agree_on(split, positions)
+            return self._outputs_match(split, positions)
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError:  # what comes after reads more of the frozen layers than hidden states
+        except RuntimeError:  # later layers need other outputs of the frozen layers
             return False
 
-    def _agree_on(self, split: Encoded, positions: list[int]) -> bool:
+    def _outputs_match(self, split: Encoded, positions: list[int]) -> bool:
         task, device = self.task, self.accelerator.device
-        whole = task.collate(_prepared(task, split, positions)).to(device)
-        expected = task.losses(self.model, task.forward(self.model, whole), whole)
+        plain_batch = task.collate(_prepared(task, split, positions)).to(device)
+        expected = task.losses(self.model, task.forward(self.model, plain_batch), plain_batch)
         rows = split.examples.__getitems__(positions)
         for row, position in zip(rows, positions, strict=True):
-            row[STATES] = self._of(split, [position])[0]
-            _require_alike(row[STATES], rows[0][STATES])
+            row[STATES] = self._compute(split, [position])[0]
+            _require_same_form(row[STATES], rows[0][STATES])
         batch = task.batch([prepared_for_evaluation(task, row) for row in rows]).to(device)
-        found = task.losses(self.model, task.output(self.model, batch), batch)
+        cached_losses = task.losses(self.model, task.output(self.model, batch), batch)
         dtype = self._dtype_of(row[STATES])
         rounding = 4 * ROUNDING.get(dtype, 128) * torch.finfo(dtype).eps
-        for name, losses in expected.items():
-            finite = losses.nan_to_num(0.0, 0.0, 0.0)
+        for name, expected_losses in expected.items():
+            finite = expected_losses.nan_to_num(0.0, 0.0, 0.0)
             limit = rounding * float(finite.abs().clamp(min=1.0).max())
-            if not torch.allclose(found[name], losses, rtol=0.0, atol=limit, equal_nan=True):
+            if not torch.allclose(
+                cached_losses[name], expected_losses, rtol=0.0, atol=limit, equal_nan=True
+            ):
                 return False
         return True
 
@@ -247,49 +253,49 @@ class _States:
     def _dtype_of(states: dict[str, KeptState]) -> torch.dtype:
         return next(iter(states.values())).dtype
 
-    def _of(self, split: Encoded, positions: Sequence[int]) -> list[dict[str, KeptState]]:
-        """Return the states of some examples of the same shape."""
+    def _compute(self, split: Encoded, positions: Sequence[int]) -> list[dict[str, KeptState]]:
+        """Return the states of examples of the same shape."""
         task = self.task
         batch = task.collate(_prepared(task, split, positions)).to(self.accelerator.device)
         with self.layers.recording() as states, torch.no_grad(), self.accelerator.autocast():
             task.forward(self.model, batch)
-        found: list[dict[str, KeptState]] = [{} for _ in positions]
+        by_example: list[dict[str, KeptState]] = [{} for _ in positions]
         for name, tensor in states.items():
             if len(tensor) != len(positions):
-                raise _UnlikeError("its layers do not compute a block for each example")
+                raise _ShapeMismatchError("its layers do not compute a block for each example")
             for i in range(len(positions)):
-                found[i][name] = KeptState.of(tensor[i])
-        return found
+                by_example[i][name] = KeptState.of(tensor[i])
+        return by_example
 
-    def added_to(self, split: Encoded, limit: int) -> tuple[Encoded, int]:
-        """Return a split with the states in its examples, and how many bytes they take.
+    def with_states(self, split: Encoded, limit: int) -> tuple[Encoded, int]:
+        """Return a split with the states in its examples, and their size in bytes.
 
         Raises:
-            _TooLargeError: If they take more than the limit.
+            _TooLargeError: If the size is above the limit.
         """
         import datasets
 
         assert isinstance(split.examples, EncodedTable)
         groups = self._groups(split)
         order = np.concatenate([np.array(group, dtype=np.int64) for group in groups])
-        first = self._of(split, [int(order[0])])[0]
+        first = self._compute(split, [int(order[0])])[0]
         names = list(first)
         features = datasets.Features({name: datasets.Value("large_binary") for name in names})
         was_training = self.model.training
         self.model.eval()
         try:
-            found = cached_dataset(
+            cached = cached_dataset(
                 lambda: self._rows(split, groups, limit, first), self._key(split, names), features
             )
         finally:
             self.model.train(was_training)
-        table = TableWithStates(split.examples, found, order, first)
-        if table.n_bytes > limit:  # kept when the limit was another
+        table = TableWithStates(split.examples, cached, order, first)
+        if table.n_bytes > limit:  # cached when the limit was higher
             raise _TooLargeError(table.n_bytes)
         return replace(split, examples=table), table.n_bytes
 
     def _groups(self, split: Encoded) -> list[list[int]]:
-        """Return the positions of examples that are computed together, all of the same shape."""
+        """Return groups of positions whose examples have the same shape, to compute together."""
         examples = split.examples.__getitems__(list(range(len(split))))
         shapes = [_shape(example) for example in examples]
         order = sorted(range(len(split)), key=lambda i: shapes[i])
@@ -302,18 +308,18 @@ class _States:
         split: Encoded,
         groups: list[list[int]],
         limit: int,
-        like: dict[str, KeptState],
+        first_states: dict[str, KeptState],
     ) -> Iterator[dict[str, bytes]]:
         """Yield the states of each example, group after group.
 
         Raises:
-            _TooLargeError: As soon as they are more than the limit, or will clearly be.
-            _UnlikeError: If those of an example do not fit the others.
+            _TooLargeError: As soon as they exceed the limit, or clearly will.
+            _ShapeMismatchError: If the states of an example do not fit the others.
         """
         n_bytes, cost, total = 0, 0, max(int(split.lengths.sum()), 1)
         for group in groups:
-            for states in self._of(split, group):
-                _require_alike(states, like)
+            for states in self._compute(split, group):
+                _require_same_form(states, first_states)
                 n_bytes += sum(state.values.nbytes for state in states.values())
                 yield {name: state.values.tobytes() for name, state in states.items()}
             cost += int(split.lengths[group].sum())
@@ -322,23 +328,25 @@ class _States:
                 raise _TooLargeError(max(expected, n_bytes))
 
     def _key(self, split: Encoded, names: list[str]) -> list[str]:
-        """Return all that the states of a split depend on."""
+        """Return everything that the states of a split depend on."""
         task, accelerator = self.task, self.accelerator
         config = json.dumps(task.base_facts.get("config"), sort_keys=True, default=str)
-        own = getattr(getattr(self.model, "config", None), "_attn_implementation", None)
-        how = f"{accelerator.mixed_precision} {accelerator.device.type} {self.batch_size} {own}"
+        attention = getattr(getattr(self.model, "config", None), "_attn_implementation", None)
+        device = (
+            f"{accelerator.mixed_precision} {accelerator.device.type} {self.batch_size} {attention}"
+        )
         kind = "inputs" if self.layers.first is not None else "outputs"
         return [
             f"states, {kind} of {' '.join(names)}",
             *cache_key(task, split.rows),
             config,
             str(task.base_facts.get("processor")),
-            f"{how} {task.layout} {task.recipe.train.seed} torch {installed_version('torch')}",
+            f"{device} {task.layout} {task.recipe.train.seed} torch {installed_version('torch')}",
             self._hash(),
         ]
 
     def _hash(self) -> str:
-        """Return a hash (xxh3, 128 bits) of all tensors of the model that are not trained."""
+        """Return a hash (xxh3, 128 bits) of all frozen tensors of the model."""
         state = xxhash.xxh3_128()
         tensors: list[tuple[str, Tensor]] = [*self.model.named_buffers()]
         tensors += [(n, p) for n, p in self.model.named_parameters() if not p.requires_grad]
@@ -348,12 +356,12 @@ class _States:
         return state.hexdigest()
 
 
-def _require_alike(states: dict[str, KeptState], like: dict[str, KeptState]) -> None:
+def _require_same_form(states: dict[str, KeptState], like: dict[str, KeptState]) -> None:
     if not all(state.is_like(like[name]) for name, state in states.items()):
-        raise _UnlikeError("the hidden states of examples differ in more than their length")
+        raise _ShapeMismatchError("the hidden states of examples differ in more than their length")
 
 
 def _shape(example: Example) -> tuple[int, ...]:
-    """Return how long the sequences of an example are."""
+    """Return the lengths of the sequences of an example."""
     values: Sequence[Any] = [example[name] for name in sorted(example)]
     return tuple(len(value) for value in values if isinstance(value, list | np.ndarray))

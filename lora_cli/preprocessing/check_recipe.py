@@ -1,4 +1,4 @@
-"""The second stage of checking: data, labels, metrics and targets, on a model without weights."""
+"""Check the data, labels, metrics and adapter targets of a recipe, on a model without weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lora_cli.preprocessing.encode import (
     characters_in,
     check_data,
     encode_located,
-    nothing_trained,
+    nothing_to_train,
 )
 from lora_cli.preprocessing.stream import Stream
 from lora_cli.recipe import Recipe
@@ -37,20 +37,20 @@ FIRST_ROWS = 1000
 def check_recipe(
     recipe: Recipe, all_rows_follow: bool = False, notes: list[str] | None = None
 ) -> Recipe:
-    """Find everything that would stop `lora train` later, and raise it together.
+    """Find everything that would stop `lora train` later, and raise all of it together.
 
     Args:
         recipe: The recipe.
-        all_rows_follow: The caller inspects all rows afterwards, so that what the first ones
-            would give a warning of is left to that.
-        notes: Gets a line on what is trained.
+        all_rows_follow: Whether the caller inspects all rows afterwards. Warnings about the first
+            rows are then left to that inspection.
+        notes: Gets a line that describes the trained parameters.
 
     Returns:
-        The recipe, with what the rows and the adapter of `adapter.from` say.
+        The recipe, completed with values from the rows and from the adapter of `adapter.from`.
 
     Raises:
-        LoraError: With every problem of the model, the data, the labels and the targets. If all are
-            of one class, such as a place that cannot be written to, it is of that class.
+        LoraError: With every problem of the model, the data, the labels and the targets. If all
+            problems come from one subclass, such as `ResourceError`, that subclass is raised.
     """
     task = build_training_task(recipe)
     problems = Problems()
@@ -64,16 +64,16 @@ def check_recipe(
     with _collected(problems):
         splits = check_data(task, ("train", "validation", "test"))
         if has_processor:
-            _encode_some(task, splits, warns=not all_rows_follow)
+            _encode_first_rows(task, splits, warns=not all_rows_follow)
     if has_processor:
         with _collected(problems):
-            model, new = task.empty_model()
+            model, new_modules = task.empty_model()
             with _collected(problems):
                 if recipe.train.gradient_checkpointing in (True, "offload"):
                     require_gradient_checkpointing(model, recipe)
-            make_trainable(model, recipe, new, learned=task.learned)
+            make_trainable(model, recipe, new_modules, learned=task.learned)
             completed = task.completed_recipe
-            in_full = [*head_in_full(model, new), *completed.adapter.train_modules]
+            in_full = [*head_in_full(model, new_modules), *completed.adapter.train_modules]
             parameter_groups(model, completed, in_full)
             if notes is not None:
                 notes.append(trained_in_words(model))
@@ -87,17 +87,17 @@ def check_recipe(
 
 
 class Problems(list[Problem]):
-    """Problems that are collected, and the classes of the errors that they come from."""
+    """Collected problems, and the classes of the errors that they come from."""
 
     def __init__(self) -> None:
         super().__init__()
         self.classes: set[type[LoraError]] = set()
 
     def raise_them(self) -> None:
-        """Raise them together, if there are any.
+        """Raise all problems together, if there are any.
 
         Raises:
-            LoraError: Of their class; a plain one if they are of several.
+            LoraError: Or its subclass, if all problems come from the same one.
         """
         if self:
             raise (self.classes.pop() if len(self.classes) == 1 else LoraError)(self)
@@ -115,31 +115,33 @@ def _collected(problems: Problems) -> Iterator[None]:
 def _check_metrics(task: Task) -> None:
     if problems := task.metric_problems():
         raise LoraError(problems)
-    if set(task.metric_names) - set(known_metrics()):  # only `evaluate` knows what it can load
+    if set(task.metric_names) - set(
+        known_metrics()
+    ):  # other names are loaded by the library `evaluate`
         at = task.recipe.at("evaluate.metrics")
         MetricSet(task.metric_names, task.metric_channel, task.metric_context, at)
 
 
-def _encode_some(task: Task, splits: dict[str, Rows], warns: bool) -> None:
-    """Encode the first rows of each split: what a chat template rejects, it rejects early."""
-    says_unknown = False
+def _encode_first_rows(task: Task, splits: dict[str, Rows], warns: bool) -> None:
+    """Encode the first rows of each split, so that errors of a chat template show early."""
+    has_warned = False
     for name, rows in ((name, part) for name, split in splits.items() for part in split.parts):
-        some = next(rows.batches(FIRST_ROWS))
+        first_rows = next(rows.batches(FIRST_ROWS))
         encoded_rows: list[list[Example]] = []
-        lengths = [characters_in(row) for row in some]
+        lengths = [characters_in(row) for row in first_rows]
         for part in in_batches(lengths):
             if not warns and lengths[part.start] > LONG:
-                continue  # takes long, and is encoded with all rows afterwards
+                continue  # slow, and encoded together with all rows afterwards
             place = functools.partial(_place, rows, part.start)
-            encoded = encode_located(task, some[part], place, name == "train")
-            # what no warning needs is not kept: a long text has many examples
+            encoded = encode_located(task, first_rows[part], place, name == "train")
+            # a long text has many examples, which are needed for warnings only
             encoded_rows += encoded if warns else (examples[:1] for examples in encoded)
         if not any(encoded_rows) and max(lengths) <= LONG and len(rows) <= FIRST_ROWS:
-            raise nothing_trained(task, rows)
+            raise nothing_to_train(task, rows)
         if warns:
-            if not says_unknown:  # once: the other splits are written in the same language
-                says_unknown = _warn_of_unknown(task, name, rows, encoded_rows)
-            _warn_of(task, name, rows, some, encoded_rows)
+            if not has_warned:  # warn once: the splits have the same language
+                has_warned = _warn_of_unknown(task, name, rows, encoded_rows)
+            _warn_of_lost_text(task, name, rows, first_rows, encoded_rows)
     if task.recipe.data.streaming:
         Stream(task).check_start()
 
@@ -151,53 +153,54 @@ def _place(rows: Rows, first: int, i: int) -> str:
 def _warn_of_unknown(
     task: Task, name: str, rows: Rows, examples: Sequence[Sequence[Example]]
 ) -> bool:
-    """Warn if the processor cannot represent much of the first rows, and return whether."""
+    """Warn if the processor cannot represent much of the first rows; return whether it did."""
     flat = [
         {**example, "row": row}
         for row, encoded_rows in enumerate(examples)
         for example in encoded_rows
     ]
-    first = f"{name} (its first {FIRST_ROWS} rows)" if len(rows) > FIRST_ROWS else name
-    _, warning = task.unknown_input(first, rows, flat)
+    split_name = f"{name} (its first {FIRST_ROWS} rows)" if len(rows) > FIRST_ROWS else name
+    _, warning = task.unknown_input(split_name, rows, flat)
     if warning is not None:
         warn(warning)
     return warning is not None
 
 
-def _warn_of(
+def _warn_of_lost_text(
     task: Task,
     name: str,
     rows: Rows,
-    some: Sequence[dict[str, Any]],
+    first_rows: Sequence[dict[str, Any]],
     encoded_rows: Sequence[Sequence[Example]],
 ) -> None:
-    """Say how many of the first rows leave nothing to train, or have control tokens in them."""
-    of = f"of the first {len(some):,}" if len(some) < len(rows) else f"of {len(some):,}"
+    """Warn if some of the first rows leave nothing to train, or contain control tokens."""
+    count = len(first_rows)
+    scope = f"of the first {count:,}" if count < len(rows) else f"of {count:,}"
     if empty := sum(not examples for examples in encoded_rows):
         warn(
-            f"{empty:,} {of} {name} rows leave nothing to train within {task.length_limit}, "
+            f"{empty:,} {scope} {name} rows leave nothing to train within {task.length_limit}, "
             "and are left out: raise `task.max_length`, or see `task.truncate`"
         )
-    tokens = map(task.control_token_in, some)
-    found = [(i, token) for i, token in enumerate(tokens) if token is not None]
-    if found:
-        i, token = found[0]
-        how = "tokens: see `task.split_special_tokens`" if task.reads_control_tokens else "text"
+    tokens = map(task.control_token_in, first_rows)
+    rows_with_token = [(i, token) for i, token in enumerate(tokens) if token is not None]
+    if rows_with_token:
+        i, token = rows_with_token[0]
+        reading = "tokens: see `task.split_special_tokens`" if task.reads_control_tokens else "text"
         warn(
-            f"{len(found):,} {of} {name} rows have control tokens in their text, the first is "
-            f"`{printable(token)}` at {rows.place(i)}; they are read as {how}"
+            f"{len(rows_with_token):,} {scope} {name} rows have control tokens in their text, the "
+            f"first is `{printable(token)}` at {rows.place(i)}; they are read as {reading}"
         )
 
 
 def empty_adapted_model(recipe: Recipe) -> nn.Module:
-    """Return the model on the meta device with its adapter attached; needs its config only.
+    """Return the model on the meta device with its adapter attached; only needs its config.
 
-    The data are read only where the recipe does not name the labels.
+    The data is read only if the recipe does not name the labels.
     """
     task = build_training_task(recipe)
     task.read_config()
     if not task.knows_labels:
         check_data(task, ())
-    model, new = task.empty_model()
-    make_trainable(model, recipe, new, learned=task.learned)
+    model, new_modules = task.empty_model()
+    make_trainable(model, recipe, new_modules, learned=task.learned)
     return model

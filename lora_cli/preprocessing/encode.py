@@ -1,4 +1,4 @@
-"""From the rows of a recipe to examples: read, checked, encoded once and kept on the disk."""
+"""Turn the rows of a recipe into examples: read, check, encode once, and cache on disk."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from lora_cli.unexpected_errors import own_words
 def load_data(
     task: Task, splits: Sequence[str] = ("train", "validation", "test")
 ) -> dict[str, Encoded]:
-    """Read, check and encode the splits; everything that can be wrong with them is found here.
+    """Read, check and encode the splits.
 
     Raises:
-        LoraError: With the missing columns, or the rows that are wrong and where they stand.
+        LoraError: With the missing columns, or the invalid rows and their locations.
     """
     if problems := task.metric_problems():
         raise LoraError(problems)
@@ -44,8 +44,8 @@ def load_data(
 def check_data(task: Task, splits: Sequence[str]) -> dict[str, Rows]:
     """Read the splits, check every row, and let the task learn what it needs from them."""
     recipe = task.recipe
-    wanted = (*splits, "train") if task.reads_train else splits
-    rows = load_rows(recipe, wanted)
+    needed = (*splits, "train") if task.reads_train else splits
+    rows = load_rows(recipe, needed)
     for name, split in rows.items():
         for part in split.parts:
             require_columns(task.needed_columns(name == "train"), part.columns, part.source)
@@ -54,8 +54,8 @@ def check_data(task: Task, splits: Sequence[str]) -> dict[str, Rows]:
     rows = {name: _without_skipped(task, name, split) for name, split in rows.items()}
     task.learn_form(rows)
     for name, split in rows.items():
-        found = (task.row_error(row, name == "train") for row in split)
-        errors = {i: error for i, error in enumerate(found) if error}
+        row_errors = (task.row_error(row, name == "train") for row in split)
+        errors = {i: error for i, error in enumerate(row_errors) if error}
         if len(errors) == len(split) and recipe.data.on_bad_row == "skip":
             what = f"no row of the {name} split can be used: {errors[0]}"
             hint = "is the column named correctly? `data.on_bad_row: skip` leaves no row here"
@@ -66,31 +66,31 @@ def check_data(task: Task, splits: Sequence[str]) -> dict[str, Rows]:
 
 
 def _reject_unsupported(task: Task, splits: dict[str, Rows]) -> None:
-    """Reject splits with rows of a kind that no task reads, also where bad rows are skipped.
+    """Reject splits with rows of a kind that no task reads, even if bad rows are skipped.
 
     Raises:
-        LoraError: With how many rows of each split there are, and where the first stands.
+        LoraError: With the number of such rows in each split, and the location of the first.
     """
     problems = []
     for name, split in splits.items():
         first, count = None, 0
         for i, row in enumerate(split):
-            if (found := task.unsupported(row)) is not None:
-                first, count = first or (i, found), count + 1
+            if (finding := task.unsupported(row)) is not None:
+                first, count = first or (i, finding), count + 1
         if first is not None:
             i, (what, hint) = first
-            meant = "it is" if count == 1 else "they are"
-            share = f"{count:,} of {len(split):,} {name} rows cannot be read as {meant} meant"
+            were = "it is" if count == 1 else "they are"
+            share = f"{count:,} of {len(split):,} {name} rows cannot be read as {were} meant"
             problems.append(Problem(f"{share}; the first has {what}", split.place(i), hint))
     if problems:
         raise LoraError(problems)
 
 
 def _without_skipped(task: Task, name: str, split: Rows) -> Rows:
-    """Return a split without the rows that the recipe leaves out; they count as skipped.
+    """Return a split without the rows that the recipe excludes; they count as skipped.
 
     Raises:
-        LoraError: If none is left.
+        LoraError: If no row is left.
     """
     reasons = [task.skip_reason(row, name) for row in split]
     left_out = [f"{split.place(i)}: {reason}" for i, reason in enumerate(reasons) if reason]
@@ -104,15 +104,16 @@ def _without_skipped(task: Task, name: str, split: Rows) -> Rows:
 
 
 def encode_rows(task: Task, rows: Rows, training: bool = False) -> Encoded:
-    """Encode the rows of a split once; the next time they come from the disk.
+    """Encode the rows of a split, or read them from the cache if they were encoded before.
 
     Args:
-        task: It encodes.
+        task: The task, which encodes the rows.
         rows: The rows.
-        training: Whether they are trained, and not measured.
+        training: Whether the rows are for training, not for evaluation.
 
     Raises:
-        LoraError: With the place of a row that cannot be encoded, or if no row gives an example.
+        LoraError: With the location of a row that cannot be encoded, or if no row yields an
+            example.
     """
     import datasets
 
@@ -128,7 +129,7 @@ def encode_rows(task: Task, rows: Rows, training: bool = False) -> Encoded:
                     yield {**example, "row": first + offset, "length": length}
             first += len(batch)
         if not count:
-            raise nothing_trained(task, rows)
+            raise nothing_to_train(task, rows)
 
     def feature(text: str) -> Any:
         if text == "media":  # encoded bytes, or a path
@@ -139,11 +140,11 @@ def encode_rows(task: Task, rows: Rows, training: bool = False) -> Encoded:
 
     features = datasets.Features({name: feature(t) for name, t in _types(task, training).items()})
     dataset = cached_dataset(examples, cache_key(task, rows, training), features)
-    of_row, lengths, full = (
+    rows_of_examples, lengths, full = (
         dataset.data.column(name).to_numpy().astype(np.int64)
         for name in ("row", "length", "full_length")
     )
-    without_example = len(rows) - len(np.unique(of_row))
+    without_example = len(rows) - len(np.unique(rows_of_examples))
     return Encoded(rows, EncodedTable(dataset), lengths, full, without_example)
 
 
@@ -154,10 +155,10 @@ def _types(task: Task, training: bool) -> dict[str, str]:
 
 
 def cache_key(task: Task, rows: Rows, training: bool = False) -> list[str]:
-    """Return what the examples of rows depend on, whether they are trained or measured."""
+    """Return everything that the encoded examples of rows depend on."""
     return [
         *task.cache_key(),
-        json.dumps(task.learned.task, sort_keys=True),  # as labels that other splits decide
+        json.dumps(task.learned.task, sort_keys=True),  # such as labels that come from other splits
         rows.sha256,
         rows.source,
         hashlib.sha256(rows.indices.tobytes()).hexdigest(),
@@ -169,14 +170,14 @@ def cache_key(task: Task, rows: Rows, training: bool = False) -> list[str]:
 
 
 def _bounded(batches: Iterator[list[dict[str, Any]]]) -> Iterator[list[dict[str, Any]]]:
-    """Yield rows in batches of bounded text: their tokens are in memory at the same time."""
+    """Yield rows in batches with a bounded amount of text, which bounds the memory for tokens."""
     for batch in batches:
         for part in in_batches([characters_in(row) for row in batch]):
             yield batch[part]
 
 
 def characters_in(value: Any) -> int:
-    """Return how many characters and bytes a row has, also those inside lists and objects."""
+    """Return the number of characters and bytes in a row, including nested lists and objects."""
     if isinstance(value, str | bytes):
         return len(value)
     if isinstance(value, dict):
@@ -184,8 +185,8 @@ def characters_in(value: Any) -> int:
     return sum(map(characters_in, value)) if isinstance(value, list) else 0
 
 
-def nothing_trained(task: Task, rows: Rows) -> LoraError:
-    """Return what to say of a split of which no row leaves anything to train."""
+def nothing_to_train(task: Task, rows: Rows) -> LoraError:
+    """Return the error for a split in which no row leaves anything to train."""
     what = f"no row leaves anything to train within {task.length_limit}"
     return LoraError(what, rows.source, task.why_nothing(rows[0]))
 
@@ -200,9 +201,18 @@ def encode_located(
     place: Callable[[int], str],
     training: bool = False,
 ) -> list[list[Example]]:
-    """Return the examples of rows, of which `place` tells by their position where they stand.
+    """Return the examples of each row of a batch.
 
-    They are encoded together; if that fails, one by one, to find the row that cannot be encoded.
+    Rows are encoded together; if that fails, one by one, to find the row that cannot be encoded.
+
+    Args:
+        task: The task, which encodes the rows.
+        batch: The rows.
+        place: Returns the location of a row, by its position in the batch.
+        training: Whether the rows are for training, not for evaluation.
+
+    Raises:
+        LoraError: With the location of the row, unless bad rows are skipped.
     """
     try:
         return _encoded(task, batch, training)

@@ -1,8 +1,8 @@
-"""Encoded examples, read from the memory-mapped table without making Python lists of them.
+"""Read encoded examples from the memory-mapped table as array views, not as Python lists.
 
 A batch of 32 short texts takes 1.2 ms to read as lists and 2.3 ms more to pad, which is half of a
-small step on a GPU. The table holds the tokens of many rows one after another, so an example is a
-slice of them.
+small step on a GPU. The table stores the tokens of many rows contiguously, so an example is a slice
+of an array.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class EncodedTable:
         self.dataset, self.data = dataset, dataset.data
         self._slices: dict[str, _Slices] = {}
         self._scalars: dict[str, NDArray[Any]] = {}
-        self._others: list[str] = []
+        self._other_columns: list[str] = []
         for name, kind in zip(dataset.column_names, self.data.schema.types, strict=True):
             column = self.data.column(name)
             if pa.types.is_list(kind) and pa.types.is_integer(kind.value_type):
@@ -38,7 +38,7 @@ class EncodedTable:
             elif pa.types.is_integer(kind) or pa.types.is_floating(kind):
                 self._scalars[name] = column.to_numpy()
             else:
-                self._others.append(name)
+                self._other_columns.append(name)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -47,18 +47,18 @@ class EncodedTable:
         return iter(self.dataset)
 
     def __getitem__(self, key: Any) -> Any:
-        """Return an example, as lists and numbers, or all values of a column."""
+        """Return an example as lists and numbers, or all values of a column."""
         return self.dataset[key]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Example]:
-        """Return examples whose lists are arrays: views of the table, which cannot be written."""
+        """Return examples whose lists are arrays: read-only views of the table."""
         columns: dict[str, Sequence[Any]] = {
             name: values[indices].tolist() for name, values in self._scalars.items()
         }
         columns |= {name: [slices[i] for i in indices] for name, slices in self._slices.items()}
-        if self._others:
-            rows = self.dataset.select_columns(self._others)[list(indices)]
-            columns |= {name: rows[name] for name in self._others}
+        if self._other_columns:
+            rows = self.dataset.select_columns(self._other_columns)[list(indices)]
+            columns |= {name: rows[name] for name in self._other_columns}
         return [
             dict(zip(columns, values, strict=True))
             for values in zip(*columns.values(), strict=True)
@@ -69,10 +69,10 @@ class TableWithStates(EncodedTable):
     """The examples of a split, each with the hidden states that enter the first trained layer.
 
     Args:
-        examples: The examples without them.
+        examples: The examples, without states.
         states: A `datasets.Dataset` with a column of bytes for each module.
-        order: Which example each of its rows is of.
-        like: The states of one example: their dtype and shape.
+        order: The index of the example for each row of `states`.
+        like: The states of one example, which define the dtypes and shapes.
     """
 
     def __init__(
@@ -85,28 +85,28 @@ class TableWithStates(EncodedTable):
         super().__init__(examples.dataset)
         self.like = like
         self.states = {name: _Bytes(states.data.column(name)) for name in like}
-        self.place = np.empty_like(order)
-        self.place[order] = np.arange(len(order))
+        self.position = np.empty_like(order)
+        self.position[order] = np.arange(len(order))
 
     @property
     def n_bytes(self) -> int:
-        """How many bytes the states take."""
+        """The size of the states, in bytes."""
         return sum(column.n_bytes for column in self.states.values())
 
     def __getitems__(self, indices: Sequence[int]) -> list[Example]:
         """Return examples, with their states by module under `STATES`."""
-        found = super().__getitems__(indices)
-        for example, index in zip(found, indices, strict=True):
-            place = int(self.place[index])
+        examples = super().__getitems__(indices)
+        for example, index in zip(examples, indices, strict=True):
+            position = int(self.position[index])
             example[STATES] = {
-                name: replace(self.like[name], values=column[place])
+                name: replace(self.like[name], values=column[position])
                 for name, column in self.states.items()
             }
-        return found
+        return examples
 
 
 class _Bytes:
-    """A column of bytes, read as views of the file.
+    """A column of bytes, read as views of the memory-mapped file.
 
     Args:
         column: A chunked array of `large_binary`.
@@ -116,23 +116,23 @@ class _Bytes:
         self.values, self.offsets = [], []
         for chunk in column.chunks:
             _, offsets, data = chunk.buffers()
-            whole = np.frombuffer(offsets, dtype=np.int64)
-            self.offsets.append(whole[chunk.offset : chunk.offset + len(chunk) + 1])
+            all_offsets = np.frombuffer(offsets, dtype=np.int64)
+            self.offsets.append(all_offsets[chunk.offset : chunk.offset + len(chunk) + 1])
             self.values.append(np.frombuffer(data, dtype=np.uint8))
         self.starts = np.cumsum([0, *(len(chunk) for chunk in column.chunks)])
         self.n_bytes = sum(int(offsets[-1] - offsets[0]) for offsets in self.offsets)
 
     def __getitem__(self, index: int) -> NDArray[np.uint8]:
         chunk = int(np.searchsorted(self.starts, index, side="right")) - 1
-        place, offsets = index - int(self.starts[chunk]), self.offsets[chunk]
-        return self.values[chunk][offsets[place] : offsets[place + 1]]
+        local, offsets = index - int(self.starts[chunk]), self.offsets[chunk]
+        return self.values[chunk][offsets[local] : offsets[local + 1]]
 
 
 class _Slices:
     """A column of lists of integers.
 
     Args:
-        column: A chunked array, of which every chunk has its own values and offsets.
+        column: A chunked array; each chunk has its own values and offsets.
     """
 
     def __init__(self, column: pa.ChunkedArray) -> None:
@@ -142,6 +142,6 @@ class _Slices:
 
     def __getitem__(self, index: int) -> NDArray[Any]:
         chunk = int(np.searchsorted(self.starts, index, side="right")) - 1
-        place, offsets = index - int(self.starts[chunk]), self.offsets[chunk]
-        found: NDArray[Any] = self.values[chunk][offsets[place] : offsets[place + 1]]
-        return found
+        local, offsets = index - int(self.starts[chunk]), self.offsets[chunk]
+        item: NDArray[Any] = self.values[chunk][offsets[local] : offsets[local + 1]]
+        return item

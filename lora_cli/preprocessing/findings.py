@@ -1,4 +1,4 @@
-"""What is found in the rows before a model is loaded: a table, warnings, facts of the report."""
+"""Findings on the rows of a recipe: a table, warnings, and the data section of the report."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from lora_cli.characters import aligned, shortened
 from lora_cli.errors import Problem, printable
 from lora_cli.recipe import Recipe
 
-N_LABELS = 6  # with more, the table says how many there are and how large
-TEXT_WIDTH = 60  # columns of a text that is shown
+N_LABELS = 6  # with more labels, the table only shows their number and sizes
+TEXT_WIDTH = 60  # columns of a text in a message
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two rows that are alike: where they stand, and what they say."""
+    """Two similar rows: their locations, texts and labels."""
 
     row: str
     other: str
@@ -28,8 +28,8 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Found:
-    """How many rows of a split something is true of, with a few of them."""
+class FlaggedRows:
+    """Rows of a split with some property: their number, their share and a few examples."""
 
     rows: int
     share: float
@@ -41,17 +41,17 @@ class Found:
 
 @dataclass(frozen=True)
 class Overlap:
-    """What a split shares with another: rows whose text is equal, or nearly."""
+    """Rows of a split whose text is equal, or nearly equal, to a text of another split."""
 
-    exact: Found
-    near: Found | None
-    of_sets: dict[str, Found] = field(default_factory=dict)
-    """Of the rows of each set, where several are mixed: those whose text is equal."""
+    exact: FlaggedRows
+    near: FlaggedRows | None
+    of_sets: dict[str, FlaggedRows] = field(default_factory=dict)
+    """The exact overlap of each set, if several are mixed."""
 
 
 @dataclass(frozen=True)
 class SplitFindings:
-    """What is in a split."""
+    """Findings on a split."""
 
     rows: int
     examples: int
@@ -61,39 +61,40 @@ class SplitFindings:
     control_token_rows: int
     """Rows with a control token, such as `</s>`, spelled out in a text."""
     control_tokens: str
-    """What is made of them, and where the first stands."""
+    """How they are read, and where the first one is."""
     lengths: dict[str, int] | None
-    """Tokens of a row before it is cut (or what else the task counts): p50, p95, max, and the
-    total that is left; None where a row has no length."""
+    """Length of a row before truncation, in tokens or another unit of the task: p50, p95, max.
+
+    `total` is the sum after truncation. None if rows have no length."""
     cut_rows: int
-    """Rows of which `max_length` takes tokens away."""
+    """Rows that are truncated to `max_length`."""
     divided_rows: int
     """Rows that were too long and became several examples."""
     unknown_share: float
-    """Share of the tokens that stand for what the tokenizer does not know."""
+    """Share of unknown tokens."""
     unknown_warning: str | None
-    """What to say of them, if they are many."""
+    """A warning about unknown tokens, if there are many."""
     trained_tokens: float | None
     """Share of the tokens that a language model learns to predict."""
     labels: dict[str, int]
-    duplicates: Found
-    """Rows whose text is that of an earlier row."""
-    near_duplicates: Found | None
-    contradictions: Found | None
-    """Rows whose text stands elsewhere with another label."""
+    duplicates: FlaggedRows
+    """Rows whose text is equal to the text of an earlier row."""
+    near_duplicates: FlaggedRows | None
+    contradictions: FlaggedRows | None
+    """Rows whose text occurs elsewhere with another label."""
     label_doubts: list[str] = field(default_factory=list)
-    """Labels that look like others, or that train does not have."""
+    """Questions on labels that look alike, or do not occur in train."""
     cut_note: str | None = None
-    """What was cut of the rows, where a row has several parts."""
+    """Describes which parts of the rows were truncated, if a row has several parts."""
     sets: dict[str, int] = field(default_factory=dict)
-    """The rows of each set, where several are mixed."""
+    """The number of rows in each set, if several are mixed."""
     shares: dict[str, float] = field(default_factory=dict)
-    """Of the examples of an epoch, the share of each set that has a weight."""
+    """The share of each set in an epoch, if the sets have weights."""
 
 
 @dataclass
 class Findings:
-    """What was found in all splits; `overlap[split][other]` says what is shared."""
+    """Findings on all splits; `overlap[split][other]` describes what two splits share."""
 
     recipe: Recipe
     max_length: int | None
@@ -104,8 +105,8 @@ class Findings:
     splits: dict[str, SplitFindings] = field(default_factory=dict)
     overlap: dict[str, dict[str, Overlap]] = field(default_factory=dict)
 
-    def added_to(self, facts: dict[str, Any]) -> dict[str, Any]:
-        """Return the data section of a report with the findings; what it says already stays."""
+    def add_to(self, facts: dict[str, Any]) -> dict[str, Any]:
+        """Return the data section of a report with the findings added; existing facts win."""
         added = {
             name: {**self._in_report(split), **facts.get(name, {})}
             for name, split in self.splits.items()
@@ -117,7 +118,7 @@ class Findings:
         return {**facts, **added, "overlap": overlap}
 
     def _in_report(self, split: SplitFindings) -> dict[str, Any]:
-        """Return the findings of a split by the keys of a report, which name what is counted."""
+        """Return the findings of a split with the keys of a report, which contain the unit."""
         known: dict[str, Any] = _known(asdict(split))
         if (lengths := known.pop("lengths", None)) is not None:
             known[f"{self.unit}s"] = lengths
@@ -126,7 +127,7 @@ class Findings:
         return known
 
     def problems(self) -> list[Problem]:
-        """Return the overlaps of held-out rows with train that are above `max_overlap`."""
+        """Return a problem for each overlap of held-out rows with train above `max_overlap`."""
         limit = self.recipe.data.check.max_overlap
         problems = []
         for name, others in self.overlap.items():
@@ -134,47 +135,52 @@ class Findings:
                 continue
             mixed = self.splits[name].sets
             parts = [
-                (found, mixed[one], f"{name} rows of the set `{one}`", f"data.mix.{one}.{name}")
-                for one, found in others["train"].of_sets.items()
+                (
+                    flagged,
+                    mixed[set_name],
+                    f"{name} rows of the set `{set_name}`",
+                    f"data.mix.{set_name}.{name}",
+                )
+                for set_name, flagged in others["train"].of_sets.items()
             ] or [
                 (others["train"].exact, self.splits[name].rows, f"{name} rows", f"data.{name}"),
             ]
             problems += [
-                self._leak(found, of, rows, key)
-                for found, of, rows, key in parts
-                if found.share > limit
+                self._leak(flagged, total, rows, key)
+                for flagged, total, rows, key in parts
+                if flagged.share > limit
             ]
         return problems
 
-    def _leak(self, exact: Found, of: int, rows: str, key: str) -> Problem:
-        """Return the problem of held-out rows that are trained too."""
+    def _leak(self, flagged: FlaggedRows, total: int, rows: str, key: str) -> Problem:
+        """Return the problem for held-out rows that also occur in train."""
         limit = self.recipe.data.check.max_overlap
-        places = ", ".join(f"{e.row} (`{e.text}`) is {e.other}" for e in exact.examples)
+        places = ", ".join(f"{e.row} (`{e.text}`) is {e.other}" for e in flagged.examples)
         return Problem(
-            f"{exact.rows:,} of {of:,} {rows}"
-            f"{_percent(exact.share)} also occur in train, and `max_overlap` allows "
+            f"{flagged.rows:,} of {total:,} {rows}"
+            f"{_percent(flagged.share)} also occur in train, and `max_overlap` allows "
             f"{100 * limit:g} %: {places}",
             self.recipe.at(key),
             "draw the rows from train, `{from: train, fraction: 0.1, disjoint: exact}`, "
             "remove them from one side, or, if this is meant, allow it with "
-            f"`--set data.check.max_overlap={_allowing(exact.share):g}`",
+            f"`--set data.check.max_overlap={_limit_above(flagged.share):g}`",
         )
 
     def warnings(self) -> list[str]:
-        """Return what is not forbidden but should be looked at, a line each."""
-        # once: the other splits are written in the same language
+        """Return warnings about the data, one line each."""
+        # warn once about unknown tokens: the splits have the same language
         unknown = (split.unknown_warning for split in self.splits.values())
         lines = list(filter(None, unknown))[:1]
         for name, split in self.splits.items():
             if split.rows_without_example:
                 share = _percent(split.rows_without_example / split.rows)
                 truncate = getattr(self.recipe.task, "truncate", None)
-                ways = self.longer_hint
+                hint = self.longer_hint
                 if truncate == "right":
-                    ways += ", or cut the beginning instead: `task.truncate: left`"
+                    hint += ", or cut the beginning instead: `task.truncate: left`"
                 lines.append(
                     f"{split.rows_without_example:,} of {split.rows:,}{share} {name} rows leave "
-                    f"nothing to train within {self.length_limit}, and are left out: {ways}"
+                    f"nothing to train within {self.length_limit}, and are left out: {hint}"
                 )
             if split.control_token_rows:
                 share = _percent(split.control_token_rows / split.rows)
@@ -193,30 +199,33 @@ class Findings:
                     f"text that has another label elsewhere: {first.row} `{first.text}` is "
                     f"{first.label}, {first.other} is {first.other_label}"
                 )
-            for found, how in (
+            for flagged, how in (
                 (split.duplicates, "equal to"),
                 (split.near_duplicates, "nearly equal to"),
             ):
-                if found and found.rows:
-                    are = _verb(found.rows, "are")
-                    lines.append(f"{found} {name} {are} {how} an earlier one: {_first(found)}")
+                if flagged and flagged.rows:
+                    are = _verb(flagged.rows, "are")
+                    lines.append(f"{flagged} {name} {are} {how} an earlier one: {_first(flagged)}")
         for name, others in self.overlap.items():
-            for other, what in others.items():
-                for found, how in ((what.exact, "equal to"), (what.near, "nearly equal to")):
-                    if found and found.rows:
-                        are = _verb(found.rows, "are")
+            for other, overlap in others.items():
+                for flagged, how in (
+                    (overlap.exact, "equal to"),
+                    (overlap.near, "nearly equal to"),
+                ):
+                    if flagged and flagged.rows:
+                        are = _verb(flagged.rows, "are")
                         lines.append(
-                            f"{found} {name} {are} {how} a row of {other}: {_first(found)}"
+                            f"{flagged} {name} {are} {how} a row of {other}: {_first(flagged)}"
                         )
         return lines
 
     def table(self) -> str:
-        """Return the findings as aligned columns, one for each split, with the warnings below."""
+        """Format the findings as aligned columns, one for each split, with the warnings below."""
         rows: list[tuple[str, list[str]]] = [("data", list(self.splits))]
         splits = list(self.splits.values())
 
-        def add(name: str, values: list[str], always: bool = False) -> None:
-            if always or any(value not in ("", "0") for value in values):
+        def add(name: str, values: list[str], even_if_zero: bool = False) -> None:
+            if even_if_zero or any(value not in ("", "0") for value in values):
                 rows.append((name, values))
 
         add("rows", [f"{s.rows:,}" for s in splits])
@@ -239,7 +248,7 @@ class Findings:
         divided = [f"{s.divided_rows:,}{_percent(s.divided_rows / s.rows)}" for s in splits]
         has_divided = any(s.divided_rows for s in splits)
         if self.max_length and (not has_divided or any(s.cut_rows for s in splits)):
-            add(f"cut at {self.length_name}", cut, always=True)
+            add(f"cut at {self.length_name}", cut, even_if_zero=True)
         add(f"divided at {self.length_name}", divided if has_divided else [])
         if any(s.unknown_warning for s in splits):
             add("unknown tokens", [f"{100 * s.unknown_share:.1f} %" for s in splits])
@@ -248,26 +257,29 @@ class Findings:
             "trained tokens", ["" if share is None else f"{100 * share:.1f} %" for share in trained]
         )
         rows += _label_rows(splits)
-        add("duplicates", [str(s.duplicates) for s in splits], always=True)
-        add("near duplicates", [_shown(s.near_duplicates) for s in splits])
-        add("contradictions", [_shown(s.contradictions) for s in splits])
+        add("duplicates", [str(s.duplicates) for s in splits], even_if_zero=True)
+        add("near duplicates", [_text_of(s.near_duplicates) for s in splits])
+        add("contradictions", [_text_of(s.contradictions) for s in splits])
         for other in self.splits:
             overlaps = [self.overlap.get(name, {}).get(other) for name in self.splits]
             if any(overlaps):
                 add(
                     f"also in {other}",
-                    [_shown(o.exact if o else None) for o in overlaps],
-                    always=True,
+                    [_text_of(o.exact if o else None) for o in overlaps],
+                    even_if_zero=True,
                 )
-                add(f"nearly in {other}", [_shown(o.near if o else None) for o in overlaps])
+                add(f"nearly in {other}", [_text_of(o.near if o else None) for o in overlaps])
         lines = _aligned(rows)
         warnings = [f"warning: {line}" for line in self.warnings()]
         if self.recipe.data.streaming:
             lines.append("train is streamed: its rows were not inspected for duplicates or overlap")
-        room = max(25 - len(lines), 4)
-        if len(warnings) > room:
-            more = len(warnings) - room + 1
-            warnings = [*warnings[: room - 1], f"({more} more warnings; report.json has them all)"]
+        max_warnings = max(25 - len(lines), 4)
+        if len(warnings) > max_warnings:
+            n_hidden = len(warnings) - max_warnings + 1
+            warnings = [
+                *warnings[: max_warnings - 1],
+                f"({n_hidden} more warnings; report.json has them all)",
+            ]
         return "\n".join(map(printable, [*lines, *warnings]))
 
 
@@ -291,12 +303,12 @@ def _label_rows(splits: list[SplitFindings]) -> list[tuple[str, list[str]]]:
 
 
 def _aligned(rows: list[tuple[str, list[str]]]) -> list[str]:
-    # what is written as a code is wider than it was, so that comes first
+    # escaped characters are wider, so they are escaped before the columns are aligned
     return aligned([[printable(cell) for cell in (name, *values)] for name, values in rows])
 
 
-def _shown(found: Found | None) -> str:
-    return "" if found is None else str(found)
+def _text_of(flagged: FlaggedRows | None) -> str:
+    return "" if flagged is None else str(flagged)
 
 
 def _quantiles(lengths: dict[str, int]) -> str:
@@ -309,29 +321,29 @@ def _percent(share: float) -> str:
     return " (<0.1 %)" if share < 0.0005 else f" ({100 * share:.1f} %)"
 
 
-def _allowing(share: float) -> float:
-    """Return a limit of two digits that a share is not above."""
+def _limit_above(share: float) -> float:
+    """Round a share up to two digits, for a limit that allows it."""
     return min(float(np.ceil(share * 100) / 100), 1.0)
 
 
 def short(text: str, width: int = TEXT_WIDTH) -> str:
-    """Return a text in one line of at most `width` columns."""
+    """Shorten a text to one line of at most `width` columns."""
     return shortened(" ".join(text.split()), width)
 
 
 def _verb(count: int, verb: str) -> str:
-    """Return `row` or `rows` with the verb that belongs to so many: `row is`, `rows are`."""
-    one = {"are": "is", "have": "has"}
-    return f"row {one[verb]}" if count == 1 else f"rows {verb}"
+    """Return `row` or `rows` with the verb in the same number: `row is`, `rows are`."""
+    singular = {"are": "is", "have": "has"}
+    return f"row {singular[verb]}" if count == 1 else f"rows {verb}"
 
 
-def _first(found: Found) -> str:
-    first = found.examples[0]
+def _first(flagged: FlaggedRows) -> str:
+    first = flagged.examples[0]
     return f"{first.row} `{first.text}` and {first.other}"
 
 
 def _known(facts: dict[str, Any]) -> dict[str, Any]:
-    """Return facts without what is not known, and without sets where none are mixed."""
+    """Return facts without unknown values, and without empty facts about sets."""
     of_sets = ("of_sets", "sets", "shares")
     return {
         k: _without_none(v) for k, v in facts.items() if v is not None and (v or k not in of_sets)

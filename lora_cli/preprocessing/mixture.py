@@ -1,4 +1,4 @@
-"""The shares of the sets of `data.mix` in an epoch."""
+"""Build the mixture of an epoch from the weights of `data.mix`."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from lora_cli.tasks.generation.packing import Packed
 
 
 def mixture_of(recipe: Recipe, split: Encoded, examples: Any) -> Mixture | None:
-    """Return which examples form an epoch; None where each of them is seen once.
+    """Return the mixture that forms an epoch; None if an epoch has each example once.
 
     Args:
-        recipe: Its `data.mix` gives the weights.
+        recipe: The recipe; `data.mix` contains the weights.
         split: The train rows.
-        examples: Their examples, or packs of these.
+        examples: The examples of the rows, or packs of them.
 
     Raises:
-        LoraError: If a set has so small a share that no example of it is drawn.
+        LoraError: If a set has no examples, or its share is so small that none is used.
     """
     names, mix = list(split.rows.sets), recipe.data.mix
     weights = [mix[name].weight for name in names]
-    known = [weight for weight in weights if weight is not None]
-    if not known:
+    given_weights = [weight for weight in weights if weight is not None]
+    if not given_weights:
         return None
     sets = examples.sets if isinstance(examples, Packed) else split.sets
     members = tuple(np.flatnonzero(sets == number) for number in range(len(names)))
-    quotas = quotas_of(known, len(examples))
+    quotas = quotas_of(given_weights, len(examples))
     for name, of_set, quota in zip(names, members, quotas, strict=True):
         key = f"data.mix.{name}"
         if not len(of_set):

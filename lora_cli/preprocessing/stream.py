@@ -1,4 +1,4 @@
-"""Train rows that are streamed: checked and encoded as they come, again and again."""
+"""Stream train rows: check and encode them as they are read, pass after pass."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from lora_cli.preprocessing.encode import encode_located
 from lora_cli.tasks.contract import Task
 from lora_cli.tasks.examples import Example
 
-CHUNK = 100  # rows that are encoded together
+CHUNK = 100  # rows encoded together
 
 
 class Stream:
-    """Iterates over the examples of the train rows, without end.
+    """Iterates over the examples of the train rows endlessly.
 
-    An example's `row` is the number of its row among those without an error, which counts on from
-    one pass to the next; its `place` is where that stands.
+    An example's `row` is the number of its row, not counting rows with errors; the count continues
+    from one pass to the next. Its `place` is the location of the row.
     """
 
     def __init__(self, task: Task) -> None:
         self.task = task
-        self.skipped = 0  # rows of the first pass that gave no example
+        self.skipped = 0  # rows of the first pass without an example
         self.first_error = ""
 
     def __iter__(self) -> Iterator[Example]:
@@ -34,7 +34,7 @@ class Stream:
         is_first = True
         while True:
             is_empty = True
-            for examples in self._once(is_first):
+            for examples in self._one_pass(is_first):
                 yield from ({**example, "row": number} for example in examples)
                 is_empty = is_empty and not examples
                 number += 1
@@ -43,18 +43,18 @@ class Stream:
             is_first = False
 
     def check_start(self) -> None:
-        """Check and encode the first rows, to find early what is wrong with all of them."""
-        next(self._once(is_first=False), None)
+        """Check and encode the first rows, so that errors that concern all rows show early."""
+        next(self._one_pass(is_first=False), None)
 
     def note(self) -> str | None:
-        """Return how many rows were skipped, if any were."""
+        """Return a message with the number of skipped rows, or None."""
         if not self.skipped:
             return None
         return (
             f"skipped {counted(self.skipped, 'row')} of the stream; the first: {self.first_error}"
         )
 
-    def _once(self, is_first: bool) -> Iterator[list[Example]]:
+    def _one_pass(self, is_first: bool) -> Iterator[list[Example]]:
         """Yield the examples of each row without an error."""
 
         def skip(place: str, error: str) -> None:
@@ -64,7 +64,7 @@ class Stream:
 
         task = self.task
 
-        def wanted() -> Iterator[RawRow]:
+        def used_rows() -> Iterator[RawRow]:
             for row in stream_rows(task.recipe):
                 if row.columns is not None and (reason := task.skip_reason(row.columns, "train")):
                     skip(row.place, reason)
@@ -74,7 +74,7 @@ class Stream:
         def row_error(row: dict[str, Any]) -> str:
             return task.row_error(row, training=True)
 
-        rows = without_errors(wanted(), row_error, task.recipe, skip)
+        rows = without_errors(used_rows(), row_error, task.recipe, skip)
         while chunk := list(islice(rows, CHUNK)):
             for place, row in chunk:
                 if problem := task.label_problem(row, place):

@@ -108,7 +108,7 @@ def train(recipe: Recipe, resume: bool = False, learned: Learned | None = None) 
         with explain_errors(recipe, learned, accelerator, stop):
             run = Run(task, data, accelerator, stop)
             if findings is not None:
-                run.report["data"] = findings.added_to(run.report["data"])
+                run.report["data"] = findings.add_to(run.report["data"])
             if resume:
                 run.resume()
             require_same_start(recipe, run.state, run.model, accelerator)
