@@ -1,4 +1,4 @@
-"""Text to image: the computation against plain diffusers and PEFT, and what rows become."""
+"""Tests of text-to-image training: losses, gradients and images against diffusers and PEFT."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ RATE, N_STEPS, GAMMA = 0.05, 20, 5.0
 PROMPTS = ["a dark one", "a light one"]
 
 
-def recipe(folder: Path, kind: str = "sd", noise: Any = None, **sections: Any) -> Path:
-    """Write a base, captioned pictures and a recipe into a folder, and return the recipe."""
+def write_recipe(folder: Path, kind: str = "sd", noise: Any = None, **sections: Any) -> Path:
+    """Write a base, captioned images and a recipe to a folder, and return the recipe's path."""
     if not (folder / "base").exists():
         tiny_diffusion.save(folder / "base", kind, noise)
     if not (folder / "pictures").exists():
@@ -77,14 +77,14 @@ def run(path: Path, *overrides: str) -> dict[str, Any]:
         return train(load_recipe(path, list(overrides)))
 
 
-def built(path: Path) -> Any:
+def load_task(path: Path) -> Any:
     """Return the task of a recipe, with its processor."""
     task = build_task(load_recipe(path))
     task.load_processor()
     return task
 
 
-def logged(folder: Path) -> list[float]:
+def logged_losses(folder: Path) -> list[float]:
     """Return the loss of each step of a run."""
     lines = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
     return [line["loss"] for line in lines if "loss" in line and "learning_rate" in line]
@@ -93,10 +93,10 @@ def logged(folder: Path) -> list[float]:
 # ------------------------------------------------------------------- diffusers' training script
 
 
-class Script:
-    """train_text_to_image_lora.py of diffusers on given noise, with PEFT's adapter.
+class ReferenceScript:
+    """Diffusers' train_text_to_image_lora.py, on given noise, with PEFT's adapter.
 
-    It starts from the numbers of a run of this tool, and is told what was drawn in each step.
+    It starts with the weights of a run of this tool, and uses the same random numbers.
     """
 
     def __init__(self, path: Path, gamma: float | None) -> None:
@@ -111,31 +111,31 @@ class Script:
         names = ["to_k", "to_q", "to_v", "to_out.0"]
         config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=names)
         self.pipe.unet.add_adapter(config)
-        loaded = load_recipe(path)
-        self.task: Any = build_task(loaded)
+        recipe = load_recipe(path)
+        self.task: Any = build_task(recipe)
         self.task.load_processor()
         self.split = load_data(self.task)["train"]
         seed_everything(0)
-        self.model, new = self.task.load_model(CPU)
-        attach(self.model, loaded, new)
-        theirs = dict(self.pipe.unet.named_parameters())
+        self.model, new_parameters = self.task.load_model(CPU)
+        attach(self.model, recipe, new_parameters)
+        peft_parameters = dict(self.pipe.unet.named_parameters())
         for name, parameter in trainable_parameters(self.model).items():
-            theirs[self.name_of(name)].data.copy_(parameter.data)
+            peft_parameters[self.peft_name(name)].data.copy_(parameter.data)
 
-    def name_of(self, ours: str) -> str:
-        """Return PEFT's name of a parameter."""
-        name = ours.removeprefix("unet.")
+    def peft_name(self, own_name: str) -> str:
+        """Return PEFT's name for a parameter."""
+        name = own_name.removeprefix("unet.")
         for matrix in ("lora_A", "lora_B"):
             name = name.replace(matrix, f"{matrix}.default.weight")
         return name
 
-    def told(self, ids: Tensor, files: Sequence[Path]) -> tuple[Tensor, dict[str, Any]]:
-        """Return what the script for Stable Diffusion XL tells the U-Net of texts and pictures."""
+    def xl_inputs(self, ids: Tensor, files: Sequence[Path]) -> tuple[Tensor, dict[str, Any]]:
+        """Return the U-Net's text states and extra inputs, as the script for SDXL does."""
         states, pooled = [], None
         for encoder in (self.pipe.text_encoder, self.pipe.text_encoder_2):
-            found = encoder(ids, output_hidden_states=True, return_dict=False)
-            pooled = found[0]
-            states.append(found[-1][-2])
+            outputs = encoder(ids, output_hidden_states=True, return_dict=False)
+            pooled = outputs[0]
+            states.append(outputs[-1][-2])
         sizes = []
         for file in files:
             with Image.open(file) as image:
@@ -143,70 +143,70 @@ class Script:
             scale = SIDE / min(width, height)
             top, left = (round((round(x * scale) - SIDE) / 2) for x in (height, width))
             sizes.append([height, width, top, left, SIDE, SIDE])
-        told = {"text_embeds": pooled, "time_ids": torch.tensor(sizes)}
-        return torch.cat(states, dim=-1), {"added_cond_kwargs": told}
+        xl_inputs = {"text_embeds": pooled, "time_ids": torch.tensor(sizes)}
+        return torch.cat(states, dim=-1), {"added_cond_kwargs": xl_inputs}
 
     def caption_of(self, file: Path) -> str:
-        """Return what a picture shows."""
-        beside = file.with_suffix(".txt")
+        """Return the caption of an image."""
+        text_file = file.with_suffix(".txt")
         spec = self.task.spec
-        if beside.exists():
-            return beside.read_text().strip()
+        if text_file.exists():
+            return text_file.read_text().strip()
         return str(spec.prior.caption)
 
-    def ready(self, positions: Sequence[int], step: int) -> list[Any]:
-        """Return the examples as this tool prepares them in a step."""
+    def prepared(self, positions: Sequence[int], step: int) -> list[Any]:
+        """Return examples as this tool prepares them for a step."""
         return [prepared_for(self.task, self.split.examples[i], 0, step) for i in positions]
 
-    def loss(self, positions: Sequence[int], step: int, which: int = 0) -> Tensor:
-        """Return the loss of examples in a step: of their pictures, or (1) those of the class."""
-        pipe, ready = self.pipe, self.ready(positions, step)
-        key = ("image", "prior_image")[which]
+    def loss(self, positions: Sequence[int], step: int, image_index: int = 0) -> Tensor:
+        """Return the loss of examples in a step: of the subject's images (0) or the class's (1)."""
+        pipe, prepared = self.pipe, self.prepared(positions, step)
+        key = ("image", "prior_image")[image_index]
         files = [Path(self.split.examples[i][key]["path"]) for i in positions]
-        pixels = torch.stack([seen(Image.open(file)) for file in files])
+        pixels = torch.stack([preprocess(Image.open(file)) for file in files])
         captions = [self.caption_of(file) for file in files]
         ids = pipe.tokenizer(
             captions, padding="max_length", truncation=True, return_tensors="pt",
             max_length=pipe.tokenizer.model_max_length,
         ).input_ids  # fmt: skip
-        noise = torch.stack([one["noise"][which] for one in ready])
-        sampled = torch.stack([one["sampled"][which] for one in ready])
-        timesteps = torch.tensor([one["steps"][which] for one in ready])
+        noise = torch.stack([example["noise"][image_index] for example in prepared])
+        sampled = torch.stack([example["sampled"][image_index] for example in prepared])
+        timesteps = torch.tensor([example["steps"][image_index] for example in prepared])
 
         latents = pipe.vae.encode(pixels).latent_dist
         latents = (latents.mean + latents.std * sampled) * pipe.vae.config.scaling_factor
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
-        more: dict[str, Any] = {}
+        extra_inputs: dict[str, Any] = {}
         if isinstance(pipe, diffusers.StableDiffusionXLPipeline):
-            texts, more = self.told(ids, files)
+            texts, extra_inputs = self.xl_inputs(ids, files)
         else:
             texts = pipe.text_encoder(ids, return_dict=False)[0]
         is_v = self.scheduler.config.prediction_type == "v_prediction"
         target = self.scheduler.get_velocity(latents, noise, timesteps) if is_v else noise
-        pred = pipe.unet(noisy, timesteps, texts, return_dict=False, **more)[0]
+        prediction = pipe.unet(noisy, timesteps, texts, return_dict=False, **extra_inputs)[0]
         if self.gamma is None:
-            return F.mse_loss(pred.float(), target.float(), reduction="mean")
+            return F.mse_loss(prediction.float(), target.float(), reduction="mean")
         snr = compute_snr(self.scheduler, timesteps)
         weights = torch.stack([snr, self.gamma * torch.ones_like(snr)], dim=1).min(dim=1)[0]
         weights = weights / (snr + 1 if is_v else snr)
-        loss = F.mse_loss(pred.float(), target.float(), reduction="none")
+        loss = F.mse_loss(prediction.float(), target.float(), reduction="none")
         return (loss.mean(dim=list(range(1, loss.ndim))) * weights).mean()
 
 
-def seen(picture: Image.Image) -> Tensor:
-    """Return what the script makes of a picture: the shorter side fits, the middle is left."""
-    scale = SIDE / min(picture.size)
-    width, height = (round(side * scale) for side in picture.size)
-    picture = picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+def preprocess(image: Image.Image) -> Tensor:
+    """Resize an image to fit the shorter side, and crop its centre, as the script does."""
+    scale = SIDE / min(image.size)
+    width, height = (round(side * scale) for side in image.size)
+    image = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
     left, top = round((width - SIDE) / 2), round((height - SIDE) / 2)
-    picture = picture.crop((left, top, left + SIDE, top + SIDE))
-    values = torch.tensor(np.array(picture), dtype=torch.float32).permute(2, 0, 1) / 255
+    image = image.crop((left, top, left + SIDE, top + SIDE))
+    values = torch.tensor(np.array(image), dtype=torch.float32).permute(2, 0, 1) / 255
     return (values - 0.5) / 0.5
 
 
 @dataclass
-class Trained:
-    """A run, and what it left."""
+class TrainedRun:
+    """A finished run."""
 
     folder: Path
     path: Path
@@ -218,51 +218,51 @@ class Trained:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """Train once: by SGD, which does not divide by rounding noise."""
+def trained(tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
+    """Train once, with SGD, as Adam would amplify rounding differences."""
     folder = tmp_path_factory.mktemp("trained")
-    path = recipe(
+    path = write_recipe(
         folder, task={"snr_gamma": GAMMA, "validation_prompts": PROMPTS},
         data={"validation": "validation"},
         train={"max_steps": N_STEPS, "optimizer": {"type": "sgd", "learning_rate": RATE},
                "scheduler": {"type": "constant"}, "max_grad_norm": 1e9},
         evaluate={"every_steps": 10, "baseline": True},
     )  # fmt: skip
-    return Trained(folder, path, run(path))
+    return TrainedRun(folder, path, run(path))
 
 
-def require_losses_of(script: Any, parameters: Iterable[Tensor], out: Path) -> None:
-    """Fail if the losses of a run are not those of a script that takes the same examples."""
+def assert_losses_equal(script: Any, parameters: Iterable[Tensor], out: Path) -> None:
+    """Assert that the losses of a run equal those of a script on the same examples."""
     samples = [json.loads(x) for x in (out / "samples.jsonl").read_text().splitlines()]
     optimizer = torch.optim.SGD(parameters, lr=RATE)
-    theirs = []
+    expected = []
     for step, sample in enumerate(samples, 1):
         loss = script.loss(sample["examples"], step)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        theirs.append(float(loss.detach()))
-    assert len(theirs) == N_STEPS
-    assert logged(out) == pytest.approx(theirs, rel=1e-5)
-    assert max(theirs) > 1.1 * min(theirs)  # noise and steps differ
+        expected.append(float(loss.detach()))
+    assert len(expected) == N_STEPS
+    assert logged_losses(out) == pytest.approx(expected, rel=1e-5)
+    assert max(expected) > 1.1 * min(expected)  # as noise and timesteps differ
 
 
-def require_tensors_of(part: Any, out: Path, name_of_part: str) -> None:
-    """Fail if a checkpoint's tensors are not those that PEFT would save of a part."""
+def assert_tensors_equal(part: Any, out: Path, name_of_part: str) -> None:
+    """Assert that a checkpoint's tensors equal those that PEFT would save for a part."""
     saved = load_file(out / f"checkpoints/step-000020/{name_of_part}/adapter_model.safetensors")
     state = peft.get_peft_model_state_dict(part)
     assert len(state) == len(saved)
     for name, tensor in state.items():
-        own, scale = saved[f"base_model.model.{name}"], float(tensor.abs().max())
+        saved_tensor, scale = saved[f"base_model.model.{name}"], float(tensor.abs().max())
         assert scale > 1e-5
-        assert float((own - tensor).abs().max()) <= 1e-5 * max(scale, 1e-3), name
+        assert float((saved_tensor - tensor).abs().max()) <= 1e-5 * max(scale, 1e-3), name
 
 
-def test_twenty_steps_are_those_of_the_training_script_of_diffusers(trained: Trained) -> None:
-    script = Script(trained.path, GAMMA)
+def test_losses_of_20_steps_equal_diffusers_script(trained: TrainedRun) -> None:
+    script = ReferenceScript(trained.path, GAMMA)
     parameters = [p for p in script.pipe.unet.parameters() if p.requires_grad]
-    require_losses_of(script, parameters, trained.out)
-    require_tensors_of(script.pipe.unet, trained.out, "unet")
+    assert_losses_equal(script, parameters, trained.out)
+    assert_tensors_equal(script.pipe.unet, trained.out, "unet")
 
 
 PRIOR = {"path": "class", "caption": "a one", "weight": 0.5, "count": 0}
@@ -276,36 +276,38 @@ KINDS = {
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_loss_and_gradients_are_those_of_diffusers(tmp_path: Path, name: str) -> None:
+def test_loss_and_gradients_equal_those_of_diffusers(tmp_path: Path, name: str) -> None:
     kind, noise, keys = KINDS[name]
-    path = recipe(tmp_path, kind, noise, task=keys)
+    path = write_recipe(tmp_path, kind, noise, task=keys)
     (tmp_path / "class").mkdir()
     for i in range(2):
         tiny_pictures.picture(90 + i).resize((18, 17)).save(tmp_path / f"class/{i}.png")
-    script = Script(path, keys.get("snr_gamma"))
+    script = ReferenceScript(path, keys.get("snr_gamma"))
     task, model = script.task, script.model
-    theirs = dict(script.pipe.unet.named_parameters())
+    peft_parameters = dict(script.pipe.unet.named_parameters())
     for name, parameter in trainable_parameters(model).items():
         parameter.data.normal_(std=0.2)
-        theirs[script.name_of(name)].data.copy_(parameter.data)
-    batch = task.collate(script.ready([0, 1, 2], 1))
+        peft_parameters[script.peft_name(name)].data.copy_(parameter.data)
+    batch = task.collate(script.prepared([0, 1, 2], 1))
     loss = task.loss(model, batch) / batch.n_items
     expected = script.loss([0, 1, 2], 1)
     if "prior" in keys:
-        assert len(script.split) == 4  # an epoch has each picture once
-        expected = expected + 0.5 * script.loss([0, 1, 2], 1, which=1)
+        assert len(script.split) == 4  # each image once per epoch
+        expected = expected + 0.5 * script.loss([0, 1, 2], 1, image_index=1)
     loss.backward()
     expected.backward()
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
     for name, parameter in trainable_parameters(model).items():
-        wanted = theirs[script.name_of(name)].grad
-        scale = float(wanted.abs().max())
+        expected_gradient = peft_parameters[script.peft_name(name)].grad
+        scale = float(expected_gradient.abs().max())
         assert scale > 0
-        assert float((parameter.grad - wanted).abs().max()) <= 1e-5 * max(scale, 1e-2), name
+        assert float((parameter.grad - expected_gradient).abs().max()) <= 1e-5 * max(scale, 1e-2), (
+            name
+        )
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_weights_are_finite_where_no_signal_is_left(prediction: str) -> None:
+def test_weights_are_finite_without_signal(prediction: str) -> None:
     scheduler = diffusers.DDPMScheduler(
         prediction_type=prediction, rescale_betas_zero_snr=True, num_train_timesteps=100
     )
@@ -319,26 +321,28 @@ def test_weights_are_finite_where_no_signal_is_left(prediction: str) -> None:
 # ------------------------------------------------------------------------------ evaluation, answers
 
 
-def test_validation_is_the_same_in_every_batch_and_evaluation(trained: Trained) -> None:
+def test_validation_does_not_depend_on_the_batch_size(trained: TrainedRun) -> None:
     after = trained.report["metrics"]["after"]["validation"]
     for changes in ([], ["evaluate.micro_batch_size=1", "data.cache_limit=0B"]):
         again = evaluate_adapter(trained.out, load_adapter_recipe(trained.out, changes))
         assert again["validation"] == pytest.approx(after, rel=1e-5)
     lines = (trained.out / "predictions/validation.jsonl").read_text().splitlines()
-    assert [json.loads(line)["n_items"] for line in lines] == [4.0, 4.0]  # draws of each picture
+    assert [json.loads(line)["n_items"] for line in lines] == [4.0, 4.0]  # draws per image
 
 
-def test_the_draws_of_a_picture_lie_evenly_between_all_steps(trained: Trained) -> None:
-    script = Script(trained.path, None)
+def test_validation_draws_are_stratified(trained: TrainedRun) -> None:
+    script = ReferenceScript(trained.path, None)
     examples = [script.split.examples[0] | {"draw": i} for i in range(4)]
-    drawn = [script.task.prepare(dict(e), np.random.default_rng(3), False) for e in examples]
-    steps = [one["steps"][0] for one in drawn]
+    prepared = [
+        script.task.prepare(dict(example), np.random.default_rng(3), False) for example in examples
+    ]
+    steps = [example["steps"][0] for example in prepared]
     assert [step // 250 for step in steps] == [0, 1, 2, 3]
     assert len({step % 250 for step in steps}) == 1
-    assert len({float(one["noise"].sum()) for one in drawn}) == 4
+    assert len({float(example["noise"].sum()) for example in prepared}) == 4
 
 
-def test_what_is_predicted_is_what_diffusers_draws(trained: Trained) -> None:
+def test_predicted_images_equal_those_of_diffusers(trained: TrainedRun) -> None:
     task, model, accelerator = open_adapter(trained.out, load_adapter_recipe(trained.out))
     (trained.folder / "asked.csv").write_text("text,more\na dark one,1\na light one,2\n")
     target = trained.folder / "drawn.csv"
@@ -364,11 +368,11 @@ def test_what_is_predicted_is_what_diffusers_draws(trained: Trained) -> None:
         assert np.asarray(expected).std() > 5
     assert files[0].read_bytes() != files[1].read_bytes()
     text = (trained.folder / "merged/unet/config.json").read_text()
-    assert str(trained.folder) not in text  # no path of this machine
+    assert str(trained.folder) not in text  # no local path
 
 
-def test_the_code_of_the_model_card_draws_what_the_report_shows(
-    trained: Trained, monkeypatch: pytest.MonkeyPatch
+def test_the_model_card_s_code_generates_the_report_s_image(
+    trained: TrainedRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     card = (trained.out / "README.md").read_text()
     assert "pipeline_tag: text-to-image" in card
@@ -377,36 +381,36 @@ def test_the_code_of_the_model_card_draws_what_the_report_shows(
     monkeypatch.chdir(trained.out)
     with contextlib.redirect_stderr(io.StringIO()):
         exec(code, {})
-    found, best = (
+    image, best_image = (
         np.asarray(Image.open(trained.out / name), dtype=int)
         for name in ("drawn.png", "samples/best/0.png")
     )
-    assert np.abs(found - best).max() <= 1
+    assert np.abs(image - best_image).max() <= 1
 
 
-def test_texts_are_drawn_before_while_and_after_training(trained: Trained) -> None:
+def test_sample_images_before_during_and_after_training(trained: TrainedRun) -> None:
     samples = trained.out / "samples"
-    places = ["best", "step-000000", "step-000010"]
-    assert sorted(p.name for p in samples.iterdir() if p.is_dir()) == places
-    for place in places:
-        assert sorted(p.name for p in (samples / place).iterdir()) == ["0.png", "1.png"]
+    folders = ["best", "step-000000", "step-000010"]
+    assert sorted(p.name for p in samples.iterdir() if p.is_dir()) == folders
+    for folder in folders:
+        assert sorted(p.name for p in (samples / folder).iterdir()) == ["0.png", "1.png"]
     page = (trained.out / "report.html").read_text()
     for text in ("before training", "step 10", "with the best adapter", *PROMPTS):
         assert text in page
     assert page.count('<img src="data:image/jpeg;base64,') >= 6
     task, model, _ = open_adapter(trained.out, load_adapter_recipe(trained.out))
-    (again,) = task.draw_pictures(model, PROMPTS[:1])
-    best = np.asarray(Image.open(samples / "best/0.png"), dtype=int)
-    assert np.abs(np.asarray(again, dtype=int) - best).max() <= 1
+    (image,) = task.draw_pictures(model, PROMPTS[:1])
+    best_image = np.asarray(Image.open(samples / "best/0.png"), dtype=int)
+    assert np.abs(np.asarray(image, dtype=int) - best_image).max() <= 1
 
 
 # ------------------------------------------------------------------------------------ other keys
 
 
-def test_a_model_that_is_trained_in_full_is_a_pipeline_of_diffusers(tmp_path: Path) -> None:
-    path = recipe(
+def test_full_fine_tuning_yields_a_diffusers_pipeline(tmp_path: Path) -> None:
+    path = write_recipe(
         tmp_path, data={"validation": "validation"},
-        # the highest loss counts as the best, as it falls: the last step's is not
+        # the highest loss counts as the best, so that it is not that of the last step
         evaluate={"every_steps": 1, "best": {"metric": "loss", "mode": "max"}},
         train={"max_steps": 3, "optimizer": {"learning_rate": 0.01}},
     )  # fmt: skip
@@ -419,8 +423,8 @@ def test_a_model_that_is_trained_in_full_is_a_pipeline_of_diffusers(tmp_path: Pa
     assert max(losses) > losses[-1], "the last step is the best: nothing is restored"
     after = report["metrics"]["after"]["validation"]["loss"]
     assert after == pytest.approx(max(losses), rel=1e-5)
-    found = evaluate_adapter(out, load_adapter_recipe(out), "validation")["validation"]
-    assert found["loss"] == pytest.approx(after, rel=1e-5)
+    metrics = evaluate_adapter(out, load_adapter_recipe(out), "validation")["validation"]
+    assert metrics["loss"] == pytest.approx(after, rel=1e-5)
 
     pipe = diffusers.DiffusionPipeline.from_pretrained(out)
     pipe.set_progress_bar_config(disable=True)
@@ -429,13 +433,13 @@ def test_a_model_that_is_trained_in_full_is_a_pipeline_of_diffusers(tmp_path: Pa
         generator=torch.Generator().manual_seed(0),
     ).images[0]  # fmt: skip
     task, model, _ = open_adapter(out, load_adapter_recipe(out))
-    (drawn,) = task.draw_pictures(model, PROMPTS[:1])
-    assert np.abs(np.asarray(expected, int) - np.asarray(drawn, int)).max() <= 1
+    (image,) = task.draw_pictures(model, PROMPTS[:1])
+    assert np.abs(np.asarray(expected, int) - np.asarray(image, int)).max() <= 1
     base = load_file(tmp_path / "base/unet/diffusion_pytorch_model.safetensors")
     trained = load_file(out / "unet/diffusion_pytorch_model.safetensors")
     assert all(not torch.equal(base[name], tensor) for name, tensor in trained.items())
-    kept = "vae/diffusion_pytorch_model.safetensors"
-    frozen, base = load_file(out / kept), load_file(tmp_path / "base" / kept)
+    vae_file = "vae/diffusion_pytorch_model.safetensors"
+    frozen, base = load_file(out / vae_file), load_file(tmp_path / "base" / vae_file)
     assert all(torch.equal(base[name], tensor) for name, tensor in frozen.items())
     card = (out / "README.md").read_text()
     assert "library_name: diffusers" in card
@@ -443,21 +447,21 @@ def test_a_model_that_is_trained_in_full_is_a_pipeline_of_diffusers(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("files", "split", "wanted"),
+    ("files", "split", "expected"),
     [
-        # a folder of no split does not hide those of splits
+        # a folder that is not a split does not hide those that are
         (["train/1", "val/2", "class/3"], "train", ["train/1"]),
         (["train/1", "val/2", "class/3"], "validation", ["val/2"]),
         (["1", "2", "test/3"], "train", ["1", "2"]),
         (["1", "2", "test/3"], "test", ["test/3"]),
         (["ann/1", "bob/2"], "train", ["ann/1", "bob/2"]),
         (["ann/1", "bob/2", "val/ann/3"], "train", ["ann/1", "bob/2"]),
-        # the pictures of the class are no rows
+        # class images are not rows
         (["1", "prior/2"], "train", ["1"]),
     ],
 )
-def test_folders_of_pictures_are_splits_and_no_classes(
-    files: list[str], split: str, wanted: list[str], tmp_path: Path
+def test_folders_of_images_are_splits(
+    files: list[str], split: str, expected: list[str], tmp_path: Path
 ) -> None:
     for i, file in enumerate(files):
         picture = tmp_path / "pictures" / f"{file}.png"
@@ -466,41 +470,43 @@ def test_folders_of_pictures_are_splits_and_no_classes(
         picture.with_suffix(".txt").write_text("a dark one")
     prior = {"path": "pictures/prior", "caption": "a one", "count": 0}
     data = {split: split} if split != "train" else {}
-    path = recipe(tmp_path, data=data, task={"prior": prior})
-    found = files_of(load_recipe(path), split, split)
+    path = write_recipe(tmp_path, data=data, task={"prior": prior})
+    image_files = files_of(load_recipe(path), split, split)
     root = tmp_path / "pictures"
-    assert [f.relative_to(root).with_suffix("").as_posix() for f in found] == wanted
+    assert [f.relative_to(root).with_suffix("").as_posix() for f in image_files] == expected
 
 
-def test_pictures_of_no_split_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = recipe(tmp_path)
+def test_images_outside_of_splits_are_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_recipe(tmp_path)
     (tmp_path / "pictures" / "more").mkdir()
     tiny_pictures.picture(1).save(tmp_path / "pictures" / "more" / "a.png")
     load_rows(load_recipe(path))
-    said = capsys.readouterr().err
-    assert "lies in no folder of a split and is left out, the first is more/a.png" in said
+    stderr = capsys.readouterr().err
+    assert "lies in no folder of a split and is left out, the first is more/a.png" in stderr
 
 
-def test_captions_without_a_picture_and_empty_ones_are_named(
+def test_captions_without_an_image_and_empty_captions_are_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = recipe(tmp_path)
+    path = write_recipe(tmp_path)
     (tmp_path / "pictures/train/alone.txt").write_text("a dark one")
     load_rows(load_recipe(path))
-    said = capsys.readouterr().err
-    assert "1 text file in" in said
-    assert "has no picture of the same name next to it, the first is train/alone.txt" in said
+    stderr = capsys.readouterr().err
+    assert "1 text file in" in stderr
+    assert "has no picture of the same name next to it, the first is train/alone.txt" in stderr
     (tmp_path / "pictures/train/0.txt").write_text(" \n")
     with pytest.raises(LoraError, match=r"`0\.png` has an empty caption: write"):
-        load_data(built(path))
+        load_data(load_task(path))
 
 
-def test_captions_may_stand_in_files_as_kohya_s_scripts_name_them(tmp_path: Path) -> None:
-    path = recipe(tmp_path)
-    wanted = [row["text"] for row in load_rows(load_recipe(path))["train"]]
+def test_captions_may_be_in_caption_files(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path)
+    expected = [row["text"] for row in load_rows(load_recipe(path))["train"]]
     first = sorted((tmp_path / "pictures" / "train").glob("*.txt"))[0]
     first.rename(first.with_suffix(".caption"))
-    assert [row["text"] for row in load_rows(load_recipe(path))["train"]] == wanted
+    assert [row["text"] for row in load_rows(load_recipe(path))["train"]] == expected
     first.write_text("of both it counts")
     assert load_rows(load_recipe(path))["train"][0]["text"] == "of both it counts"
 
@@ -508,55 +514,59 @@ def test_captions_may_stand_in_files_as_kohya_s_scripts_name_them(tmp_path: Path
 def test_one_caption_for_all_needs_no_text_files(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    load_rows(load_recipe(recipe(tmp_path, task={"caption": "a sks one"})))
+    load_rows(load_recipe(write_recipe(tmp_path, task={"caption": "a sks one"})))
     assert "warning" not in capsys.readouterr().err
 
 
-def test_texts_that_are_longer_than_is_read_of_them_are_named(tmp_path: Path) -> None:
-    long, prior = "a " * 40, {"path": "class", "caption": "one " * 30, "count": 0}
-    task = built(recipe(tmp_path, task={"validation_prompts": ["a one", long], "prior": prior}))
-    named = "task.validation_prompts.1, task.prior.caption"
+def test_truncated_texts_are_reported(tmp_path: Path) -> None:
+    long_text, prior = "a " * 40, {"path": "class", "caption": "one " * 30, "count": 0}
+    task = load_task(
+        write_recipe(tmp_path, task={"validation_prompts": ["a one", long_text], "prior": prior})
+    )
+    keys = "task.validation_prompts.1, task.prior.caption"
     note = "2 texts have more than 24 tokens, of which the model reads the first"
-    assert f"warning: {note}: {named}" in task.notes
+    assert f"warning: {note}: {keys}" in task.notes
     task.draw_pictures = lambda model, prompts: [Image.new("RGB", (2, 2))] * len(prompts)
     task.answer_folder = tmp_path / "drawn"
-    task.answer(None, [{"text": "a one"}, {"text": long}])
+    task.answer(None, [{"text": "a one"}, {"text": long_text}])
     assert task.take_warnings() == [note.replace("2 texts have", "1 text has")]
     assert task.take_warnings() == []
 
 
-def test_the_place_of_a_cut_is_that_in_the_mirrored_picture(tmp_path: Path) -> None:
-    task = built(recipe(tmp_path, "xl", task={"crop": "random", "flip": True}))
+def test_crop_coordinates_of_flipped_images(tmp_path: Path) -> None:
+    task = load_task(write_recipe(tmp_path, "xl", task={"crop": "random", "flip": True}))
     value = {"bytes": None, "path": str(tmp_path / "wide.png")}
-    numbers = np.arange(2 * SIDE, dtype=np.uint8)  # of each column
-    wide = np.broadcast_to(numbers[None, :, None], (SIDE, 2 * SIDE, 3))
+    column_values = np.arange(2 * SIDE, dtype=np.uint8)  # each column has its own value
+    wide = np.broadcast_to(column_values[None, :, None], (SIDE, 2 * SIDE, 3))
     Image.fromarray(np.ascontiguousarray(wide)).save(value["path"])
-    seen = [
+    preprocess = [
         task._prepare_image(value, (SIDE, SIDE), np.random.default_rng(seed), only_sizes=False)
         for seed in range(12)
     ]
-    mirrored = 0
-    for one in seen:
-        first = round((float(one.pixels[0, 0, 0]) + 1) * 127.5)
-        second = round((float(one.pixels[0, 0, 1]) + 1) * 127.5)
-        # of the picture, or of the mirrored one, in which column n is 2 * SIDE - 1 - n
-        mirrored += second < first
-        assert one.sizes[3] == (2 * SIDE - 1 - first if second < first else first)
-    assert 0 < mirrored < len(seen)
+    n_mirrored = 0
+    for image in preprocess:
+        first = round((float(image.pixels[0, 0, 0]) + 1) * 127.5)
+        second = round((float(image.pixels[0, 0, 1]) + 1) * 127.5)
+        # column n is 2 * SIDE - 1 - n in the mirrored image
+        n_mirrored += second < first
+        assert image.sizes[3] == (2 * SIDE - 1 - first if second < first else first)
+    assert 0 < n_mirrored < len(preprocess)
 
 
-def test_the_class_is_drawn_by_the_base_where_its_pictures_are_missing(tmp_path: Path) -> None:
+def test_missing_class_images_are_generated(tmp_path: Path) -> None:
     prior = {"path": "class", "caption": "a one", "count": 6}
     task = {"caption": "a sks one", "prior": prior}
-    path = recipe(tmp_path, task=task, data={"validation": "validation"}, train={"max_steps": 1})
+    path = write_recipe(
+        tmp_path, task=task, data={"validation": "validation"}, train={"max_steps": 1}
+    )
     (tmp_path / "class").mkdir()
     tiny_pictures.picture(90).resize((18, 17)).save(tmp_path / "class/mine.png")
     report = run(path)
     names = sorted(file.name for file in (tmp_path / "class").iterdir())
     assert names == [*(f"drawn-{i:04d}.png" for i in range(5)), "mine.png"]
-    assert report["data"]["train"]["examples"] == 6  # each of the class once, with one of 4
+    assert report["data"]["train"]["examples"] == 6  # each class image once, with one of 4 images
     after = report["metrics"]["after"]["validation"]
-    assert set(after) == {"loss"}  # measured on the subject alone
+    assert set(after) == {"loss"}  # only the subject's images are evaluated
     log = [
         json.loads(line) for line in (path.parent / "out/metrics.jsonl").read_text().splitlines()
     ]
@@ -566,12 +576,12 @@ def test_the_class_is_drawn_by_the_base_where_its_pictures_are_missing(tmp_path:
     assert not any("loss_loss" in line or "loss_labels" in line for line in log)
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "base")
     pipe.set_progress_bar_config(disable=True)
-    found = pipe(
+    expected = pipe(
         "a one", num_inference_steps=2, height=SIDE, width=SIDE,
         generator=torch.Generator().manual_seed(3),
     ).images[0]  # fmt: skip
-    kept = np.asarray(Image.open(tmp_path / "class/drawn-0003.png"), dtype=int)
-    assert np.abs(np.asarray(found, dtype=int) - kept).max() <= 1
+    generated = np.asarray(Image.open(tmp_path / "class/drawn-0003.png"), dtype=int)
+    assert np.abs(np.asarray(expected, dtype=int) - generated).max() <= 1
     before = {name: (tmp_path / "class" / name).read_bytes() for name in names}
     run(path, f"output_dir={tmp_path / 'again'}")
     assert {name: (tmp_path / "class" / name).read_bytes() for name in names} == before
@@ -581,12 +591,12 @@ def test_the_class_is_drawn_by_the_base_where_its_pictures_are_missing(tmp_path:
     assert weights[0] == weights[1]
 
 
-def test_what_is_trained_besides_is_read_merged_and_that_of_the_trained_parts_alone(
+def test_biases_and_train_modules_are_those_of_trained_parts(
     tmp_path: Path,
 ) -> None:
-    """The autoencoder has biases, and a module of this name, too."""
+    """The autoencoder has biases, and a module of the same name, too."""
     adapter = {"rank": 2, "bias": "all", "train_modules": ["conv_norm_out"]}
-    path = recipe(tmp_path, adapter=adapter, train={"optimizer": {"learning_rate": 0.05}})
+    path = write_recipe(tmp_path, adapter=adapter, train={"optimizer": {"learning_rate": 0.05}})
     run(path)
     out = tmp_path / "out"
     assert not (out / "vae").exists()
@@ -594,18 +604,18 @@ def test_what_is_trained_besides_is_read_merged_and_that_of_the_trained_parts_al
     merged = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "merged/unet").state_dict()
     base = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "base/unet")
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
-    theirs = peft.PeftModel.from_pretrained(base, out / "unet").merge_and_unload().state_dict()
+    expected = peft.PeftModel.from_pretrained(base, out / "unet").merge_and_unload().state_dict()
     for name in ("conv_in.bias", "conv_norm_out.weight", "mid_block.attentions.0.proj_in.bias"):
         assert not torch.equal(merged[name], before[name]), name
     for name, tensor in merged.items():
-        assert_close(tensor, theirs[name])
+        assert_close(tensor, expected[name])
     for name in ("encoder.conv_norm_out", "final_layer_norm"):
         with pytest.raises(LoraError, match="in a part of the model that is used as it is"):
             run(path, f"adapter.train_modules=[{name}]", f"output_dir={tmp_path / 'none'}")
 
 
-def test_stable_diffusion_xl_from_training_to_what_diffusers_draws(tmp_path: Path) -> None:
-    path = recipe(tmp_path, "xl", task={"train_text_encoder": True, "caption_dropout": 0.5})
+def test_stable_diffusion_xl_end_to_end(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, "xl", task={"train_text_encoder": True, "caption_dropout": 0.5})
     run(path)
     parts = ["text_encoder", "text_encoder_2", "unet"]
     assert [p for p in parts if (tmp_path / "out" / p / "adapter_config.json").exists()] == parts
@@ -618,57 +628,59 @@ def test_stable_diffusion_xl_from_training_to_what_diffusers_draws(tmp_path: Pat
         generator=torch.Generator().manual_seed(0),
     ).images[0]  # fmt: skip
     task, model, _ = open_adapter(tmp_path / "out", load_adapter_recipe(tmp_path / "out"))
-    (found,) = task.draw_pictures(model, ["a dark one"])
-    difference = np.asarray(expected, dtype=int) - np.asarray(found, dtype=int)
+    (image,) = task.draw_pictures(model, ["a dark one"])
+    difference = np.asarray(expected, dtype=int) - np.asarray(image, dtype=int)
     assert np.abs(difference).max() <= 1
 
 
-def test_what_is_kept_changes_nothing(tmp_path: Path) -> None:
-    path = recipe(tmp_path, task={"caption_dropout": 0.5})
+def test_caching_does_not_change_the_losses(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, task={"caption_dropout": 0.5})
     run(path)
     run(path, f"output_dir={tmp_path / 'computed'}", "data.cache_limit=0B")
-    kept, computed = logged(tmp_path / "out"), logged(tmp_path / "computed")
-    assert kept == pytest.approx(computed, rel=1e-6)
+    cached, computed = logged_losses(tmp_path / "out"), logged_losses(tmp_path / "computed")
+    assert cached == pytest.approx(computed, rel=1e-6)
 
 
-def test_rows_that_are_streamed_train_as_others(tmp_path: Path) -> None:
-    path = recipe(tmp_path, data={"path": "pictures/train"}, train={"max_steps": 1})
+def test_streamed_rows_can_be_trained(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, data={"path": "pictures/train"}, train={"max_steps": 1})
     report = run(path, "data.streaming=true")
     assert report["training"]["steps"] == 1
-    assert len(logged(tmp_path / "out")) == 1
+    assert len(logged_losses(tmp_path / "out")) == 1
 
 
-def test_pictures_of_one_size_stand_together_and_are_seen_in_their_shape(tmp_path: Path) -> None:
+def test_batches_have_images_of_one_size(tmp_path: Path) -> None:
     for i in range(8):
         size = ((40, 20), (20, 40))[i % 2]
         (tmp_path / "pictures/train").mkdir(parents=True, exist_ok=True)
         tiny_pictures.picture(i).resize(size).save(tmp_path / f"pictures/train/{i}.png")
         (tmp_path / f"pictures/train/{i}.txt").write_text(f"no {i}")
     task = {"aspect_ratios": True, "resolution": 24, "upscale": True}
-    path = recipe(tmp_path, task=task, train={"max_steps": 4, "micro_batch_size": 2})
-    script = Script(path, None)
+    path = write_recipe(tmp_path, task=task, train={"max_steps": 4, "micro_batch_size": 2})
+    script = ReferenceScript(path, None)
     split, plan = script.split, Batches(script.task, script.split, Accelerator()).plan
-    sizes = [(e["width"], e["height"]) for e in (split.examples[i] for i in range(8))]
+    sizes = [
+        (example["width"], example["height"]) for example in (split.examples[i] for i in range(8))
+    ]
     assert sizes == [(32, 16), (16, 32)] * 4
     steps = [[sizes[i] for i in step] for step in plan.epoch(0)]
     assert all(len(set(step)) == 1 for step in steps)
-    # pictures of two sizes in one batch are those of each alone
-    batch = script.task.collate(script.ready([0, 1, 2, 3], 1))
+    # the losses of images of two sizes in a batch equal those of each image alone
+    batch = script.task.collate(script.prepared([0, 1, 2, 3], 1))
     shapes = {k: tuple(v.shape) for k, v in batch.inputs.items() if k.startswith("noise")}
     assert shapes == {"noise.0": (2, 1, 4, 8, 16), "noise.1": (2, 1, 4, 16, 8)}
     with torch.no_grad():
-        together = script.task.losses(
+        batch_losses = script.task.losses(
             script.model, script.task.forward(script.model, batch), batch
         )["loss"]
         for i in range(4):
-            alone = script.task.collate(script.ready([i], 1))
-            assert float(script.task.loss(script.model, alone)) == pytest.approx(
-                float(together[i]), rel=1e-5
+            single = script.task.collate(script.prepared([i], 1))
+            assert float(script.task.loss(script.model, single)) == pytest.approx(
+                float(batch_losses[i]), rel=1e-5
             )
 
 
 @pytest.mark.parametrize(("width", "height"), [(40, 20), (20, 40), (31, 17), (16, 16), (900, 7)])
-def test_a_picture_fills_its_size(width: int, height: int) -> None:
+def test_resized_images_cover_the_crop(width: int, height: int) -> None:
     sizes = sizes_for(24, 8, 2.0)
     assert all(w * h <= 24 * 24 and max(w / h, h / w) <= 2 for w, h in sizes)
     cut = cut_to(width, height, nearest_size(width, height, sizes))
@@ -679,9 +691,9 @@ def test_a_picture_fills_its_size(width: int, height: int) -> None:
     assert image.size == (cut.width, cut.height)
 
 
-def test_tags_change_places_but_for_the_first() -> None:
+def test_tags_are_shuffled_except_for_the_first() -> None:
     rng = np.random.default_rng(0)
-    found = {shuffled("sks, a, b ,c", 1, rng) for _ in range(50)}
-    assert len(found) == 6
-    assert all(sorted(one.split(", ")) == ["a", "b", "c", "sks"] for one in found)
-    assert all(one.startswith("sks, ") for one in found)
+    captions = {shuffled("sks, a, b ,c", 1, rng) for _ in range(50)}
+    assert len(captions) == 6
+    assert all(sorted(caption.split(", ")) == ["a", "b", "c", "sks"] for caption in captions)
+    assert all(caption.startswith("sks, ") for caption in captions)

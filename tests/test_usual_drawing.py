@@ -1,4 +1,4 @@
-"""In how many steps, and with which guidance, each kind of model usually draws."""
+"""Tests of the default number of steps and guidance scale of each kind of diffusion model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import diffusers
 import pytest
 import tiny_diffusion
-from test_text_to_image import built, recipe
+from test_text_to_image import load_task, write_recipe
 
 from lora_cli.recipe_draft import draft_recipe
 
@@ -21,36 +21,39 @@ PIPELINES: dict[str, Any] = {
 }
 
 
-def drafted(folder: Path, kind: str, **config: Any) -> dict[str, Any]:
-    """Return what `lora init` says of drawing for a base."""
+def draft_drawing(folder: Path, kind: str, **config: Any) -> dict[str, Any]:
+    """Return the `evaluate.drawing` that `lora init` drafts for a base."""
     tiny_diffusion.save(folder / "base", kind, **config)
     source = tiny_diffusion.write_folder(folder / "art", {"train": 4})
     draft = draft_recipe(source, str(folder / "base"), folder / "recipe.yaml")
-    found = draft.values.get("evaluate", {}).get("drawing", {})
-    assert ("as in diffusers" in draft.text()) == bool(found)
-    return dict(found)
+    drawing = draft.values.get("evaluate", {}).get("drawing", {})
+    assert ("as in diffusers" in draft.text()) == bool(drawing)
+    return dict(drawing)
 
 
 @pytest.mark.slow_after(1)
 @pytest.mark.parametrize("kind", ["flux", "sd3", "xl", "sd"])
-def test_init_drafts_what_the_pipeline_of_diffusers_draws_with(kind: str, tmp_path: Path) -> None:
-    values = {"guidance_scale": 7.5, **drafted(tmp_path, kind)}  # the default of a recipe
+def test_init_drafts_the_defaults_of_diffusers_pipelines(kind: str, tmp_path: Path) -> None:
+    values = {"guidance_scale": 7.5, **draft_drawing(tmp_path, kind)}  # the recipe's default
     parameters = inspect.signature(PIPELINES[kind].__call__).parameters
     assert values["guidance_scale"] == parameters["guidance_scale"].default
     if kind in ("sd3", "flux"):
         assert values["steps"] == parameters["num_inference_steps"].default
-    else:  # of 50 steps: so many more do not change much
+    else:  # diffusers' 50 steps change little
         assert "steps" not in values
 
 
-def test_a_distilled_flux_draws_in_four_steps(tmp_path: Path) -> None:
-    assert drafted(tmp_path, "flux", guidance_embeds=False) == {"steps": 4, "guidance_scale": 0.0}
+def test_a_distilled_flux_takes_four_steps(tmp_path: Path) -> None:
+    assert draft_drawing(tmp_path, "flux", guidance_embeds=False) == {
+        "steps": 4,
+        "guidance_scale": 0.0,
+    }
 
 
-def test_a_guidance_that_nobody_chose_is_said(tmp_path: Path) -> None:
-    for given, is_said in ({}, True), ({"guidance_scale": 7.5}, False):
-        path = recipe(tmp_path, "flux", evaluate={"drawing": {"steps": 1, **given}})
-        notes = "\n".join(built(path).notes)
+def test_a_default_guidance_that_is_unusual_is_noted(tmp_path: Path) -> None:
+    for settings, is_noted in ({}, True), ({"guidance_scale": 7.5}, False):
+        path = write_recipe(tmp_path, "flux", evaluate={"drawing": {"steps": 1, **settings}})
+        notes = "\n".join(load_task(path).notes)
         assert (
             "usual for this model is `evaluate.drawing.guidance_scale: 3.5`" in notes
-        ) == is_said
+        ) == is_noted

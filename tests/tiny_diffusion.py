@@ -1,9 +1,9 @@
-"""Tiny diffusion models in diffusers' own layout, and captioned pictures, made in code.
+"""Tiny diffusion models in diffusers' layout, and captioned images, built in code.
 
 folder = tiny_diffusion.save(tmp_path / "base")                       Stable Diffusion 1.5
 folder = tiny_diffusion.save(tmp_path / "base", "xl")                 Stable Diffusion XL
 folder = tiny_diffusion.save(tmp_path / "base", "sd3")                Stable Diffusion 3
-folder = tiny_diffusion.save(tmp_path / "base", "sd3 without t5")     the same without T5
+folder = tiny_diffusion.save(tmp_path / "base", "sd3 without t5")     likewise, without T5
 folder = tiny_diffusion.save(tmp_path / "base", "flux")               FLUX.1-dev
 tiny_diffusion.write_folder(tmp_path / "pictures", {"train": 4})      a caption next to each
 """
@@ -36,18 +36,18 @@ from transformers import (
     T5Tokenizer,
 )
 
-SIDE = 16  # of the pictures, in pixels
+SIDE = 16  # of the images, in pixels
 LENGTH = 24  # tokens of a caption
 WIDTH = 8  # of a text encoder
 START, END = "<|startoftext|>", "<|endoftext|>"
 SUBJECTS = ("dark", "light")
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789,.!'"
-T5_WIDTH = 24  # more than both CLIP encoders have together, as in Stable Diffusion 3
+T5_WIDTH = 24  # wider than both CLIP encoders together, as in Stable Diffusion 3
 
 
 @functools.cache
 def tokenizer() -> CLIPTokenizer:
-    """Return a tokenizer as CLIP's, whose words are letters."""
+    """Return a tokenizer like CLIP's, of single letters."""
     names = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), START, END]
     vocabulary = {name: i for i, name in enumerate(names)}
     return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=LENGTH)
@@ -66,7 +66,7 @@ def text_encoder(projected: bool = False) -> CLIPTextModel | CLIPTextModelWithPr
 
 @functools.cache
 def t5_tokenizer() -> T5Tokenizer:
-    """Return a tokenizer as T5's, whose words are letters."""
+    """Return a tokenizer like T5's, of single letters."""
     names = ["<pad>", "</s>", "<unk>", "\u2581", *LETTERS]
     return T5Tokenizer(vocab=[(name, -float(i)) for i, name in enumerate(names)], extra_ids=0)
 
@@ -81,7 +81,7 @@ def t5_encoder() -> T5EncoderModel:
 
 
 def transformer(**config: Any) -> SD3Transformer2DModel:
-    """Return a transformer of two blocks, the first of which has a second attention, as in 3.5."""
+    """Return a transformer of two blocks; the first has dual attention, as in version 3.5."""
     values: dict[str, Any] = {
         "sample_size": SIDE // 2, "patch_size": 2, "in_channels": 4, "out_channels": 4,
         "num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2,
@@ -93,7 +93,7 @@ def transformer(**config: Any) -> SD3Transformer2DModel:
 
 
 def unet(xl: bool = False, **config: Any) -> UNet2DConditionModel:
-    """Return a U-Net of two levels, of which one looks at the text."""
+    """Return a U-Net of two levels, one of which has cross-attention to the text."""
     values: dict[str, Any] = {
         "sample_size": SIDE // 2, "block_out_channels": (8, 16), "layers_per_block": 1,
         "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -109,7 +109,7 @@ def unet(xl: bool = False, **config: Any) -> UNet2DConditionModel:
 
 
 def vae(**config: Any) -> AutoencoderKL:
-    """Return an autoencoder that makes one latent of 2 x 2 pixels."""
+    """Return an autoencoder that encodes 2 x 2 pixels as one latent."""
     values: dict[str, Any] = {
         "block_out_channels": (4, 8), "norm_num_groups": 2, "latent_channels": 4,
         "down_block_types": ("DownEncoderBlock2D",) * 2,
@@ -163,11 +163,11 @@ def _flux_pipeline(noise: dict[str, Any], **config: Any) -> Any:
 
 
 def pipeline(kind: str = "sd", noise: dict[str, Any] | None = None, **config: Any) -> Any:
-    """Return a pipeline with random weights; `noise` is of its scheduler, `config` its denoiser."""
+    """Return a random pipeline; `noise` configures its scheduler, `config` its denoiser."""
     if kind.startswith("sd3"):
-        return _moved(_flow_pipeline(kind, noise or {}, **config))
+        return _randomise(_flow_pipeline(kind, noise or {}, **config))
     if kind == "flux":
-        return _moved(_flux_pipeline(noise or {}, **config))
+        return _randomise(_flux_pipeline(noise or {}, **config))
     xl = kind == "xl"
     parts: dict[str, Any] = {
         "unet": unet(xl, **config), "vae": vae(), "text_encoder": text_encoder(),
@@ -180,12 +180,12 @@ def pipeline(kind: str = "sd", noise: dict[str, Any] | None = None, **config: An
         built = diffusers.StableDiffusionPipeline(
             **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
         )
-    return _moved(built)
+    return _randomise(built)
 
 
 @torch.no_grad()
-def _moved(built: Any) -> Any:
-    """Return a pipeline of which no bias is zero, and no scale of a norm one."""
+def _randomise(built: Any) -> Any:
+    """Add noise to all parameters, so that no bias is 0 and no scale of a norm is 1."""
     for name, part in built.components.items():
         if isinstance(part, torch.nn.Module):
             for parameter in getattr(built, name).parameters():
@@ -196,28 +196,28 @@ def _moved(built: Any) -> Any:
 def save(
     folder: Path, kind: str = "sd", noise: dict[str, Any] | None = None, **config: Any
 ) -> Path:
-    """Save a pipeline into a folder, and return the folder."""
+    """Save a pipeline to a folder, and return the folder."""
     key = ("diffusion", kind, repr(noise), repr(config))
 
-    def write(place: Path) -> None:
-        pipeline(kind, noise, **config).save_pretrained(place)
+    def write(target: Path) -> None:
+        pipeline(kind, noise, **config).save_pretrained(target)
 
     return tiny.saved_once(folder, key, write)
 
 
 def caption(i: int) -> str:
-    """Return a caption that no other number has."""
+    """Return a caption that is unique to the number."""
     return f"a {SUBJECTS[i % 2]} one, no {i}"
 
 
 def write_folder(root: Path, splits: dict[str, int], width: int = 20, height: int = 18) -> Path:
-    """Write pictures with a text file next to each, in a folder for each split."""
+    """Write images with a text file next to each, in a folder for each split."""
     number = 0
     for split, count in splits.items():
         (root / split).mkdir(parents=True, exist_ok=True)
         for i in range(count):
             number += 1
-            picture = tiny_pictures.picture(number, SUBJECTS[number % 2], width, height)
-            picture.save(root / split / f"{i}.png")
+            image = tiny_pictures.picture(number, SUBJECTS[number % 2], width, height)
+            image.save(root / split / f"{i}.png")
             (root / split / f"{i}.txt").write_text(f"{caption(number)}\n", encoding="utf-8")
     return root
