@@ -13,7 +13,7 @@ import tiny_speech
 from tiny_speech import encoded, sound, write
 
 from lora_cli.data.load_rows import Rows, load_rows
-from lora_cli.data.media_folder import texts_alone
+from lora_cli.data.media_folder import texts_without_media
 from lora_cli.data.recordings import read_recording
 from lora_cli.errors import LoraError
 from lora_cli.preprocessing.data_gate import examine, inspect_data
@@ -66,7 +66,7 @@ def test_librispeech_transcripts_are_read(tmp_path: Path) -> None:
     place = "train-clean-100/19/198/19-198-000"
     assert transcripts(splits["train"]) == {f"{place}{i}.flac": f"WORD 0 {i}" for i in range(3)}
     assert list(transcripts(splits["validation"]).values()) == [f"WORD 1 {i}" for i in range(3)]
-    assert texts_alone(root, recipe) == []
+    assert texts_without_media(root, recipe) == []
 
     transcript_file = next(root.rglob("19-198.trans.txt"))
     transcript_file.write_text(transcript_file.read_text().replace("WORD 0 1", "ANOTHER"))
@@ -106,7 +106,7 @@ def test_text_files_may_have_an_upper_case_suffix(tmp_path: Path) -> None:
     (tmp_path / "speech" / "1.TXT").write_text("a word\n")
     recipe = build_recipe({"path": str(tmp_path / "speech")})
     assert transcripts(load_rows(recipe)["train"]) == {"1.wav": "a word"}
-    assert texts_alone(tmp_path / "speech", recipe) == []
+    assert texts_without_media(tmp_path / "speech", recipe) == []
 
 
 def test_recordings_in_two_formats_share_a_text_with_a_warning(

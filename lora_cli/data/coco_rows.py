@@ -19,7 +19,7 @@ from typing import Any
 
 from lora_cli.data.boxes import FORMAT, SIZE, stated_size
 from lora_cli.data.json_rows import json_error
-from lora_cli.data.media import media_value, written_here
+from lora_cli.data.media import local_path, media_value
 from lora_cli.data.text_lines import RawRow, unreadable
 from lora_cli.errors import LoraError, counted, printable
 
@@ -276,7 +276,7 @@ def _candidate_folders(file: Path, images: list[Json]) -> list[Path]:
 
 def _is_there(folder: Path, name: str) -> bool:
     try:
-        return Path(written_here(str(folder / name))).is_file()
+        return Path(local_path(str(folder / name))).is_file()
     except (OSError, ValueError):  # the name is too long, or contains a null character
         return False
 

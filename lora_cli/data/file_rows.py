@@ -31,13 +31,13 @@ from lora_cli.data.media import (
 )
 from lora_cli.data.media_folder import (
     class_names,
+    files_with_shared_text,
     folder_labels,
     is_media_file,
     other_files,
     read_media_files,
     root_of,
-    texts_alone,
-    texts_of_several,
+    texts_without_media,
     transcript_files,
 )
 from lora_cli.data.numbered_labels import parquet_label_names
@@ -121,7 +121,7 @@ def file_rows(recipe: Recipe, files: list[Path]) -> Rows:
 
 def _warn_of_texts_alone(folder: Path, recipe: Recipe) -> None:
     """Warn of text files that are skipped because their image or recording is missing."""
-    if texts := texts_alone(folder, recipe):
+    if texts := texts_without_media(folder, recipe):
         kind = {"image": "picture", "audio": "recording"}[
             next(iter(recipe.task.media_columns.values()))
         ]
@@ -132,7 +132,7 @@ def _warn_of_texts_alone(folder: Path, recipe: Recipe) -> None:
 
 def _warn_of_shared_texts(files: list[Path]) -> None:
     """Warn of files that may be the same image or recording in two formats."""
-    if groups := texts_of_several(files):
+    if groups := files_with_shared_text(files):
         names = " and ".join(file.name for file in groups[0][:2])
         subject = counted(len(groups), "text file")
         verb = "belongs" if len(groups) == 1 else "belong"

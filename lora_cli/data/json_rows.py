@@ -1,4 +1,4 @@
-"""Rows of JSON files: an object a line, or a list of objects."""
+"""Read rows from JSON files: one object per line, or a list of objects."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ JSON_NAMES: dict[type, str] = {
 
 
 def read_json(path: Path, spec: FormatSpec) -> Iterator[RawRow]:
-    """Yield the rows of a file of JSON lines, or of one list."""
+    """Yield the rows of a JSON lines file, or of a single JSON list."""
     lines = ((n, line) for n, line in read_lines(path, spec.encoding) if line.strip())
     first = next(lines, None)
     if first is None:
@@ -48,27 +48,29 @@ def _json_row(line: str, place: str, spec: FormatSpec) -> RawRow:
         value = ROW.decode(line)
     except (ValueError, RecursionError) as error:
         return RawRow(None, place, json_error(error))
-    return _json_object(value, place, halves="\\u" in line)
+    return _json_object(value, place, may_have_surrogates="\\u" in line)
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object; Python's own reading keeps the last of two equal keys, in silence."""
+    """Build a JSON object, rejecting repeated keys, of which Python silently keeps the last."""
     value = dict(pairs)
     if len(value) < len(pairs):
-        twice = next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
-        raise _RepeatedKeyError(f"the key `{twice}` appears twice")
+        repeated = next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
+        raise _RepeatedKeyError(f"the key `{repeated}` appears twice")
     return value
 
 
 class _RepeatedKeyError(ValueError):
-    """A JSON object has a key twice."""
+    """A JSON object has the same key twice."""
 
 
-ROW = json.JSONDecoder(object_pairs_hook=_without_repeats)  # to make one takes as long as a row
+ROW = json.JSONDecoder(
+    object_pairs_hook=_without_repeats
+)  # shared, as creating a decoder takes as long as decoding a row
 
 
 def json_error(error: Exception) -> str:
-    """Return why a text is not JSON: Python's words differ between versions, and speak of code."""
+    """Explain why a text is not JSON; Python's messages vary by version and suit programmers."""
     if isinstance(error, RecursionError):
         return "the JSON is too deep"
     if not isinstance(error, json.JSONDecodeError):
@@ -77,13 +79,13 @@ def json_error(error: Exception) -> str:
             if isinstance(error, _RepeatedKeyError)
             else "not valid JSON: a number is too long"
         )
-    rest = error.doc[error.pos :].lstrip()
-    before = error.doc[: error.pos].rstrip()
+    following = error.doc[error.pos :].lstrip()
+    preceding = error.doc[: error.pos].rstrip()
     if error.msg == "Extra data":
-        what = f"{'a comma' if rest[0] == ',' else 'something'} follows the row"
-    elif rest.startswith("'"):
+        what = f"{'a comma' if following[0] == ',' else 'something'} follows the row"
+    elif following.startswith("'"):
         what = "JSON needs double quotation marks"
-    elif not rest:
+    elif not following:
         what = "it ends too early"
     elif "string" in error.msg:
         what = "a quotation mark is not closed"
@@ -91,23 +93,23 @@ def json_error(error: Exception) -> str:
         what = "a text contains a tab or another control character"
     elif "escape" in error.msg:
         what = "a backslash is followed by something that is not an escape code"
-    elif before.endswith(",") and rest[0] in "]}":
-        what = f"there is a comma before the closing `{rest[0]}`"
+    elif preceding.endswith(",") and following[0] in "]}":
+        what = f"there is a comma before the closing `{following[0]}`"
     else:
-        what = f"`{rest[0]}` is unexpected here"
+        what = f"`{following[0]}` is unexpected here"
     return f"not valid JSON: {what} (column {error.colno})"
 
 
-def _json_object(value: Any, place: str, halves: bool = True) -> RawRow:
-    """Return a value as a row; `halves` says whether it may hold halves of characters."""
+def _json_object(value: Any, place: str, may_have_surrogates: bool = True) -> RawRow:
+    """Return a value as a row, after a check for lone surrogates unless it cannot have any."""
     if not isinstance(value, dict):
         return RawRow(None, place, f"a row is a JSON object, not {JSON_NAMES[type(value)]}")
     try:
-        if halves:
+        if may_have_surrogates:
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        half = f"\\u{ord(error.object[error.start]):04x}"
-        return RawRow(None, place, f"{half} is half of a character")
+        surrogate = f"\\u{ord(error.object[error.start]):04x}"
+        return RawRow(None, place, f"{surrogate} is half of a character")
     return RawRow(value, place)
 
 
@@ -129,7 +131,7 @@ def _read_json_list(path: Path, spec: FormatSpec) -> Iterator[RawRow]:
 
 
 def _lines_of_json(text: str) -> list[Any]:
-    """Return what stands in the lines of a text; nothing where one of them is no JSON."""
+    """Parse each line of a text as JSON; return an empty list if any line is not JSON."""
     try:
         return [json.loads(line) for line in text.split("\n") if line.strip()]
     except (ValueError, RecursionError):
@@ -137,7 +139,7 @@ def _lines_of_json(text: str) -> list[Any]:
 
 
 def _reject_one_object(path: Path, spec: FormatSpec) -> None:
-    """Say so if a file whose first line is no row is one object, or if no line is an object."""
+    """Raise an error if a file with an invalid first line is in another JSON layout."""
     first = next(line for _, line in read_lines(path, spec.encoding) if line.strip())
     if first.rstrip().endswith("}"):
         return
@@ -153,11 +155,11 @@ def _reject_one_object(path: Path, spec: FormatSpec) -> None:
     reject_whole_file(value, path)
     lists = {key: item for key, item in value.items() if isinstance(item, list) and item}
     key = "train" if "train" in lists else next(iter(lists), "rows")
-    how = f"{field(key)}[]"
-    if all(isinstance(one, list) and len(one) == 2 for one in lists.get(key, [None])):
-        how += " | {text: .[0], label: .[1]}"
+    program = f"{field(key)}[]"
+    if all(isinstance(item, list) and len(item) == 2 for item in lists.get(key, [None])):
+        program += " | {text: .[0], label: .[1]}"
     raise LoraError(
         "the file is one JSON object, and not a list of rows",
         str(path),
-        f"extract the rows: {jq_command(how, path.name, 'rows.jsonl')}",
+        f"extract the rows: {jq_command(program, path.name, 'rows.jsonl')}",
     )

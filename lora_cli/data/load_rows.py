@@ -30,15 +30,15 @@ from lora_cli.errors import LoraError, counted, did_you_mean
 from lora_cli.recipe import HeldOutSpec, Recipe
 from lora_cli.recipe.spec import is_file
 
-FIRST = 100  # rows that show whether labels are numbers
+N_INSPECTED = 100  # number of rows to inspect for numbered labels
 
 
 def load_rows(recipe: Recipe, splits: Sequence[str] = SPLITS) -> dict[str, Rows]:
     """Return the rows of each split that the recipe names.
 
     Args:
-        recipe: Its `data` section names the files or the data set.
-        splits: The splits to load. A held-out split also needs the split that it is drawn from.
+        recipe: The recipe, whose `data` section names the files or the data set.
+        splits: The splits to load. A held-out split also loads the split that it is drawn from.
 
     Raises:
         LoraError: With the rows that cannot be read, unless `data.on_bad_row` is `skip`.
@@ -50,8 +50,8 @@ def load_rows(recipe: Recipe, splits: Sequence[str] = SPLITS) -> dict[str, Rows]
     if data.streaming:
         specs.pop("train")
     parents = {spec.from_ for spec in specs.values() if isinstance(spec, HeldOutSpec)}
-    whole = {
-        name: _named(recipe, name, spec)
+    loaded = {
+        name: _rows_of_split(recipe, name, spec)
         for name, spec in specs.items()
         if isinstance(spec, str) and name in parents.union(splits)
     }
@@ -59,68 +59,70 @@ def load_rows(recipe: Recipe, splits: Sequence[str] = SPLITS) -> dict[str, Rows]
         held_out = specs.get(name)
         if isinstance(held_out, HeldOutSpec):
             parent = held_out.from_
-            if parent not in whole:
+            if parent not in loaded:
                 raise LoraError(
                     f"there is no split `{parent}` to draw rows from",
                     recipe.at(f"data.{name}.from"),
-                    did_you_mean(parent, whole, "the recipe's splits are"),
+                    did_you_mean(parent, loaded, "the recipe's splits are"),
                 )
-            whole[name], whole[parent] = _hold_out(recipe, whole[parent], name, held_out)
-    for name, rows in whole.items():
+            loaded[name], loaded[parent] = _hold_out(recipe, loaded[parent], name, held_out)
+    for name, rows in loaded.items():
         _require_rows(rows, name)
-    _require_one_numbering(whole)
-    _count_skipped_once(whole)
-    return {name: whole[name] for name in SPLITS if name in whole and name in splits}
+    _require_one_numbering(loaded)
+    _count_skipped_once(loaded)
+    return {name: loaded[name] for name in SPLITS if name in loaded and name in splits}
 
 
 def _load_mixed(recipe: Recipe, splits: Sequence[str]) -> dict[str, Rows]:
-    """Return the rows of all data sets of `data.mix`, by split.
+    """Return the rows of all data sets in `data.mix`, by split.
 
     Raises:
-        LoraError: With everything that is wrong with any of the sets.
+        LoraError: With the problems of all data sets.
     """
-    found: dict[str, dict[str, Rows]] = {}
+    by_split: dict[str, dict[str, Rows]] = {}
     problems = []
     for name in recipe.data.mix:
         try:
             for split, rows in load_rows(recipe.for_set(name), splits).items():
-                found.setdefault(split, {})[name] = rows
+                by_split.setdefault(split, {})[name] = rows
         except LoraError as error:
             key = f"data.mix.{name}"
             problems += [
-                one if key in (one.at or "") else replace(one, at=f"{one.at} (set {name})")
-                for one in error.problems
+                problem
+                if key in (problem.at or "")
+                else replace(problem, at=f"{problem.at} (set {name})")
+                for problem in error.problems
             ]
     if problems:
         raise LoraError(problems)
-    return {split: mixed(recipe, found[split]) for split in SPLITS if split in found}
+    return {split: mixed(recipe, by_split[split]) for split in SPLITS if split in by_split}
 
 
 def _require_one_numbering(splits: dict[str, Rows]) -> None:
-    """Check that a number stands for the same label in each split.
+    """Check that numbered labels mean the same in each split.
 
     Raises:
-        LoraError: If it does not.
+        LoraError: If a number stands for different labels.
     """
     columns = {column for rows in splits.values() for column in rows.label_names}
     known: dict[str, dict[str, list[str]]] = {}
     for rows in splits.values():
-        first = [rows[i] for i in range(min(FIRST, len(rows)))]
+        first = [rows[i] for i in range(min(N_INSPECTED, len(rows)))]
         numbered = [c for c in columns if any(holds_numbers(row.get(c)) for row in first)]
-        own = {c: rows.label_names[c] for c in numbered if c in rows.label_names}
-        known[rows.source] = own
+        names = {c: rows.label_names[c] for c in numbered if c in rows.label_names}
+        known[rows.source] = names
     require_one_numbering(known)
 
 
 def _count_skipped_once(splits: dict[str, Rows]) -> None:
-    """Count the rows that cannot be read only once, if several splits share the files."""
-    seen: set[tuple[str, str]] = set()
+    """Count unreadable rows only once if several splits share the same files."""
+    counted_files: set[tuple[str, str]] = set()
     for name in SPLITS:
         rows = splits.get(name)
         if rows is not None and rows.skipped:
             files = (rows.source, rows.sha256)
-            splits[name] = replace(rows, skipped=()) if files in seen else rows
-            seen.add(files)
+            splits[name] = replace(rows, skipped=()) if files in counted_files else rows
+            counted_files.add(files)
 
 
 def _require_rows(rows: Rows, name: str) -> None:
@@ -137,7 +139,7 @@ def _require_rows(rows: Rows, name: str) -> None:
 
 
 def stream_rows(recipe: Recipe) -> Iterator[RawRow]:
-    """Yield the train rows as they come, once."""
+    """Yield the train rows once, as they are read."""
     data = recipe.data
     if data.name:
         media = recipe.task.media_columns
@@ -165,7 +167,7 @@ def stream_label_names(recipe: Recipe) -> dict[str, list[str]]:
 
 
 def _stream_marked(recipe: Recipe, column: str) -> Iterator[RawRow]:
-    """Yield the rows that a column marks as train rows."""
+    """Yield the rows that the split column marks as train rows."""
     empty = True
     for row in read_files(recipe, files_of(recipe, "train", "train")):
         if row.columns is None or split_mark(row.columns, column) == recipe.data.train:
@@ -178,32 +180,32 @@ def _stream_marked(recipe: Recipe, column: str) -> Iterator[RawRow]:
 
 
 def _hold_out(recipe: Recipe, parent: Rows, name: str, spec: HeldOutSpec) -> tuple[Rows, Rows]:
-    """Return the rows that are held out, and those that remain."""
-    texts, by_label = recipe.task.input_columns_by_key, recipe.task.label_columns_by_key
+    """Return the held-out rows, and the remaining rows of the parent split."""
+    text_columns, label_columns = recipe.task.input_columns_by_key, recipe.task.label_columns_by_key
     _require_rows(parent, spec.from_)
-    wanted = {recipe.at(key): column for key, column in texts.items() if key}
+    required = {recipe.at(key): column for key, column in text_columns.items() if key}
     if spec.group_by:
-        wanted[recipe.at(f"data.{name}.group_by")] = spec.group_by
+        required[recipe.at(f"data.{name}.group_by")] = spec.group_by
     if spec.stratify:
-        wanted |= {recipe.at(key): column for key, column in by_label.items()}
-    require_columns(wanted, parent.columns, parent.source)
-    rows, labels = list(parent), list(by_label.values())
-    answered = None
-    if recipe.train.distill is not None and labels:  # a teacher answers those without a label
-        answered = [any(not is_blank(row.get(label)) for label in labels) for row in rows]
-        if not any(answered):
+        required |= {recipe.at(key): column for key, column in label_columns.items()}
+    require_columns(required, parent.columns, parent.source)
+    rows, labels = list(parent), list(label_columns.values())
+    has_label = None
+    if recipe.train.distill is not None and labels:  # a teacher labels the others
+        has_label = [any(not is_blank(row.get(label)) for label in labels) for row in rows]
+        if not any(has_label):
             what = f"no row of {spec.from_} has a label, by which {name} is measured"
             raise LoraError(what, recipe.at(f"data.{name}"), "name a file whose rows have labels")
     held_out_rows, kept = draw(
-        [text_of(row, list(texts.values())) for row in rows],
+        [text_of(row, list(text_columns.values())) for row in rows],
         spec.fraction,
-        # another seed for each, so that the two draws do not pick the same positions
+        # different seeds, so that the two draws do not pick the same positions
         seed=(recipe.data.split_seed, SPLITS.index(name)),
         disjoint=spec.disjoint,
         strata=[_stratum(row, labels) for row in rows] if spec.stratify and labels else None,
         groups=[str(row.get(spec.group_by)) for row in rows] if spec.group_by else None,
         at=recipe.at(f"data.{name}"),
-        answered=answered,
+        answered=has_label,
     )
     dropped = len(rows) - len(held_out_rows) - len(kept)
     return parent.select(held_out_rows), replace(
@@ -215,8 +217,8 @@ def _stratum(row: dict[str, Any], labels: list[str]) -> str:
     return "\n".join(str(row.get(label)) for label in labels)
 
 
-def _named(recipe: Recipe, split: str, text: str) -> Rows:
-    """Return the rows of a split given as a name, a slice or a file."""
+def _rows_of_split(recipe: Recipe, split: str, text: str) -> Rows:
+    """Return the rows of a split that the recipe gives as a name, a slice or a file."""
     name, part = split_slice(text, recipe.at(f"data.{split}"))
     if recipe.data.name:
         rows = hub_rows(recipe, name)
@@ -229,21 +231,21 @@ def _named(recipe: Recipe, split: str, text: str) -> Rows:
 
 
 def _rows_marked(recipe: Recipe, split: str, name: str) -> Rows:
-    """Return the rows of `data.path` whose `data.split_column` holds a name."""
+    """Return the rows of `data.path` whose `data.split_column` has the given value."""
     column = recipe.data.split_column
     assert column is not None
     rows = file_rows(recipe, files_of(recipe, "train", "train"))
     require_columns({recipe.at("data.split_column"): column}, rows.columns, rows.source)
     values = [split_mark(row, column) for row in rows]
-    found = np.array([i for i, value in enumerate(values) if value == name], dtype=np.int64)
-    if not len(found):
+    matching = np.array([i for i, value in enumerate(values) if value == name], dtype=np.int64)
+    if not len(matching):
         hint = did_you_mean(name, sorted(set(values)), "it holds")
         what = f"column `{column}` marks no row as `{name}`"
         raise LoraError(what, recipe.at(f"data.{split}"), hint)
-    return rows.select(found)
+    return rows.select(matching)
 
 
 def split_mark(row: dict[str, Any], column: str) -> str:
-    """Return the name of a row's split."""
+    """Return the value of a row's split column as text."""
     value = row.get(column)
     return "" if value is None else str(value).strip()

@@ -1,9 +1,9 @@
-"""Pictures and sound in rows: encoded bytes or a path, undecoded until they are used.
+"""Images and audio in rows, as encoded bytes or paths, which are decoded only when used.
 
-A media value of a row is `{"bytes": b"…" or None, "path": "…" or None}`, as `datasets` keeps
-undecoded `Image` and `Audio` columns. In a csv or JSON file it is written as a path, relative to
-the file's folder, or as bytes in base64; in parquet files and on the Hub as bytes, or as such a
-pair. Rows are compared and hashed by the bytes, wherever these lie.
+A media value is `{"bytes": b"…" or None, "path": "…" or None}`, like undecoded `Image` and `Audio`
+columns of `datasets`. Csv and JSON files store it as a path relative to the file's folder, or as
+base64; parquet files and the Hub as bytes, or as such a pair. Rows are compared and hashed by the
+bytes, no matter where these are stored.
 """
 
 from __future__ import annotations
@@ -25,31 +25,31 @@ from lora_cli.errors import counted, printable
 KEYS = {"bytes", "path"}
 ADDRESS = re.compile(r"(?i)[a-z][a-z0-9+.-]+://|data:")
 ENCODED = re.compile(r"(?i)data:[\w.+-]*/?[\w.+-]*(;[\w=.+-]+)*;base64,")
-# base64 of how files begin: PNG, JPEG, GIF, WebP and wav; flac, ogg, TIFF; aiff, au; mp3
-BEGINNINGS = (
+# base64 of the first bytes of PNG, JPEG, GIF, WebP and wav; flac, ogg, TIFF; aiff, au; mp3
+ENCODED_STARTS = (
     "iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR", "ZkxhQ", "T2dnUw", "SUkqA", "TU0AK",
     "Rk9STQ", "LnNuZA", "SUQz", *(f"//{letter}" for letter in "IJKLMNOPopqrstuv"),
 )  # fmt: skip
-LEAST_ENCODED = 60  # characters of a file without an address before it
-LOOKED_INTO = ("clips", "wavs", "audio", "recordings", "images")
-"""Folders next to a table in which its files may be, besides those of the table's own name."""
-LOOKED_FOR = 50  # paths of a table by which the folder that they start from is found
-OF_FILE = "file://"  # the address of a file of this machine
-FILE_NAME = "file_name"  # what the column of the path is called in a metadata.csv
-MOST_SHOWN = 200
+LEAST_ENCODED = 60  # characters of base64 without a `data:` prefix
+MEDIA_FOLDERS = ("clips", "wavs", "audio", "recordings", "images")
+"""Folders next to a table that may contain its files, besides one named like the table."""
+N_INSPECTED_PATHS = 50  # number of paths used to find the folder that they are relative to
+FILE_URL = "file://"  # prefix of the URL of a local file
+FILE_NAME = "file_name"  # name of the path column in a metadata.csv
+MAX_SHOWN = 200
 
 
 def is_media(value: Any) -> bool:
-    """Return whether a value of a row is a picture or sound."""
+    """Return whether a value of a row is a media value."""
     return isinstance(value, dict) and value.keys() == KEYS
 
 
 def media_value(value: Any, folder: Path | None = None) -> Any:
-    """Return a media value of what a column holds; what cannot be one is returned as it is.
+    """Convert a cell to a media value; return it unchanged if that is impossible.
 
     Args:
-        value: A path, bytes (in JSON in base64), or a pair of both.
-        folder: What a path is relative to; None leaves it as it is.
+        value: A path, bytes (base64 in JSON), or a pair of both.
+        folder: The folder that paths are relative to; None leaves them unchanged.
     """
     if isinstance(value, bytes | bytearray | memoryview):
         return {"bytes": bytes(value), "path": None}
@@ -60,91 +60,91 @@ def media_value(value: Any, folder: Path | None = None) -> Any:
         if data is None:
             if path is None or isinstance(path, str):
                 return media_value(path, folder)
-        elif (data := _of_base64(data) if isinstance(data, str) else data) is not None:
-            found = media_value(data)
-            if is_media(found):
-                return {**found, "path": path if isinstance(path, str) else None}
-        return {name: own for name, own in value.items() if name != "bytes"}  # not a file
+        elif (data := _from_base64(data) if isinstance(data, str) else data) is not None:
+            medium = media_value(data)
+            if is_media(medium):
+                return {**medium, "path": path if isinstance(path, str) else None}
+        return {name: item for name, item in value.items() if name != "bytes"}  # not a file
     if isinstance(value, str) and value.strip():
-        if (inside := decoded(value.strip())) is not None:
-            return {"bytes": inside, "path": None}
-        if value.startswith(OF_FILE):
-            value = url2pathname(value.removeprefix(OF_FILE))
+        if (content := decoded(value.strip())) is not None:
+            return {"bytes": content, "path": None}
+        if value.startswith(FILE_URL):
+            value = url2pathname(value.removeprefix(FILE_URL))
         path = value if folder is None or ADDRESS.match(value) else str(folder / value)
-        return {"bytes": None, "path": written_here(path)}
+        return {"bytes": None, "path": local_path(path)}
     return value
 
 
 def decoded(text: str) -> bytes | None:
-    """Return the bytes of a picture or sound that a text holds in base64; None if it holds none."""
-    is_bare = len(text) >= LEAST_ENCODED and text.startswith(BEGINNINGS)
-    return _of_base64(text) if is_bare or ENCODED.match(text) else None
+    """Decode a text that is a media file in base64; return None if it is not."""
+    is_bare = len(text) >= LEAST_ENCODED and text.startswith(ENCODED_STARTS)
+    return _from_base64(text) if is_bare or ENCODED.match(text) else None
 
 
-def _of_base64(text: str) -> bytes | None:
-    """Return the bytes of a text in base64, with or without an address before it."""
-    letters = "".join(ENCODED.sub("", text, count=1).split())
+def _from_base64(text: str) -> bytes | None:
+    """Decode base64 with or without a `data:` prefix."""
+    encoded = "".join(ENCODED.sub("", text, count=1).split())
     try:
-        return base64.b64decode(letters, validate=True) or None
+        return base64.b64decode(encoded, validate=True) or None
     except ValueError:
         return None
 
 
 def folder_of_paths(table: Path, paths: Sequence[str]) -> Path:
-    """Return the folder that the paths of a table start from: the first that has one of them.
+    """Return the folder that the paths in a table are relative to.
 
-    It is the folder of the table, or one in it, such as `clips` of Common Voice.
+    It is the folder of the table, or a folder inside it, such as `clips` of Common Voice.
 
     Args:
         table: The file.
-        paths: Some that it holds.
+        paths: Some of the paths in the table.
     """
-    here, name = table.parent, table.stem
-    inner = [f"{above}{below}" for above in ("", *LOOKED_INTO) for below in ("", f"/{name}")]
-    return first_with([here / part.strip("/") for part in inner], paths) or here
+    folder, name = table.parent, table.stem
+    candidates = [f"{outer}{inner}" for outer in ("", *MEDIA_FOLDERS) for inner in ("", f"/{name}")]
+    return first_folder_with([folder / part.strip("/") for part in candidates], paths) or folder
 
 
-def first_with(folders: Sequence[Path], paths: Sequence[str]) -> Path | None:
-    """Return the first folder that has one of some files."""
+def first_folder_with(folders: Sequence[Path], paths: Sequence[str]) -> Path | None:
+    """Return the first folder that contains any of the files; None if no folder does."""
     for folder in folders:
         try:
-            if any(Path(written_here(str(folder / path))).is_file() for path in paths):
+            if any(Path(local_path(str(folder / path))).is_file() for path in paths):
                 return folder
-        except (OSError, ValueError):  # a name that is too long, or holds a zero
+        except (OSError, ValueError):  # the name is too long, or contains a null character
             continue
     return None
 
 
-def written_here(path: str) -> str:
-    """Return a path that was written on Windows as it is here, if a file is there."""
+def local_path(path: str) -> str:
+    """Convert a path from Windows to this system's notation, if that leads to a file."""
     if "\\" not in path or ADDRESS.match(path):
         return path
-    here = path.replace("\\", "/")
+    converted = path.replace("\\", "/")
     try:
-        return here if not Path(path).exists() and Path(here).exists() else path
-    except (OSError, ValueError):  # a name that is too long, or holds a zero
+        return converted if not Path(path).exists() and Path(converted).exists() else path
+    except (OSError, ValueError):  # the name is too long, or contains a null character
         return path
 
 
 def paths_of(rows: Iterable[RawRow], columns: Collection[str]) -> list[str]:
-    """Return the paths in the first rows of a table."""
-    found: list[str] = []
-    for row in islice(rows, LOOKED_FOR):
+    """Return the media paths in the first rows of a table."""
+    paths: list[str] = []
+    for row in islice(rows, N_INSPECTED_PATHS):
         values = row.columns or {}
         for column in columns:
             value = media_value(values.get(column, values.get(FILE_NAME)))
             if is_media(value) and value["bytes"] is None and not ADDRESS.match(value["path"]):
-                found.append(value["path"])
-    return found
+                paths.append(value["path"])
+    return paths
 
 
 def with_media(row: RawRow, folder: Path, columns: Collection[str]) -> RawRow:
-    """Return a row of a file with media values in the columns that hold them.
+    """Return a row with its media columns converted to media values.
 
     Args:
         row: The row as it was read.
-        folder: Of the file.
-        columns: Names of the columns that hold media.
+        folder: The folder that paths are relative to.
+        columns: Names of the media columns.
     """
     if row.columns is None or not columns:
         return row
@@ -158,7 +158,7 @@ def with_media(row: RawRow, folder: Path, columns: Collection[str]) -> RawRow:
 
 
 def media_error(row: dict[str, Any], columns: Collection[str]) -> str:
-    """Return which media column holds no file that there is, or nothing."""
+    """Return an error for the first media column without an existing file; empty if none."""
     for column in columns:
         value = row.get(column)
         if value is None or value == "":
@@ -169,14 +169,14 @@ def media_error(row: dict[str, Any], columns: Collection[str]) -> str:
         path = value["path"]
         if value["bytes"] is not None:
             continue
-        shown = printable(str(path), MOST_SHOWN)
+        shown = printable(str(path), MAX_SHOWN)
         if ADDRESS.match(str(path)):
             return f"column `{column}` holds the address `{shown}`: download the file before"
         try:
             if Path(path).is_file():
                 continue
             missing = not Path(path).exists()
-        except (OSError, ValueError):  # a name that is too long, or holds a zero
+        except (OSError, ValueError):  # the name is too long, or contains a null character
             missing = True
         return f"there is no file `{shown}`" if missing else f"`{shown}` is no file"
     return ""
@@ -185,7 +185,7 @@ def media_error(row: dict[str, Any], columns: Collection[str]) -> str:
 def media_hash(value: dict[str, Any]) -> str:
     """Return a hash (xxh3, 128 bits) of the bytes of a media value.
 
-    Of a file that cannot be read it is a hash of the path: the row is reported elsewhere.
+    For a file that cannot be read, hash its path: the row is reported elsewhere.
     """
     if value["bytes"] is not None:
         return xxhash.xxh3_128_hexdigest(value["bytes"])
@@ -203,19 +203,19 @@ def _hash_of_file(path: str, _state: tuple[int, ...]) -> str:
 
 
 def hashed(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a row in which media values are replaced by the hashes of their bytes."""
+    """Return a row with media values replaced by the hashes of their bytes."""
     return {name: media_hash(v) if is_media(v) else v for name, v in row.items()}
 
 
 def described(value: dict[str, Any]) -> str:
-    """Return a media value in words: the name of its file, or the size of its bytes."""
+    """Describe a media value in words: by its file name, or its size in bytes."""
     if value["path"]:
         return Path(value["path"]).name
     return counted(len(value["bytes"] or b""), "byte")
 
 
 def undecoded(dataset: Any) -> Any:
-    """Return a data set of the Hub whose media are not decoded when its rows are read."""
+    """Return a Hub data set whose media columns are not decoded on access."""
     import datasets
 
     for column, feature in (dataset.features or {}).items():
@@ -239,7 +239,7 @@ def _undecoded_feature(feature: Any) -> Any:
 
 
 def stored_media(row: dict[str, Any], columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Yield the media of a row apart, as they are kept next to its JSON."""
+    """Yield the media of a row in the form in which they are stored next to its JSON."""
     for column in columns:
         if is_media(row.get(column)):
             yield {"column": column, **row[column]}

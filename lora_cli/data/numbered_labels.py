@@ -1,7 +1,7 @@
-"""What the numbers of labels mean in sets of the Hub, and in parquet files that `datasets` wrote.
+"""Find the names of numbered labels in Hub data sets, and in parquet files from `datasets`.
 
-A column of `ClassLabel` holds numbers. The names stand in its type, or in the metadata of the file,
-whether the labels stand in a column or inside a column of objects.
+A `ClassLabel` column contains numbers. Their names are part of its type, or in the metadata of the
+file, both for label columns and for labels inside a column of objects.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ from lora_cli.errors import LoraError, printable
 from lora_cli.recipe import Recipe
 
 Names = dict[str, list[str]]
-SHOWN = 60
+MAX_SHOWN = 60
 HINT = "write both with one list of names, or the labels as names (`ClassLabel.int2str`)"
 
 
 def label_names(features: Any) -> dict[str, list[str]]:
-    """Return the names of the labels of each column that has them."""
+    """Return the label names of each column that has them."""
     import datasets
 
-    # of a list of labels, those of its items
+    # for a list of labels, the type of its items
     kinds = {column: getattr(feature, "feature", feature) for column, feature in features.items()}
     names = {
         column: list(kind.names)
         for column, kind in kinds.items()
         if isinstance(kind, datasets.ClassLabel)
     }
-    inside = {column: nested_names(feature) for column, feature in features.items()}
-    return names | {column: found for column, found in inside.items() if found}
+    nested = {column: nested_names(feature) for column, feature in features.items()}
+    return names | {column: names_inside for column, names_inside in nested.items() if names_inside}
 
 
 def parquet_label_names(recipe: Recipe, files: Sequence[Path]) -> Names:
-    """Return the names of the labels by column, as far as all files have them.
+    """Return the label names of each column that has them in all files.
 
     Raises:
-        LoraError: If a number is another label in one file than in another.
+        LoraError: If a number stands for different labels in two files.
     """
     known = {str(file): _names_in(file, recipe) for file in files}
     require_one_numbering(known)
@@ -49,38 +49,38 @@ def parquet_label_names(recipe: Recipe, files: Sequence[Path]) -> Names:
 
 
 def _names_in(file: Path, recipe: Recipe) -> Names:
-    """Return the names of the labels in a file by column; none where its metadata are no such."""
+    """Return the label names of a file by column; empty if its metadata has none."""
     import datasets
 
     schema = parquet_schema(file)
     try:
-        about = json.loads((schema.metadata or {})[b"huggingface"])
-        names = label_names(datasets.Features.from_dict(about["info"]["features"]))
-    except Exception:  # metadata of whatever version: the file is read without
+        metadata = json.loads((schema.metadata or {})[b"huggingface"])
+        names = label_names(datasets.Features.from_dict(metadata["info"]["features"]))
+    except Exception:  # metadata of an unknown version: the file is read without label names
         return {}
     columns = dict(zip(schema.names, parquet_names(file, recipe.data.format), strict=True))
-    known = {columns[c]: own for c, own in names.items() if c in columns}
-    return {recipe.data.columns.get(c) or c: own for c, own in known.items()}
+    by_column = {columns[c]: label_list for c, label_list in names.items() if c in columns}
+    return {recipe.data.columns.get(c) or c: label_list for c, label_list in by_column.items()}
 
 
-def require_one_numbering(known: Mapping[str, Names]) -> None:
-    """Check that a number stands for one label, wherever it is found.
+def require_one_numbering(names_by_source: Mapping[str, Names]) -> None:
+    """Check that a number stands for the same label in all sources.
 
     Args:
-        known: The names of the labels of each column, by where they are from.
+        names_by_source: The label names of each column, by source.
 
     Raises:
-        LoraError: With the first number that does not.
+        LoraError: With the first number that stands for different labels.
     """
     first: dict[str, tuple[str, list[str]]] = {}
-    for place, names in known.items():
-        for column, own in names.items():
-            where, other = first.setdefault(column, (place, own))
-            for i, pair in enumerate(zip(other, own, strict=False)):
+    for place, names in names_by_source.items():
+        for column, labels in names.items():
+            other_place, other_labels = first.setdefault(column, (place, labels))
+            for i, pair in enumerate(zip(other_labels, labels, strict=False)):
                 if pair[0] != pair[1]:
-                    shown = [f"`{printable(name, SHOWN)}`" for name in pair]
+                    shown = [f"`{printable(name, MAX_SHOWN)}`" for name in pair]
                     what = f"label {i} of column `{column}` is {shown[1]} here, and {shown[0]} in "
-                    raise LoraError(what + where, place, HINT)
+                    raise LoraError(what + other_place, place, HINT)
 
 
 def holds_numbers(value: Any) -> bool:

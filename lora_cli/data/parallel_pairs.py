@@ -1,4 +1,4 @@
-"""Find and read two text files whose lines belong together."""
+"""Find and read two parallel text files, whose lines correspond."""
 
 from __future__ import annotations
 
@@ -19,31 +19,33 @@ LANGUAGE = re.compile(r"[._-]([a-z]{2})(?<!gz)(?=[._-]|$)")
 
 
 def translations_of(file: DataFile) -> list[Path]:
-    """Return the files beside a text that seem to say the same in other languages, line by line."""
+    """Return files next to a text file that seem to be its translations, line by line."""
     if file.form.get("type", "text") != "text" or len(file.columns) > 1:
         return []
-    names = reversed([*LANGUAGE.finditer(file.path.name)])  # `train.en-de.en`: the last is its own
-    return next((found for name in names if (found := _others(file, name))), [])
+    names = reversed(
+        [*LANGUAGE.finditer(file.path.name)]
+    )  # in `train.en-de.en`, the last is the language of the file
+    return next((files for name in names if (files := _files_in_other_languages(file, name))), [])
 
 
-def _others(file: DataFile, name: re.Match[str]) -> list[Path]:
-    """Return files of as many lines beside a file, whose names differ in the language alone."""
+def _files_in_other_languages(file: DataFile, name: re.Match[str]) -> list[Path]:
+    """Return files with as many lines, whose names differ only in the language."""
     before, after = file.path.name[: name.start(1)], file.path.name[name.end(1) :]
     pattern = re.compile(f"{re.escape(before)}([a-z]{{2}}){re.escape(after)}")
-    found = []
+    files = []
     for other in sorted(file.path.absolute().parent.iterdir()):
         if pattern.fullmatch(other.name) and other.name != file.path.name:
             with gzip.open(other) if other.suffix == ".gz" else other.open("rb") as lines:
                 if sum(bool(line.strip()) for line in lines) == len(file.rows):
-                    found.append(other)
-    return found
+                    files.append(other)
+    return files
 
 
 def read_pair(first: Path, second: Path) -> DataFile:
-    """Read two text files whose lines belong together.
+    """Read two parallel text files, whose lines correspond.
 
     Raises:
-        LoraError: If they are no such files.
+        LoraError: If they are not parallel, or have different encodings.
     """
     path = joined_name(first, second)
     encodings = []
@@ -52,7 +54,7 @@ def read_pair(first: Path, second: Path) -> DataFile:
         if not raw.strip():
             raise LoraError("the file is empty", str(part), EMPTY)
         reject_binary(raw, part)
-        if not raw.isascii():  # which is right in any encoding
+        if not raw.isascii():  # ASCII is valid in any encoding
             encodings.append(encoding_of(raw))
     encodings = encodings or [("utf-8", "")]
     if encodings[0][0] != encodings[-1][0]:
@@ -64,7 +66,7 @@ def read_pair(first: Path, second: Path) -> DataFile:
     if encodings[0][0] != "utf-8":
         form["encoding"], why["encoding"] = encodings[0]
     rows = list(read_rows(path, FormatSpec.model_validate(form)))
-    good = [row.columns for row in rows if row.columns is not None]
+    readable = [row.columns for row in rows if row.columns is not None]
     errors = [row for row in rows if row.columns is None]
     about = f"two plain texts, line by line, {encodings[0][0]}"
-    return DataFile(path, form, why, good, errors, list(parts_of(path)), True, about)
+    return DataFile(path, form, why, readable, errors, list(parts_of(path)), True, about)

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from lora_cli.data.boxes import FORMAT
-from lora_cli.data.media import written_here
+from lora_cli.data.media import local_path
 from lora_cli.data.media_folder import media_files
 from lora_cli.data.text_lines import whole_text
 from lora_cli.errors import LoraError, printable
@@ -148,7 +148,7 @@ def images_of_split(file: Path, split: str, recipe: Recipe) -> list[Path] | None
             raise LoraError(what, str(file), "correct the path, from the folder of the file")
         if place.is_file():
             lines = [line.strip() for line in whole_text(place).splitlines() if line.strip()]
-            found += [Path(written_here(str(place.parent / line))) for line in lines]
+            found += [Path(local_path(str(place.parent / line))) for line in lines]
         else:
             found += [place / picture for picture in media_files(place, recipe)]
     return found
@@ -159,7 +159,7 @@ def _found_place(file: Path, root: str, name: str) -> Path | None:
     here = file.parent
     plain = re.sub(r"^(\.\./)+", "", name)
     places = [here / root / name, here / name, here / plain, here / root / plain]
-    there = (Path(written_here(str(place))) for place in places)
+    there = (Path(local_path(str(place))) for place in places)
     return next((place for place in there if place.exists()), None)
 
 

@@ -19,7 +19,7 @@ from lora_cli.data.file_formats import columns_of, kind_of, read_rows, require_c
 from lora_cli.data.input_files import input_form
 from lora_cli.data.media import (
     FILE_NAME,
-    LOOKED_FOR,
+    N_INSPECTED_PATHS,
     folder_of_paths,
     paths_of,
     with_media,
@@ -120,7 +120,7 @@ def _with_folder(
     """Return the rows, and the folder that the paths in them are relative to."""
     if source.is_dir():
         return rows, source
-    first = list(islice(rows, LOOKED_FOR))
+    first = list(islice(rows, N_INSPECTED_PATHS))
     return chain(first, rows), folder_of_paths(source, paths_of(first, media))
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from lora_cli.data.file_formats import is_blank, text_error
 from lora_cli.data.load_rows import Rows
 from lora_cli.data.media import described, media_error, media_hash
-from lora_cli.data.media_folder import transcript_of
+from lora_cli.data.media_folder import text_file_of
 from lora_cli.data.picture_sizes import (
     COARSE,
     LEAST_COARSE,
@@ -92,7 +92,7 @@ class CaptionRows(Task):
         value, picture = row.get(self.spec.caption_column), row[self.spec.image_column]
         if is_blank(value) and picture["path"]:
             name = Path(picture["path"])
-            is_empty = value is not None and transcript_of(name) is not None
+            is_empty = value is not None and text_file_of(name) is not None
             wrong = "an empty caption" if is_empty else "no caption"
             return (
                 f"`{name.name}` has {wrong}: write one into `{name.stem}.txt` next to it, or "
