@@ -159,9 +159,9 @@ def test_what_a_start_is_for() -> None:
     quantized, plain = QuantizedLinear(2, 2, None, "int8"), nn.Linear(2, 2)
     assert initialise._for(loft) == "quantised linear layers"
     assert initialise._for(pissa_) == "linear layers"
-    assert [initialise._starts(layer, loft) for layer in (quantized, plain)] == [True, False]
-    assert initialise._starts(plain, pissa_)
-    assert not initialise._starts(nn.Embedding(2, 2), pissa_)
+    assert [initialise._applies_to(layer, loft) for layer in (quantized, plain)] == [True, False]
+    assert initialise._applies_to(plain, pissa_)
+    assert not initialise._applies_to(nn.Embedding(2, 2), pissa_)
 
 
 def test_where_a_tensor_of_peft_belongs() -> None:
