@@ -37,7 +37,13 @@ from lora_cli.adapters.peft_format.adapter_folder import (
     WEIGHTS_FILE,
     read_adapter,
 )
-from lora_cli.adapters.peft_format.peft_config import CHECKS, IDLE, KNOWN_OTHERS, READABLE, VARIANTS
+from lora_cli.adapters.peft_format.peft_config import (
+    CHECKED_KEYS,
+    CHECKS,
+    IDLE,
+    TYPE_KEYS,
+    VARIANTS,
+)
 from lora_cli.errors import IntegrityError, LoraError
 from lora_cli.files import MANIFEST, write_manifest
 
@@ -356,7 +362,7 @@ def test_what_is_no_adapter_folder_is_refused(base: nn.Module, folder: Path) -> 
 
 
 def test_every_key_of_peft_has_a_meaning() -> None:
-    ours = {*CHECKS, *VARIANTS, *IDLE, *KNOWN_OTHERS}
+    ours = {*CHECKS, *VARIANTS, *IDLE, *CHECKED_KEYS}
     assert not {field.name for field in dataclasses.fields(peft.LoraConfig)} - ours
 
 
@@ -433,7 +439,7 @@ def test_adapters_that_change_more_than_this_tool_knows_are_refused(
     assert str(tmp_path / "a" / CONFIG_FILE) in text
 
 
-@pytest.mark.parametrize("key", sorted(VARIANTS.keys() - READABLE))
+@pytest.mark.parametrize("key", sorted(VARIANTS.keys() - TYPE_KEYS))
 def test_variants_that_the_tensors_do_not_tell_of_are_refused(
     key: str, base: nn.Module, folder: Path
 ) -> None:

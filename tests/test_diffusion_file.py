@@ -28,8 +28,8 @@ from lora_cli.adapters.merge_layers import merge
 from lora_cli.adapters.merge_proof import expected_weights
 from lora_cli.adapters.peft_format.adapter_folder import read_adapter, save_adapter
 from lora_cli.adapters.peft_format.diffusion_file import (
-    _can_be,
-    _fitted,
+    _in_peft_shapes,
+    _is_valid_shape,
     _kronecker_config,
     _rank,
 )
@@ -820,8 +820,8 @@ def test_a_training_leaves_the_file_of_diffusers_too(tmp_path: Path) -> None:
 def test_a_tensor_of_a_kind_has_a_shape_of_the_kind(
     kind: str, good: list[tuple[int, ...]], bad: list[tuple[int, ...]]
 ) -> None:
-    assert all(_can_be(kind, shape) for shape in good)
-    assert not any(_can_be(kind, shape) for shape in bad)
+    assert all(_is_valid_shape(kind, shape) for shape in good)
+    assert not any(_is_valid_shape(kind, shape) for shape in bad)
 
 
 def test_the_rank_is_that_of_the_factor_that_shows_it() -> None:
@@ -838,20 +838,20 @@ def test_matrices_get_the_dimensions_of_their_layer() -> None:
     linear, convolution = nn.Linear(5, 3), nn.Conv2d(5, 3, 3)
     given = {"lora_A": a, "lora_B": b}
     # a linear layer that was a convolution of one position, and the other way round
-    for name, tensor in _fitted(given, linear).items():
+    for name, tensor in _in_peft_shapes(given, linear).items():
         assert torch.equal(tensor, given[name].flatten(1))
     flat = {"lora_A": a.flatten(1), "lora_B": b.flatten(1)}
-    for name, tensor in _fitted(flat, nn.Conv2d(5, 3, 1)).items():
+    for name, tensor in _in_peft_shapes(flat, nn.Conv2d(5, 3, 1)).items():
         assert torch.equal(tensor, given[name])
     given = {"lora_A": kernel, "lora_B": b}
-    assert all(torch.equal(t, given[n]) for n, t in _fitted(given, convolution).items())
+    assert all(torch.equal(t, given[n]) for n, t in _in_peft_shapes(given, convolution).items())
     lengths = torch.rand(3)
     for stored, module, shape in (
         (lengths[:, None], linear, (3,)), (lengths, linear, (3,)),
         (lengths[:, None, None, None], convolution, (1, 3, 1, 1)),
         (lengths.reshape(1, 3, 1, 1), convolution, (1, 3, 1, 1)),
     ):  # fmt: skip
-        found = _fitted({"lora_magnitude_vector": stored}, module)["lora_magnitude_vector"]
+        found = _in_peft_shapes({"lora_magnitude_vector": stored}, module)["lora_magnitude_vector"]
         assert found.shape == shape
         assert torch.equal(found.flatten(), lengths)
 

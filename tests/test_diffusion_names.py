@@ -8,7 +8,7 @@ from torch import nn
 from lora_cli.adapters.peft_format.diffusion_names import (
     Blocks,
     ModuleNames,
-    first_name,
+    original_name,
     split_name,
 )
 from lora_cli.adapters.peft_format.original_layers import Layer
@@ -103,7 +103,7 @@ SD = Blocks(3, frozenset({"up_blocks.1", "up_blocks.2", "up_blocks.3"}))
 
 @pytest.mark.parametrize(("name", "first"), FIRST_NAMES.items())
 def test_modules_have_the_names_of_the_first_checkpoint(name: str, first: str | None) -> None:
-    assert first_name(name, SD) == first
+    assert original_name(name, SD) == first
 
 
 def test_how_the_blocks_are_built_is_seen_from_names() -> None:

@@ -27,7 +27,7 @@ from lora_cli.adapters.peft_format.adapter_folder import (
     read_tensors,
     save_adapter,
 )
-from lora_cli.adapters.peft_format.part_folders import divided, joined, most_common
+from lora_cli.adapters.peft_format.part_folders import join_parts, most_common, split_by_part
 from lora_cli.adapters.peft_format.peft_types import alpha_of
 from lora_cli.errors import IntegrityError, LoraError
 from lora_cli.export.low_rank_pairs import parts_of
@@ -252,7 +252,9 @@ def test_the_folder_of_a_part_says_what_is_trained_there_alone() -> None:
     }  # fmt: skip
     names = ("unet.a.to_q.lora_A.weight", "unet.conv.lora_A.weight", "unet.head.weight",
              "text_encoder.b.to_q.lora_A.weight")  # fmt: skip
-    found = divided(config, dict.fromkeys(names, torch.ones(1)), ["unet", "text_encoder", "vae"])
+    found = split_by_part(
+        config, dict.fromkeys(names, torch.ones(1)), ["unet", "text_encoder", "vae"]
+    )
     assert {part: list(tensors) for part, (_, tensors) in found.items()} == {
         "unet": ["a.to_q.lora_A.weight", "conv.lora_A.weight", "head.weight"],
         "text_encoder": ["b.to_q.lora_A.weight"],
@@ -285,7 +287,7 @@ def test_each_part_keeps_its_scale_whether_or_not_it_has_rslora(
         name: low_rank("to_q", r=4, lora_alpha=6, use_rslora=own)
         for name, own in (("unet", unet), ("text_encoder", text))
     }
-    config, _ = joined(parts, "folder")
+    config, _ = join_parts(parts, "folder")
     assert bool(config.get("use_rslora")) == bool(use_rslora)
     assert tuple(alpha_of(config, f"{name}.to_q") for name in parts) == alphas
     assert (config["r"], config["rank_pattern"]) == (4, {})
@@ -295,16 +297,16 @@ def test_what_a_part_says_of_its_layers_and_copies_is_said_in_full_names() -> No
     own = {"layers_to_transform": [1], "layers_pattern": "blocks", "modules_to_save": ["out", "no"]}
     config, tensors = low_rank("to_q", **own)
     tensors["a.out.weight"] = torch.ones(1, 1)
-    found, _ = joined({"unet": (config, tensors), "text_encoder": low_rank("to_q")}, "folder")
+    found, _ = join_parts({"unet": (config, tensors), "text_encoder": low_rank("to_q")}, "folder")
     assert not found.keys() & {"layers_to_transform", "layers_pattern"}  # the modules are named
     assert found["modules_to_save"] == ["unet.a.out", "unet.no"]  # the second is found missing
 
 
 def test_what_one_part_leaves_out_is_left_out_of_that_part_alone() -> None:
-    without = joined({"unet": low_rank("to_q"), "text_encoder": low_rank("to_q")}, "folder")[0]
+    without = join_parts({"unet": low_rank("to_q"), "text_encoder": low_rank("to_q")}, "folder")[0]
     assert without["exclude_modules"] is None
     parts = {"unet": low_rank("to_q"), "text_encoder": low_rank("to_q", exclude_modules=["head"])}
-    expression = joined(parts, "folder")[0]["exclude_modules"]
+    expression = join_parts(parts, "folder")[0]["exclude_modules"]
     for name, is_left_out in (
         ("text_encoder.head", True), ("text_encoder.a.head", True), ("unet.head", False),
         ("text_encoder.overhead", False), ("text_encoder.head.a", False),
@@ -317,7 +319,7 @@ def test_a_bias_that_is_trained_in_all_parts_alike_is_said() -> None:
         ("all", "all", "all"), ("all", "none", "none"), (None, "none", "none"), (None, None, "none")
     ):  # fmt: skip
         parts = {"unet": low_rank("to_q", bias=unet), "text_encoder": low_rank("to_q", bias=text)}
-        assert joined(parts, "folder")[0]["bias"] == wanted
+        assert join_parts(parts, "folder")[0]["bias"] == wanted
 
 
 @pytest.mark.parametrize("first", [True, False, None])
@@ -326,31 +328,31 @@ def test_dora_in_one_part_alone_is_rejected(first: bool | None) -> None:
         return low_rank("to_q", **({} if use_dora is None else {"use_dora": use_dora}))
 
     with pytest.raises(LoraError, match=r"`use_dora` is .* in `unet` and .* in `text_encoder`"):
-        joined({"unet": part(first), "text_encoder": part(not first)}, "folder")
-    joined({"unet": part(first), "text_encoder": part(first or False)}, "folder")
+        join_parts({"unet": part(first), "text_encoder": part(not first)}, "folder")
+    join_parts({"unet": part(first), "text_encoder": part(first or False)}, "folder")
 
 
 def test_rows_of_tokens_and_single_parameters_are_said_in_full_names() -> None:
     unet, text = low_rank("to_q", target_parameters=["a.kernel"]), low_rank("to_q")
     text[0]["trainable_token_indices"] = [1, 4]
     text[1]["b.embed.token_adapter.trainable_tokens_delta"] = torch.ones(2, 1)
-    found, tensors = joined({"unet": unet, "text_encoder": text}, "folder")
+    found, tensors = join_parts({"unet": unet, "text_encoder": text}, "folder")
     assert found["trainable_token_indices"] == {"text_encoder.b.embed": [1, 4]}
     assert found["target_parameters"] == ["unet.a.kernel"]
     assert tensors.keys() == {f"unet.{n}" for n in unet[1]} | {f"text_encoder.{n}" for n in text[1]}
     text[0]["trainable_token_indices"] = {"embed": [3], "other": [2]}
-    found, _ = joined({"unet": unet, "text_encoder": text}, "folder")
+    found, _ = join_parts({"unet": unet, "text_encoder": text}, "folder")
     assert found["trainable_token_indices"] == {
         "text_encoder.embed": [3], "text_encoder.other": [2],
     }  # fmt: skip
-    found, _ = joined({"unet": low_rank("to_q"), "text_encoder": low_rank("to_q")}, "folder")
+    found, _ = join_parts({"unet": low_rank("to_q"), "text_encoder": low_rank("to_q")}, "folder")
     assert found["target_parameters"] is None
     assert "trainable_token_indices" not in found
 
 
 def test_a_configuration_without_a_rank_has_that_of_peft() -> None:
     parts = {"unet": low_rank("to_q", "to_v"), "text_encoder": low_rank("to_q", r=2, lora_alpha=3)}
-    found, _ = joined(parts, "folder")
+    found, _ = join_parts(parts, "folder")
     assert (found["r"], found["rank_pattern"]) == (8, {r"text_encoder\.to_q": 2})
     assert (found["lora_alpha"], found["alpha_pattern"]) == (8, {r"text_encoder\.to_q": 3})
 
@@ -359,7 +361,7 @@ def test_a_part_of_a_configuration_without_a_rank_has_that_of_peft() -> None:
     config = {"peft_type": "LORA", "target_modules": ["to_q"],
               "rank_pattern": {"unet.a.to_q": 2}, "alpha_pattern": {"unet.a.to_q": 3}}  # fmt: skip
     names = [f"unet.{name}.to_q.lora_A.weight" for name in ("a", "b", "c")]
-    ((found, _),) = divided(config, dict.fromkeys(names, torch.ones(1)), ["unet"]).values()
+    ((found, _),) = split_by_part(config, dict.fromkeys(names, torch.ones(1)), ["unet"]).values()
     assert (found["r"], found["rank_pattern"]) == (8, {r"a\.to_q": 2})
     assert (found["lora_alpha"], found["alpha_pattern"]) == (8, {r"a\.to_q": 3})
 
@@ -370,21 +372,21 @@ def test_modules_are_named_where_an_expression_would_be_too_long(
 ) -> None:
     monkeypatch.setattr(part_folders, "LONGEST", longest)
     parts = {"unet": low_rank("a.to_q", "b.to_q"), "text_encoder": low_rank("c.to_q")}
-    targets = joined(parts, "folder")[0]["target_modules"]
+    targets = join_parts(parts, "folder")[0]["target_modules"]
     names = ["text_encoder.c.to_q", "unet.a.to_q", "unet.b.to_q"]
     if longest == 30:
         assert targets == names
     else:
         assert all(re.fullmatch(targets, name) for name in names)
     full = {part: low_rank("to_q") for part in parts}  # full names are no expression
-    assert joined(full, "folder")[0]["target_modules"] == ["unet.to_q", "text_encoder.to_q"]
+    assert join_parts(full, "folder")[0]["target_modules"] == ["unet.to_q", "text_encoder.to_q"]
 
 
 def test_the_outermost_module_whose_name_ends_so_is_named() -> None:
     config, tensors = low_rank("to_q", modules_to_save=["ead", "head.proj", "deep"])
     for name in ("head.proj.weight", "head.bias", "a.b.deep.c.weight"):
         tensors[name] = torch.ones(1, 1)
-    found, _ = joined({"unet": (config, tensors)}, "folder")
+    found, _ = join_parts({"unet": (config, tensors)}, "folder")
     assert found["modules_to_save"] == ["unet.a.b.deep", "unet.head"]
 
 

@@ -73,7 +73,7 @@ VALUES: dict[str, tuple[list[Any], list[Any]]] = {
     "task_type": TEXTS,
     "base_model_name_or_path": TEXTS,
     "revision": TEXTS,
-    **dict.fromkeys(peft_config.READABLE, FLAGS),
+    **dict.fromkeys(peft_config.TYPE_KEYS, FLAGS),
 }
 LYCORIS = {
     "alpha": ALPHAS,
@@ -134,9 +134,9 @@ def test_other_initialisations_are_not() -> None:
 @pytest.mark.parametrize("key", peft_config.VARIANTS)
 def test_a_variant_must_be_off_unless_a_type_here_is_told_by_it(key: str) -> None:
     for off in (None, False, [], {}, ""):
-        if key not in peft_config.READABLE:
+        if key not in peft_config.TYPE_KEYS:
             check_config(config(**{key: off}), WHERE)
-    if key in peft_config.READABLE:
+    if key in peft_config.TYPE_KEYS:
         check_config(config(**{key: True}), WHERE)
         return
     for on in (True, 1, 0, ["a"], {"a": 1}, "yes"):
@@ -184,7 +184,11 @@ def test_of_many_unknown_keys_the_first_are_named(
 
 @pytest.mark.parametrize("kind", ["LORA", "LOKR"])
 def test_idle_keys_say_nothing(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
-    idle = peft_config.IDLE if kind == "LORA" else peft_config.LYCORIS_IDLE | peft_config.COMMON
+    idle = (
+        peft_config.IDLE
+        if kind == "LORA"
+        else peft_config.LYCORIS_IDLE | peft_config.LYCORIS_COMMON
+    )
     values: dict[str, Any] = {key: {"a": 1} for key in sorted(idle - CHECKS.keys() - {"peft_type"})}
     check_config(config(kind, **values), WHERE)
     assert capsys.readouterr().err == ""

@@ -353,13 +353,13 @@ def test_names_that_peft_takes_for_experts_go_by_the_family() -> None:
 def test_experts_that_are_lost_are_named_with_the_way_out() -> None:
     reading = peft_rules.PeftReading(experts={"a.0.mlp.up", "a.0.mlp.down", "b.gate", "c.up"})
     ours = {"a.0.mlp.up", "a.0.mlp.down", "b.gate", "a.0.q"}
-    (said,) = peft_rules._experts_lost(reading, ours)
+    (said,) = peft_rules._lost_experts(reading, ours)
     assert said.startswith(
         "PEFT would not adapt `a.0.mlp.down`, `a.0.mlp.up`, `b.gate`, 3 of 4 modules: in models of "
         "this type it takes `down`, `gate`, `up` for parts"
     )
     assert "adapter.exclude_modules=[b.gate, mlp.down, mlp.up]'" in said
-    assert peft_rules._experts_lost(reading, {"a.0.q"}) == []
+    assert peft_rules._lost_experts(reading, {"a.0.q"}) == []
     assert peft_rules.listed(["a", "b", "c"]) == "`a`, `b`, `c`"
     assert peft_rules.listed(["a", "b", "c", "d", "e"]) == "`a`, `b`, `c` and 2 more"
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from lora_cli.adapters.peft_format.write_diffusion_file import (
     Update,
-    _read_by_diffusers,
     _save,
+    _with_out_proj,
     obstacles,
     save_for_diffusers,
     save_for_kohya,
@@ -161,18 +161,18 @@ def test_a_text_encoder_is_known_by_the_projection_of_its_attention() -> None:
 
     attention = "encoder.layers.1.self_attn"
     query, unet = update("text_encoder", f"{attention}.q_proj"), update("unet", "a.self_attn.to_q")
-    *given, added = _read_by_diffusers([unet, query])
+    *given, added = _with_out_proj([unet, query])
     assert given == [unet, query]
     assert (added.part, added.name) == ("text_encoder", f"{attention}.out_proj")
     assert (added.a.shape, added.b.shape) == (query.a.shape, query.b.shape)
     assert not added.a.any()
     assert not added.b.any()
     with_it = [query, update("text_encoder", f"{attention}.out_proj")]
-    assert _read_by_diffusers(with_it) == with_it
+    assert _with_out_proj(with_it) == with_it
     others = [unet, update("text_encoder", "encoder.layers.1.mlp.fc1")]
-    assert _read_by_diffusers(others) == others  # no attention is adapted
+    assert _with_out_proj(others) == others  # no attention is adapted
     second = update("text_encoder_2", f"{attention}.q_proj")
-    added_parts = [one.part for one in _read_by_diffusers([*with_it, second])[3:]]
+    added_parts = [one.part for one in _with_out_proj([*with_it, second])[3:]]
     assert added_parts == ["text_encoder_2"]  # each encoder has its own
 
 

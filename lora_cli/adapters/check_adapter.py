@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from lora_cli.adapters.lora import Shape
 from lora_cli.adapters.match_names import first_match, inside, matches
 from lora_cli.adapters.peft_format.adapter_folder import COUNTS, AdapterFolder
-from lora_cli.adapters.peft_format.diffusion_file import ANEW
+from lora_cli.adapters.peft_format.diffusion_file import SAVE_AGAIN
 from lora_cli.adapters.peft_format.peft_experts import check_parameter
 from lora_cli.adapters.peft_format.peft_rules import convolution_difference, parameter_layers
-from lora_cli.adapters.peft_format.peft_tensors import TOGETHER
+from lora_cli.adapters.peft_format.peft_tensors import MISMATCH_HINT
 from lora_cli.adapters.peft_format.peft_tokens import LARGER, RESIZED, SavedRows
 from lora_cli.adapters.peft_format.peft_types import alpha_of
 from lora_cli.adapters.peft_format.tensor_names import adapted_modules
@@ -104,7 +104,7 @@ def _check_layer(
     )
     rank = configured_rank if rank_of_tensors is None else rank_of_tensors
     if configured_rank != rank:
-        hint = TOGETHER
+        hint = MISMATCH_HINT
         if config.get("ensure_weight_tying"):
             hint = "with `ensure_weight_tying`, PEFT gives a tied module the rank of the other"
         what = f"`{name}` has rank {rank}, its configuration says {configured_rank}"
@@ -115,9 +115,9 @@ def _check_layer(
     shapes = layer.configured_shapes(module, rank, config)
     expected_shapes = layer.peft_shapes(module, rank) if shapes is None else shapes
     if expected_shapes.keys() != tensors.keys():
-        what, hint = f"`{name}` has {', '.join(tensors)}, its configuration says", TOGETHER
+        what, hint = f"`{name}` has {', '.join(tensors)}, its configuration says", MISMATCH_HINT
         if adapter.path.is_file():  # another tool's file, without a configuration
-            what, hint = f"`{name}` has {', '.join(tensors)}, and such an update needs", ANEW
+            what, hint = f"`{name}` has {', '.join(tensors)}, and such an update needs", SAVE_AGAIN
         return [Problem(f"{what} {', '.join(expected_shapes)}", hint=hint)], None, None
     problems = [
         Problem(f"{key} of `{name}` is {tuple(tensors[key].shape)}, the model needs {shape}")

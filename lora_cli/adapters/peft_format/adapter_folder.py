@@ -1,13 +1,13 @@
-"""The adapter folder in PEFT's format, both ways.
+"""Save and read adapter folders in PEFT's format.
 
-`adapter_config.json` says how to scale, `adapter_model.safetensors` holds the matrices:
+`adapter_config.json` says how to scale, `adapter_model.safetensors` holds the tensors:
 
-    base_model.model.<module>.lora_A.weight     what a layer added; the layer has a table of names
+    base_model.model.<module>.lora_A.weight     a layer's parameter, named by its `peft_names`
     base_model.model.<module>.base_layer.bias   a trained bias of an adapted module
-    base_model.model.<parameter>                whatever else is trained: a head, a bias
+    base_model.model.<parameter>                any other trained parameter: of a head, a bias
 
-When a folder is read, its tensors say which modules are adapted and with which rank, and its
-configuration says alpha; everything is checked before the model is touched.
+When a folder is read, its tensors determine the adapted modules and their ranks, and its
+configuration gives alpha.
 """
 
 from __future__ import annotations
@@ -25,8 +25,12 @@ from torch import Tensor, nn
 
 from lora_cli.adapters.attach import adapter_layers, name_in_base, trainable_parameters
 from lora_cli.adapters.match_names import matches
-from lora_cli.adapters.peft_format.diffusion_file import ANEW, DiffusionFile, read_diffusion_file
-from lora_cli.adapters.peft_format.part_folders import divided, joined
+from lora_cli.adapters.peft_format.diffusion_file import (
+    SAVE_AGAIN,
+    DiffusionFile,
+    read_diffusion_file,
+)
+from lora_cli.adapters.peft_format.part_folders import join_parts, split_by_part
 from lora_cli.adapters.peft_format.peft_config import adapter_type, check_config
 from lora_cli.adapters.peft_format.peft_rules import peft_differences
 from lora_cli.adapters.peft_format.peft_token_rules import token_differences, written_rows
@@ -73,14 +77,14 @@ def save_adapter(
     in_full: list[str],
     base: Fingerprint | None = None,
 ) -> None:
-    """Write everything that is trained into `folder`, which must exist.
+    """Write all trained parameters into `folder`, which must exist.
 
     Args:
-        folder: Where `adapter_config.json` and `adapter_model.safetensors` go.
+        folder: The folder for `adapter_config.json` and `adapter_model.safetensors`.
         model: The model with its adapter attached.
-        recipe: What the configuration is made from.
+        recipe: The recipe, from which the configuration is made.
         in_full: Names of the modules trained in full.
-        base: The fingerprint of the base, which is kept beside the adapter.
+        base: The fingerprint of the base, which is saved with the adapter.
     """
     if base is not None:
         base.write(folder)
@@ -92,30 +96,30 @@ def save_adapter(
 def write_adapter_files(
     folder: Path, config: dict[str, Any], tensors: Mapping[str, Tensor], parts: Collection[str] = ()
 ) -> None:
-    """Write an adapter's configuration and tensors, of a base of several parts a folder for each.
+    """Write an adapter's configuration and tensors, in one folder or in one for each part.
 
     Args:
-        folder: Where they go; it must exist.
-        config: PEFT's configuration of the whole.
-        tensors: By PEFT's names.
-        parts: Names of the base's parts, with which the names of its modules begin.
+        folder: The folder to write to, which must exist.
+        config: PEFT's configuration of the whole adapter.
+        tensors: The tensors by PEFT's names.
+        parts: Names of the base's parts, which are the prefixes of its modules' names.
     """
-    own = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
-    of_folders = divided(config, own, parts) if parts else {"": (config, own)}
-    for part, (config_here, tensors_here) in of_folders.items():
+    plain = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    by_part = split_by_part(config, plain, parts) if parts else {"": (config, plain)}
+    for part, (part_config, part_tensors) in by_part.items():
         (folder / part).mkdir(exist_ok=True)
-        write_json(folder / part / CONFIG_FILE, config_here)
-        # copies, since safetensors rejects tensors that share memory, as those of a tie do
+        write_json(folder / part / CONFIG_FILE, part_config)
+        # copies, since safetensors rejects tensors that share memory, as tied ones do
         copies = {
             PREFIX + name: tensor.cpu().clone(memory_format=torch.contiguous_format)
-            for name, tensor in tensors_here.items()
+            for name, tensor in part_tensors.items()
         }
         save_file(copies, folder / part / WEIGHTS_FILE, metadata={"format": "pt"})
         umask_mode(folder / part / WEIGHTS_FILE)
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return what is trained, under PEFT's names; a shared parameter under each of its names."""
+    """Return the trained tensors by PEFT's names; a shared parameter under each of its names."""
     result: dict[str, Tensor] = {}
     layers = adapter_layers(model)
     rows = _written_rows(model)
@@ -135,42 +139,42 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _written_rows(model: nn.Module) -> dict[int, tuple[nn.Parameter, list[str]]]:
-    """Return the trained rows of tokens, each with its names in the file."""
-    found: dict[int, tuple[nn.Parameter, list[str]]] = {}
+    """Return the trained rows of embeddings, each with its names in the file."""
+    by_parameter: dict[int, tuple[nn.Parameter, list[str]]] = {}
     if token_layers(model):
         for name, layer in written_rows(model)[1].items():
-            names = found.setdefault(id(layer.rows), (layer.rows, []))[1]
+            names = by_parameter.setdefault(id(layer.rows), (layer.rows, []))[1]
             names.append(f"{name}.{layer.peft_names['rows']}")
-    return found
+    return by_parameter
 
 
 def differences_in_peft(
     model: nn.Module, recipe: Recipe, in_full: list[str], folder: Path | None = None
 ) -> list[str]:
-    """Return how PEFT would read what is saved of a model otherwise than this tool does.
+    """Return the ways in which PEFT would read a saved adapter differently from this tool.
 
     Args:
         model: The model with its adapter attached; may be on the meta device.
-        recipe: What the configuration is made from.
+        recipe: The recipe, from which the configuration is made.
         in_full: Names of the modules trained in full.
-        folder: Holds what was saved; None asks of what would be.
+        folder: The folder with the saved adapter; None to check what would be saved.
     """
     saved: dict[str, tuple[dict[str, Any], Collection[str]]] = {}
     if folder is None:
         config, tensors = adapter_config(model, recipe, in_full), adapter_tensors(model)
-        own = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+        plain = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
         parts = part_names(model)
-        saved |= divided(config, own, parts) if parts else {"": (config, own)}
+        saved |= split_by_part(config, plain, parts) if parts else {"": (config, plain)}
     else:
         for part in adapter_parts(folder) or [""]:
             config = json.loads((folder / part / CONFIG_FILE).read_text(encoding="utf-8"))
             header = read_header(folder / part / WEIGHTS_FILE)
             saved[part] = config, {name.removeprefix(PREFIX) for name in header}
-    found = []
+    differences = []
     for part, (config, names) in saved.items():
         adapted = model.get_submodule(part)
-        found += peft_differences(adapted, config, names) + token_differences(adapted, config)
-    return found
+        differences += peft_differences(adapted, config, names) + token_differences(adapted, config)
+    return differences
 
 
 # ----------------------------------------------------------------------------------------- read
@@ -186,20 +190,20 @@ class AdapterFolder:
     verified: bool
     """Whether a manifest vouched for the files; False for a folder that another tool made."""
     base: Fingerprint | None = None
-    """Of the base that it was trained on; None where another tool made it."""
+    """The fingerprint of the base that it was trained on; None if another tool made it."""
     parts: tuple[str, ...] = ()
-    """Names of the base's parts that it has a folder for; none for a base that is one model."""
+    """Names of the base's parts that have a folder; empty for a base that is one model."""
     file: DiffusionFile | None = None
-    """A file of another tool, whose names `use_names_of` translates once the base is there."""
+    """A file of another tool, whose names `use_names_of` translates once the base is loaded."""
 
     @property
     def type(self) -> AdapterType:
-        """The recipe's type of such an adapter."""
+        """The adapter's type, as recipes name it."""
         return adapter_type(self.config)
 
 
 def weight_files(folder: Path) -> list[str]:
-    """Return the names of the files of tensors in an adapter folder: one, or one for each part."""
+    """Return the names of the tensor files in an adapter folder: one, or one for each part."""
     if folder.is_file():
         return [""]
     if not (parts := adapter_parts(folder)) and (file := single_file(folder)) is not None:
@@ -208,18 +212,18 @@ def weight_files(folder: Path) -> list[str]:
 
 
 def weights_sha256(folder: Path) -> str:
-    """Return the SHA-256 of the file of tensors in an adapter folder; of several, each by name."""
-    found = {name: sha256_of(folder / name) for name in weight_files(folder)}
-    if len(found) == 1:
-        return next(iter(found.values()))
-    return ", ".join(f"{name}: {sha256}" for name, sha256 in found.items())
+    """Return the SHA-256 of an adapter's tensor file; with several, `name: hash` of each."""
+    hashes = {name: sha256_of(folder / name) for name in weight_files(folder)}
+    if len(hashes) == 1:
+        return next(iter(hashes.values()))
+    return ", ".join(f"{name}: {sha256}" for name, sha256 in hashes.items())
 
 
 def read_adapter(path: Path) -> AdapterFolder:
-    """Read an adapter folder, or a file of diffusers or kohya; nothing in it is run.
+    """Read an adapter folder, or a file of diffusers or kohya, without running code from it.
 
     Raises:
-        LoraError: If it is not an adapter folder, or of a kind that is not supported.
+        LoraError: If it is not an adapter folder, or its kind is not supported.
         IntegrityError: If a file is damaged.
     """
     if path.is_file():
@@ -237,8 +241,8 @@ def read_adapter(path: Path) -> AdapterFolder:
         _require_weights(path / part)
     files = [f"{part}/{CONFIG_FILE}" for part in parts] or [CONFIG_FILE]
     verified = verify_manifest(path, *files, *weight_files(path))
-    read = {part: _read_files(path / part) for part in parts or [""]}
-    config, tensors = joined(read, str(path)) if parts else read[""]
+    by_part = {part: _read_files(path / part) for part in parts or [""]}
+    config, tensors = join_parts(by_part, str(path)) if parts else by_part[""]
     if PEFT_TYPES[config["peft_type"]].supported and _is_idle(tensors):
         warn(f"the adapter {path} changes nothing: one factor of each update is all zeros")
     if not verified and not parts and (unnamed := _unnamed_modules(config, tensors)):
@@ -254,7 +258,7 @@ def _read_single_file(path: Path) -> AdapterFolder:
     """Read a file of another tool.
 
     Raises:
-        LoraError: If it is the file of an adapter folder, or as `read_diffusion_file`.
+        LoraError: If the file belongs to an adapter folder, or as `read_diffusion_file`.
     """
     if path.name in (CONFIG_FILE, WEIGHTS_FILE, *PICKLES):
         what = f"`{path.name}` is one file of an adapter"
@@ -267,7 +271,7 @@ def _read_single_file(path: Path) -> AdapterFolder:
 
 
 def _require_weights(path: Path) -> None:
-    """Reject a folder without a file of tensors that can be read.
+    """Reject a folder without a readable tensor file.
 
     Raises:
         LoraError: If it has none.
@@ -285,7 +289,7 @@ def _require_weights(path: Path) -> None:
 
 
 def _read_files(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the configuration and the tensors of one folder, each checked for itself.
+    """Return the configuration and the tensors of one folder, checked separately.
 
     Raises:
         LoraError: If the adapter is of a kind that is not supported.
@@ -312,29 +316,29 @@ def _read_files(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _is_idle(tensors: dict[str, Tensor]) -> bool:
-    """Return whether all updates are products with a factor of zero, as before training."""
+    """Return whether all updates are zero because a factor is zero, as before training."""
     zeros: dict[str, list[bool | None]] = {}
     for name, tensor in tensors.items():
         if (module := adapted_module(name)) is not None:
-            # a length of DoRA is no factor
+            # DoRA's magnitude is not a factor
             is_zero = not bool(tensor.any()) if "magnitude" not in name else None
             zeros.setdefault(module, []).append(is_zero)
     if any(".token_adapter." in name for name in tensors):
         return False
-    return bool(zeros) and all(None not in of and any(of) for of in zeros.values())
+    return bool(zeros) and all(None not in flags and any(flags) for flags in zeros.values())
 
 
 def _unnamed_modules(config: dict[str, Any], tensors: dict[str, Tensor]) -> list[str]:
-    """Return the modules that the file adapts and the configuration does not name, in order.
+    """Return the modules that the file adapts but the configuration does not name, sorted.
 
-    Nothing where it names none of them: another tool has other names for all.
+    Return none if it names none of them, because then the tool used other names throughout.
     """
     targets, excluded = config.get("target_modules"), config.get("exclude_modules") or []
     if not targets or targets == "all-linear" or config.get("target_parameters"):
         return []
     modules = sorted(adapted_modules(tensors))
-    named = {name for name in modules if matches(targets, name) and not matches(excluded, name)}
-    return [name for name in modules if name not in named] if named else []
+    matched = {name for name in modules if matches(targets, name) and not matches(excluded, name)}
+    return [name for name in modules if name not in matched] if matched else []
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -350,7 +354,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def _tensors_of(path: Path) -> dict[str, Tensor]:
     """Return the tensors of one file, by names without PEFT's prefix."""
-    file, hint = path / WEIGHTS_FILE, ANEW
+    file, hint = path / WEIGHTS_FILE, SAVE_AGAIN
     entries = read_header(file)
     for name, entry in entries.items():
         if entry.dtype not in FLOATS and not name.endswith(COUNTS):
@@ -369,12 +373,12 @@ def ranks_of(path: Path) -> dict[str, int]:
         IntegrityError: If a file is damaged.
     """
     end = re.compile(re.escape(PREFIX) + r"(.+)\.lora_(embedding_)?A(\.weight)?")
-    found = {}
+    ranks = {}
     for part in adapter_parts(path) or [""]:
         for name, entry in read_header(path / part / WEIGHTS_FILE).items():
             if match := end.fullmatch(name):
-                found[f"{part}.{match[1]}" if part else match[1]] = entry.shape[0]
-    return found
+                ranks[f"{part}.{match[1]}" if part else match[1]] = entry.shape[0]
+    return ranks
 
 
 def restore(model: nn.Module, tensors: dict[str, Tensor]) -> None:

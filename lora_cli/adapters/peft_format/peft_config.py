@@ -1,14 +1,14 @@
-"""What the keys of PEFT's `adapter_config.json` mean here, each of them (PEFT 0.21).
+"""Check PEFT's `adapter_config.json`: the meaning of each key in PEFT 0.21.
 
-A key is one of five kinds:
+There are five kinds of keys:
 
-- read: it decides what the adapter computes, and is implemented (`CHECKS` says which values);
-- a variant (`VARIANTS`): it would make the adapter compute something else, so it must be off,
-  unless a type of adapter here is told by it (`KEYS_OF_TYPES`);
-- idle (`IDLE`): it changes nothing of what a saved adapter computes;
-- an initialisation (`init_lora_weights`): only those that leave the base as it was can be read;
-- unknown: of another type of adapter, a newer version's, or another tool's. It is named, and must
-  be off (null, false or empty), unless it is known to be a remark (`REMARKS`).
+- supported: the key affects the adapter's output, and is implemented for the values in `CHECKS`;
+- a variant (`VARIANTS`): the key changes the adapter's equation, so it must be off, unless it
+  identifies a supported type of adapter (`KEYS_OF_TYPES`);
+- idle (`IDLE`): the key does not affect the output of a saved adapter;
+- an initialisation (`init_lora_weights`): only those that leave the base unchanged are supported;
+- unknown: the key belongs to another type of adapter, a newer version of PEFT, or another tool. It
+  is reported, and must be off (null, false or empty), unless it is a known remark (`REMARKS`).
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from lora_cli.adapters.peft_format.peft_types import PEFT_TYPES, TYPES_HERE
+from lora_cli.adapters.peft_format.peft_types import PEFT_TYPES, RECIPE_TYPES
 from lora_cli.adapters.variants import layers_of
 from lora_cli.errors import BACKUP, IntegrityError, LoraError, Problem, warn
 from lora_cli.patterns import regex_error
 from lora_cli.recipe import LOW_RANK_TYPES, AdapterType
 
-SMALL_INITS = ("gaussian", "eva", "orthogonal", "mica")  # they draw A and B, and leave the base
-LARGEST = 3e38  # of an alpha: float32 ends there
+PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")  # they leave the base unchanged
+MAX_ALPHA = 3e38  # the range of float32
 SHOWN = 60  # characters of a value in a message
 SHOWN_KEYS = 8
 
 CONVERT = "save it in PEFT with `path_initial_model_for_weight_conversion`: a plain LoRA"
 MERGE = "merge it in PEFT, which changes the base in the same way when it loads it"
-# PEFT repeats these on a base; of the others, the start is known to nobody but who trained it
+# PEFT recomputes these from the base; the others cannot be recovered from the adapter
 CHANGED_BASES = {
     "pissa": f"{CONVERT}; or {MERGE}",
     "olora": f"{CONVERT}; or {MERGE}",
@@ -55,24 +55,24 @@ VARIANTS = {
 KEYS_OF_TYPES: dict[AdapterType, set[str]] = {
     kind: {key for layer in layers_of(kind) for key in layer.peft_config}
     for kind in LOW_RANK_TYPES
-    if kind not in TYPES_HERE.values()
+    if kind not in RECIPE_TYPES.values()
 }
-READABLE = set[str]().union(*KEYS_OF_TYPES.values())
+TYPE_KEYS = set[str]().union(*KEYS_OF_TYPES.values())
 IDLE = {
-    # where it comes from
+    # origin
     "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "task_type",
-    # of training, or of the start of it
+    # only for training or initialisation
     "inference_mode", "lora_dropout", "loftq_config", "eva_config", "corda_config",
     "lora_ga_config", "runtime_config", "merge_weights", "lora_magnitude_vector",
-    # they refine a variant
+    # options of variants
     "qalora_group_size", "megatron_core",
-    # the tensors tell which modules are adapted, and which of a tie
+    # the tensors show which modules are adapted, and which of tied ones
     "exclude_modules", "layers_to_transform", "layers_pattern", "ensure_weight_tying",
     # read from the module itself
     "fan_in_fan_out",
 }  # fmt: skip
 
-REMARKS = {  # of other tools and people
+REMARKS = {  # added by other tools and users
     "unsloth_fixed", "unsloth_version", "transformers_version", "torch_version", "torch_dtype",
     "dtype", "library_name", "license", "tags", "language", "description", "comment", "_comment",
     "notes", "created_at", "_name_or_path",
@@ -80,44 +80,44 @@ REMARKS = {  # of other tools and people
 
 
 def check_config(config: dict[str, Any], where: str) -> None:
-    """Reject a configuration whose adapter computes what is not implemented, or that is damaged.
+    """Reject a configuration that is damaged, or whose adapter needs unimplemented features.
 
     Args:
-        config: What `adapter_config.json` holds.
-        where: Its path.
+        config: The contents of `adapter_config.json`.
+        where: Its path, for errors.
 
     Raises:
-        LoraError: With the key that asks for what is not implemented.
-        IntegrityError: With the key whose value makes no sense.
+        LoraError: If a key asks for an unimplemented feature.
+        IntegrityError: If a key has an invalid value.
     """
     kind = config.get("peft_type")
     if not isinstance(kind, str) or kind not in PEFT_TYPES:
         what = f"`{_shown(kind) if kind else kind}` is not a type of adapter that this tool reads"
-        named = [name for name, its in PEFT_TYPES.items() if its.supported]
-        reads = f"it reads PEFT's {', '.join(named[:-1])} and {named[-1]}"
+        supported = [name for name, peft_type in PEFT_TYPES.items() if peft_type.supported]
+        reads = f"it reads PEFT's {', '.join(supported[:-1])} and {supported[-1]}"
         raise LoraError(what, where, f"{reads}: merge it into its base in PEFT")
     for key, hint in VARIANTS.items():
-        if key not in READABLE and not _is_off(config.get(key)):
+        if key not in TYPE_KEYS and not _is_off(config.get(key)):
             hint = f"{hint} it" if hint == MERGE_IN_PEFT else hint
             raise LoraError(f"adapters with `{key}` cannot be read", where, hint)
     _check_init(config.get("init_lora_weights"), where)
-    for key, is_good in {**CHECKS, **LYCORIS_CHECKS}.items():
-        if key in config and not is_good(config[key]):
+    for key, is_valid in {**CHECKS, **LYCORIS_CHECKS}.items():
+        if key in config and not is_valid(config[key]):
             what = f"`{key}` {_misfit(key, config[key])}"
             raise IntegrityError(what, where, BACKUP)
-    _name_unknown(config, where)
+    _check_unknown(config, where)
 
 
 def adapter_type(config: dict[str, Any]) -> AdapterType:
-    """Return the recipe's type of an adapter whose configuration `check_config` accepts."""
-    if config["peft_type"] in TYPES_HERE:
-        return TYPES_HERE[config["peft_type"]]
-    told = {key for key in READABLE if config.get(key)}
-    return next(kind for kind, keys in KEYS_OF_TYPES.items() if keys == told)
+    """Return the recipe's type for a configuration that `check_config` accepts."""
+    if config["peft_type"] in RECIPE_TYPES:
+        return RECIPE_TYPES[config["peft_type"]]
+    active = {key for key in TYPE_KEYS if config.get(key)}
+    return next(kind for kind, keys in KEYS_OF_TYPES.items() if keys == active)
 
 
 def _misfit(key: str, value: Any) -> str:
-    """Return why a key cannot have a value: it is of another kind, or out of range."""
+    """Return why a value is invalid: it has the wrong type, or is out of range."""
     if isinstance(value, str) and key in NUMBERS:
         return f"has to be a number, and is the text {json.dumps(_shown(value))}"
     shown = _shown(value) if not isinstance(value, str) else json.dumps(_shown(value))
@@ -125,19 +125,19 @@ def _misfit(key: str, value: Any) -> str:
 
 
 def _check_init(init: Any, where: str) -> None:
-    if isinstance(init, str) and init not in SMALL_INITS:
+    if isinstance(init, str) and init not in PLAIN_INITS:
         what = f"`{_shown(init)}`, its `init_lora_weights`, changed the weights of the base too"
         raise LoraError(what, where, CHANGED_BASES.get(init, CONVERT))
     if not isinstance(init, bool | str | None):
         raise IntegrityError(f"`init_lora_weights` cannot be {_shown(init)}", where, BACKUP)
 
 
-def _name_unknown(config: dict[str, Any], where: str) -> None:
-    """Name the keys that are not known; reject those that may change what is computed."""
+def _check_unknown(config: dict[str, Any], where: str) -> None:
+    """Warn about unknown keys that are off; reject those that may affect the output."""
     if config["peft_type"] in LYCORIS_TYPES:
-        known = COMMON | LYCORIS_CHECKS.keys() | LYCORIS_IDLE | REMARKS
+        known = LYCORIS_COMMON | LYCORIS_CHECKS.keys() | LYCORIS_IDLE | REMARKS
     else:
-        known = CHECKS.keys() | VARIANTS.keys() | IDLE | KNOWN_OTHERS | REMARKS
+        known = CHECKS.keys() | VARIANTS.keys() | IDLE | CHECKED_KEYS | REMARKS
     unknown = sorted(config.keys() - known)
     if active := [key for key in unknown if not _is_off(config[key])]:
         raise LoraError(
@@ -162,34 +162,34 @@ def _is_off(value: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
-    """Return a value as JSON has it, cut where it is long."""
+    """Return a value as JSON, truncated if it is long."""
     try:
         text = value if isinstance(value, str) else json.dumps(value)
-    except ValueError:  # a whole number of thousands of digits
+    except ValueError:  # an integer with thousands of digits
         text = f"a number of {int(math.log10(abs(value)))} digits"
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
 
 
-# ------------------------------------------------------------------------------------- the values
+# ------------------------------------------------------------------------------- checks of values
 
 
 def is_rank(value: Any) -> bool:
-    """Return whether a value is a rank: a whole number above zero."""
+    """Return whether a value is a valid rank: a positive integer."""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def is_alpha(value: Any) -> bool:
-    """Return whether a value is a number that float32 can hold, so neither NaN nor infinity."""
+    """Return whether a value is a number in the range of float32, excluding NaN and infinity."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
-    return abs(value) <= LARGEST  # False for NaN; an int of any size compares
+    return abs(value) <= MAX_ALPHA  # False for NaN; integers of any size compare
 
 
 def _is_flag(value: Any) -> bool:
     return value is None or isinstance(value, bool)
 
 
-def _is_whole(value: Any) -> bool:
+def _is_small_int(value: Any) -> bool:
     return type(value) is int and abs(value) <= 2**31
 
 
@@ -224,11 +224,11 @@ def _is_layers(value: Any) -> bool:
     return value is None or all(type(number) is int for number in numbers)
 
 
-def _pattern_of(is_good: Callable[[Any], bool]) -> Callable[[Any], bool]:
+def _pattern_of(is_valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
     def check(value: Any) -> bool:
         return value is None or (
             isinstance(value, dict)
-            and all(is_good(number) and regex_error(key) is None for key, number in value.items())
+            and all(is_valid(number) and regex_error(key) is None for key, number in value.items())
         )
 
     return check
@@ -254,20 +254,20 @@ CHECKS: dict[str, Callable[[Any], bool]] = {
     "task_type": _is_text,
     "base_model_name_or_path": _is_text,
     "revision": _is_text,
-    **dict.fromkeys(READABLE, _is_flag),
+    **dict.fromkeys(TYPE_KEYS, _is_flag),
 }
 LYCORIS_TYPES = ("LOHA", "LOKR")
 LYCORIS_CHECKS: dict[str, Callable[[Any], bool]] = {
     "alpha": is_alpha,
     "use_effective_conv2d": _is_flag,
     "decompose_both": _is_flag,
-    "decompose_factor": _is_whole,
+    "decompose_factor": _is_small_int,
 }
 LYCORIS_IDLE = {"rank_dropout", "module_dropout", "rank_dropout_scale", "init_weights"}
-COMMON = {
+LYCORIS_COMMON = {
     "peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "task_type",
     "inference_mode", "r", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules",
     "layers_to_transform", "layers_pattern", "modules_to_save",
 }  # fmt: skip
 NUMBERS = ("r", "lora_alpha", "lora_dropout", "alpha", "decompose_factor")
-KNOWN_OTHERS = {"peft_type", "init_lora_weights"}
+CHECKED_KEYS = {"peft_type", "init_lora_weights"}

@@ -1,15 +1,15 @@
-"""PEFT's names of updates of single parameters, and of experts that once were layers of their own.
+"""Read PEFT's updates of single parameters, and those of experts that used to be separate layers.
 
-PEFT wraps a module once for each of its adapted parameters, in the order in which the module has
-them. The last one's tensors stand under the name of the module, those before under `base_layer`:
+PEFT wraps a module once for each of its adapted parameters, in the module's order. The tensors of
+the last parameter are stored under the module's name, those of earlier ones under `base_layer`:
 
-    mlp.experts.lora_A.weight                of `down_proj`, the second
-    mlp.experts.base_layer.lora_A.weight     of `gate_up_proj`, the first
+    mlp.experts.lora_A.weight                `down_proj`, the second parameter
+    mlp.experts.base_layer.lora_A.weight     `gate_up_proj`, the first parameter
 
-Adapters of transformers 4 have tensors for each expert: `mlp.experts.7.up_proj.lora_A.weight`, in
-Mixtral `block_sparse_moe.experts.7.w3`. Two of an expert's three layers are one parameter by now,
-whose update is that of both: A has the rows of both, and B is block-diagonal, so that the rank and
-alpha are doubled.
+Adapters of transformers 4 have tensors for each expert: `mlp.experts.7.up_proj.lora_A.weight`, or
+`block_sparse_moe.experts.7.w3` in Mixtral. Two of an expert's three layers have since become one
+parameter. Its update joins both: A has the rows of both, and B is block-diagonal, so rank and alpha
+are doubled.
 """
 
 from __future__ import annotations
@@ -38,33 +38,33 @@ OLD_NAME = re.compile(
     r"\.lora_(?P<side>[AB])(?:\.default)?\.weight"
 )
 OLD_ROUTER = re.compile(r"(.+)\.block_sparse_moe\.gate\.(lora_[AB].*)")
-MODERN = ("gate_proj", "up_proj", "down_proj")
-AGAIN = "merge it with the transformers 4 that it was trained with, or train it again"
+MODERN_LAYERS = ("gate_proj", "up_proj", "down_proj")
+RETRAIN = "merge it with the transformers 4 that it was trained with, or train it again"
 
 
 def with_current_names(adapter: AdapterFolder, model: nn.Module) -> AdapterFolder:
-    """Return an adapter whose experts are named as the model has them.
+    """Return an adapter with its experts renamed and joined as the model has them.
 
     Args:
-        adapter: As `read_adapter` returned it.
+        adapter: The adapter, as `read_adapter` returns it.
         model: The base model, which may hold its experts as one tensor.
 
     Raises:
-        LoraError: If it adapts single experts in a way that one update of all cannot express.
+        LoraError: If one update of all experts cannot express the updates of single experts.
     """
     adapter = _with_routers(adapter, model)
-    old: dict[str, dict[str, OldLayer]] = {}  # by the module of the experts, and the layer
+    old: dict[str, dict[str, OldLayer]] = {}  # by the experts' module, and the layer
     tensors: dict[str, Tensor] = {}
     for name, tensor in adapter.tensors.items():
-        found = OLD_NAME.fullmatch(name)
-        owner = f"{found['block']}.mlp.experts" if found else ""
-        if not found or not _holds(model, owner, FUSED.get(found["layer"], ("",))[0]):
+        match = OLD_NAME.fullmatch(name)
+        owner = f"{match['block']}.mlp.experts" if match else ""
+        if not match or not _has_parameter(model, owner, FUSED.get(match["layer"], ("",))[0]):
             tensors[name] = tensor
             continue
-        of_all = old.setdefault(owner, {}).setdefault(found["layer"], OldLayer())
-        expert = int(found["number"])
-        of_all.sides[found["side"]][expert] = tensor
-        of_all.modules[expert] = name.partition(".lora_")[0]
+        layer_of_all = old.setdefault(owner, {}).setdefault(match["layer"], OldLayer())
+        expert = int(match["number"])
+        layer_of_all.sides[match["side"]][expert] = tensor
+        layer_of_all.modules[expert] = name.partition(".lora_")[0]
     if not old:
         return adapter
     config = dict(adapter.config)
@@ -73,7 +73,7 @@ def with_current_names(adapter: AdapterFolder, model: nn.Module) -> AdapterFolde
     joined: dict[str, tuple[Tensor, Tensor]] = {}
     for owner, layers in old.items():
         for parameter in dict.fromkeys(FUSED[name][0] for name in layers):
-            update = _joined(adapter, model, owner, parameter, layers)
+            update = _joined_update(adapter, model, owner, parameter, layers)
             full = f"{owner}.{parameter}"
             joined[full] = update.a, update.b
             config["target_parameters"].append(full)
@@ -87,7 +87,7 @@ def with_current_names(adapter: AdapterFolder, model: nn.Module) -> AdapterFolde
 
 @dataclass
 class OldLayer:
-    """A layer that every expert had, with the tensors of each by the expert's number."""
+    """A layer that every expert had, with its tensors by the expert's number."""
 
     sides: dict[str, dict[int, Tensor]] = field(default_factory=lambda: {"A": {}, "B": {}})
     modules: dict[int, str] = field(default_factory=dict)
@@ -104,21 +104,21 @@ class JoinedUpdate:
 
 
 def _with_routers(adapter: AdapterFolder, model: nn.Module) -> AdapterFolder:
-    """Return an adapter whose routers, once linear layers, are parameters of today's modules."""
+    """Return an adapter in which routers that used to be linear layers are parameters."""
     tensors = {}
     for name, tensor in adapter.tensors.items():
         old = OLD_ROUTER.fullmatch(name)
-        is_there = old is not None and _holds(model, f"{old[1]}.mlp.gate", "weight")
-        tensors[f"{old[1]}.mlp.gate.{old[2]}" if old is not None and is_there else name] = tensor
+        is_in_model = old is not None and _has_parameter(model, f"{old[1]}.mlp.gate", "weight")
+        tensors[f"{old[1]}.mlp.gate.{old[2]}" if old is not None and is_in_model else name] = tensor
     modules = dict(model.named_modules())
     adapted = {name.partition(".lora_")[0] for name in tensors if ".lora_A" in name}
-    named = set(parameter_layers(model, adapter.config.get("target_parameters")))
+    known = set(parameter_layers(model, adapter.config.get("target_parameters")))
     routers = sorted(
         f"{name}.weight"
-        for name in adapted - named
+        for name in adapted - known
         if name.endswith(".mlp.gate")
         and not isinstance(modules.get(name), nn.Linear)
-        and _holds(model, name, "weight")
+        and _has_parameter(model, name, "weight")
     )
     if not routers and tensors.keys() == adapter.tensors.keys():
         return adapter
@@ -127,8 +127,8 @@ def _with_routers(adapter: AdapterFolder, model: nn.Module) -> AdapterFolder:
     return replace(adapter, tensors=tensors, config=config)
 
 
-def _holds(model: nn.Module, name: str, parameter: str) -> bool:
-    """Return whether the model has a module with a parameter of its own."""
+def _has_parameter(model: nn.Module, name: str, parameter: str) -> bool:
+    """Return whether the model has a module of this name that owns the parameter."""
     try:
         owner = innermost(model.get_submodule(name))
     except AttributeError:
@@ -136,52 +136,52 @@ def _holds(model: nn.Module, name: str, parameter: str) -> bool:
     return isinstance(owner._parameters.get(parameter), nn.Parameter)
 
 
-def _joined(
+def _joined_update(
     adapter: AdapterFolder,
     model: nn.Module,
     owner: str,
     parameter: str,
     layers: dict[str, OldLayer],
 ) -> JoinedUpdate:
-    """Return the update of one parameter, made of the layers of all experts.
+    """Join the updates of all experts' layers into the update of one parameter.
 
     Args:
-        adapter: For its configuration, and its path in errors.
+        adapter: Provides the configuration, and the path for errors.
         model: The base model.
         owner: The module of the experts.
-        parameter: Holds the layers, one after the other.
-        layers: The layers that are adapted, by name.
+        parameter: The parameter that holds the layers one after the other.
+        layers: The adapted layers by name.
 
     Raises:
-        LoraError: If they are not all there, or differ in rank or scale.
+        LoraError: If the update of an expert is missing, or they differ in rank or scale.
     """
     at, config, module = str(adapter.path), adapter.config, innermost(model.get_submodule(owner))
     count = module.get_parameter(parameter).shape[0]
-    family = ("w1", "w3", "w2") if "w" in {n[0] for n in layers} else MODERN
+    family = ("w1", "w3", "w2") if "w" in {n[0] for n in layers} else MODERN_LAYERS
     names = [name for name in family if FUSED[name][0] == parameter]
-    if lacking := [name for name in names if name not in layers]:
-        there = " and ".join(f"`{name}`" for name in names if name in layers)
-        what = f"the experts of `{owner}` have an adapter on {there} and none on `{lacking[0]}`: "
-        raise LoraError(f"{what}these are one tensor by now", at, AGAIN)
+    if missing := [name for name in names if name not in layers]:
+        present = " and ".join(f"`{name}`" for name in names if name in layers)
+        what = f"the experts of `{owner}` have an adapter on {present} and none on `{missing[0]}`: "
+        raise LoraError(f"{what}these are one tensor by now", at, RETRAIN)
     if is_transposed(module, 3):
-        raise LoraError(f"`{owner}` stores its experts otherwise than the adapter", at, AGAIN)
+        raise LoraError(f"`{owner}` stores its experts otherwise than the adapter", at, RETRAIN)
     all_a, all_b, scales = [], [], set()
     for name in names:
         sides = layers[name].sides
         if any(set(side) != set(range(count)) for side in sides.values()):
             what = f"`{owner}` has {count} experts, and the adapter is not for `{name}` of each"
-            raise LoraError(what, at, AGAIN)
+            raise LoraError(what, at, RETRAIN)
         if len({tuple(t.shape) for t in sides["A"].values()}) > 1:
             what = f"the adapters of the experts of `{owner}` differ in rank"
-            raise LoraError(what, at, AGAIN)
+            raise LoraError(what, at, RETRAIN)
         all_a.append(torch.stack([sides["A"][expert] for expert in range(count)]))
         all_b.append([sides["B"][expert] for expert in range(count)])
         scales |= {_scale(config, old, all_a[-1].shape[1]) for old in layers[name].modules.values()}
     if len(scales) > 1:
         what = f"the adapters of the experts of `{owner}` have several scales"
-        raise LoraError(what, at, AGAIN)
+        raise LoraError(what, at, RETRAIN)
     a = torch.cat(all_a, 1)  # (experts, ranks, in)
-    diagonal: Any = torch.block_diag  # has no types
+    diagonal: Any = torch.block_diag  # it has no type annotations
     b = torch.stack([diagonal(*blocks) for blocks in zip(*all_b, strict=True)])
     rank = a.shape[1]
     alpha = scales.pop() * (math.sqrt(rank) if config.get("use_rslora") else rank)
@@ -196,13 +196,13 @@ def _scale(config: dict[str, Any], module: str, rank: int) -> float:
 def check_parameter(
     place: Place, tensors: dict[str, Tensor], model: nn.Module, adapter: AdapterFolder
 ) -> tuple[list[Problem], Target | None]:
-    """Return what is wrong with the tensors of one parameter's update, or its target.
+    """Return the problems of the tensors of one parameter's update, and its target.
 
     Args:
-        place: The module and its parameter.
+        place: The names of the module and its parameter.
         tensors: `lora_A` and `lora_B` as PEFT stores them.
         model: The base model.
-        adapter: For its configuration.
+        adapter: Provides the configuration.
     """
     owner, name, config = model.get_submodule(place[0]), ".".join(place), adapter.config
     if reason := misfit(owner, place[1]):
@@ -218,8 +218,8 @@ def check_parameter(
 
 
 def target_names(adapter: AdapterFolder, model: nn.Module) -> tuple[list[str], list[str]]:
-    """Return the modules that an adapter adapts as a whole, and the single parameters."""
-    sites = parameter_layers(model, adapter.config.get("target_parameters"))
+    """Return the names of the modules and of the single parameters that an adapter adapts."""
+    places = parameter_layers(model, adapter.config.get("target_parameters"))
     adapted = sorted(adapted_modules(adapter.tensors))
-    parameters = sorted(".".join(sites[name]) for name in adapted if name in sites)
-    return [name for name in adapted if name not in sites], parameters
+    parameters = sorted(".".join(places[name]) for name in adapted if name in places)
+    return [name for name in adapted if name not in places], parameters

@@ -1,9 +1,9 @@
-"""Which modules PEFT adapts, and which it trains in full, for a configuration: PEFT's own rules.
+"""PEFT's rules for which modules it adapts and which it trains in full, given a configuration.
 
-Written down from PEFT 0.21 and tested against it, so that what is saved here can be checked without
-PEFT. Its rules are not those of a recipe: `modules_to_save` compares the ends of names, also in the
-middle of a word; in Mamba models some layers are rejected; and in models whose experts are stored
-as one tensor, names that experts once had are taken for experts, wherever they stand.
+Reimplemented from PEFT 0.21 and tested against it, so that saved adapters can be checked without
+PEFT. Its rules differ from those of a recipe: `modules_to_save` matches the ends of names, even in
+the middle of a word; some layers of Mamba models are rejected; and in models whose experts are
+stored as one tensor, all modules with the former names of experts' layers are taken for experts.
 """
 
 from __future__ import annotations
@@ -23,34 +23,34 @@ from lora_cli.adapters.peft_format.tensor_names import adapted_modules
 from lora_cli.adapters.targets import rejected_in_mamba
 from lora_cli.adapters.token_rows import TokenRows
 
-HEADS = ("classifier", "score")  # PEFT trains them in full where a task classifies
+HEADS = ("classifier", "score")  # PEFT trains them in full for classification
 CLASSIFYING = ("SEQ_CLS", "TOKEN_CLS")
-# names of an expert's layers in older checkpoints, by the family that transformers files a model in
+# names of an expert's layers in older checkpoints, by transformers' family of the model
 EXPERTS = {
     "mixtral": ("gate", "w1", "w3", "w2"),
     "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
 }
-# layers of which a model reads more than PEFT's layers have: their stride, or their size
-READ_FURTHER = {"whisper": ["encoder.conv1", "encoder.conv2", "encoder.embed_positions"]}
+# layers of which a model reads attributes that PEFT's layers lack, such as the stride
+READ_ATTRIBUTES = {"whisper": ["encoder.conv1", "encoder.conv2", "encoder.embed_positions"]}
 SHOWN = 3
 
 
 @dataclass
 class PeftReading:
-    """What PEFT makes of a configuration."""
+    """How PEFT interprets a configuration."""
 
     adapted: set[str] = field(default_factory=set)
     """Names of the modules that get low-rank matrices."""
     copied: set[str] = field(default_factory=set)
-    """Names of the modules of which it trains a copy."""
+    """Names of the modules of which PEFT trains a copy."""
     errors: list[str] = field(default_factory=list)
-    """Why it raises an error."""
+    """The reasons why PEFT raises an error."""
     experts: set[str] = field(default_factory=set)
-    """Names of modules that it takes for experts, and does not adapt."""
+    """Names of the modules that PEFT takes for experts, and does not adapt."""
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules of a base model by each of their names, without the layers put into it."""
+    """Return the modules of a base model by each of their names, without adapter layers."""
     named = list(model.named_modules(remove_duplicate=False))
     layers = tuple(f"{name}." for name, m in named if isinstance(m, LoRALayer | TokenRows))
     return {
@@ -64,8 +64,8 @@ def peft_reading(model: nn.Module, config: dict[str, Any]) -> PeftReading:
     """Return which modules of a model PEFT adapts and copies for a configuration.
 
     Args:
-        model: The base model, with or without an adapter of ours; may be on the meta device.
-        config: What `adapter_config.json` holds; `target_modules` is a list or an expression.
+        model: The base model, with or without an adapter; may be on the meta device.
+        config: The contents of `adapter_config.json`; `target_modules` is a list or an expression.
     """
     reading = PeftReading()
     modules = base_modules(model)
@@ -81,7 +81,7 @@ def peft_reading(model: nn.Module, config: dict[str, Any]) -> PeftReading:
         if rejected_in_mamba(model, name):
             what = f"in a Mamba model it adapts no `{name.rpartition('.')[2]}`"
             reading.errors.append(what)
-        elif matches(READ_FURTHER.get(_model_type(model), []), name):
+        elif matches(READ_ATTRIBUTES.get(_model_type(model), []), name):
             reading.errors.append(f"the model reads more of `{name}` than PEFT's layers have")
         elif not isinstance(module, PEFT_TYPES[config["peft_type"]].supported):
             kind = type(module).__name__
@@ -96,19 +96,19 @@ def _model_type(model: nn.Module) -> str:
 
 
 def modules_to_save(config: dict[str, Any]) -> list[str]:
-    """Return the entries of `modules_to_save`, and what PEFT adds to them where it classifies."""
+    """Return the entries of `modules_to_save`, and those that PEFT adds for classification."""
     heads = HEADS if config.get("task_type") in CLASSIFYING else ()
     return [*(config.get("modules_to_save") or []), *heads]
 
 
 def copied_modules(names: Iterable[str], config: dict[str, Any]) -> set[str]:
-    """Return the modules of which PEFT trains a copy: whose names end in an entry, as texts do."""
+    """Return the modules that PEFT copies: those whose names, as strings, end in an entry."""
     entries = tuple(modules_to_save(config))
     return {name for name in names if name.endswith(entries)}
 
 
 def parameter_layers(model: nn.Module, entries: Collection[str] | None) -> dict[str, Place]:
-    """Return the adapted parameters by PEFT's names of their layers.
+    """Return the adapted parameters by the names of their layers in PEFT.
 
     Args:
         model: The base model, with or without an adapter.
@@ -124,12 +124,12 @@ def parameter_layers(model: nn.Module, entries: Collection[str] | None) -> dict[
     }
 
 
-def _ends_in(name: str, lasts: tuple[str, ...]) -> bool:
-    return name.rpartition(".")[2] in lasts
+def _ends_in(name: str, last_names: tuple[str, ...]) -> bool:
+    return name.rpartition(".")[2] in last_names
 
 
 def _expert_names(model: nn.Module) -> tuple[str, ...]:
-    """Return the names that PEFT takes for parts of experts in a model."""
+    """Return the names of the layers that PEFT takes for parts of experts in a model."""
     model_type = _model_type(model)
     try:
         from transformers import conversion_mapping
@@ -137,22 +137,22 @@ def _expert_names(model: nn.Module) -> tuple[str, ...]:
         if conversion_mapping.get_checkpoint_conversion_mapping(model_type) is None:
             return ()
         families = conversion_mapping._MODEL_TO_CONVERSION_PATTERN
-    except (ImportError, AttributeError):  # of an older or newer transformers
+    except (ImportError, AttributeError):  # in another version of transformers
         return ()
     return EXPERTS.get("mixtral" if model_type == "mixtral" else families.get(model_type, ""), ())
 
 
-# -------------------------------------------------------------------------------- what would differ
+# ------------------------------------------------------------------------------------- differences
 
 
 def peft_differences(
     model: nn.Module, config: dict[str, Any], tensors: Collection[str]
 ) -> list[str]:
-    """Return how PEFT would read an adapter otherwise than this tool; each with the way out.
+    """Return the ways in which PEFT would read an adapter differently, each with a remedy.
 
     Args:
         model: The base model, with or without the adapter; may be on the meta device.
-        config: The configuration that stands beside the adapter.
+        config: The configuration that is saved with the adapter.
         tensors: Names of the adapter's tensors, without PEFT's prefix.
     """
     if not PEFT_TYPES[config["peft_type"]].supported:
@@ -163,43 +163,43 @@ def peft_differences(
         return [f"PEFT would reject this adapter: {e}; {without}" for e in set(reading.errors)]
     ours = adapted_modules(tensors)
     ours -= parameter_layers(model, config.get("target_parameters")).keys()
-    found = _experts_lost(reading, ours)
+    messages = _lost_experts(reading, ours)
     if lost := sorted(ours - reading.adapted - reading.experts):
-        found.append(
+        messages.append(
             f"PEFT would not adapt {listed(lost)}: by its name, it would train it in full; "
             "leave it out with `adapter.exclude_modules`"
         )
     if more := sorted(reading.adapted - ours):
-        found.append(
+        messages.append(
             f"PEFT would adapt {listed(more)} too, whose name ends like another's; add it to "
             "`adapter.target_modules`"
         )
-    own = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     more = sorted(
         module
         for module in reading.copied
-        if any(name not in tensors for name in own if name.startswith(f"{module}."))
+        if any(name not in tensors for name in parameters if name.startswith(f"{module}."))
     )
     if more:
-        found.append(
+        messages.append(
             f"PEFT would look for weights of {listed(more)} too, whose name ends like another's; "
             "add it to `adapter.train_modules`"
         )
     for name in sorted(ours):
         if difference := convolution_difference(modules[name], config):
-            found.append(
+            messages.append(
                 f"the convolution `{name}` {difference}: leave such modules out with "
                 "`adapter.exclude_modules`"
             )
             break
-    return found
+    return messages
 
 
 def convolution_difference(module: nn.Module, config: dict[str, Any]) -> str:
-    """Return how PEFT's update of a convolution differs from the base's own computation, if so.
+    """Return how PEFT's update of a convolution differs from the base, or an empty string.
 
-    PEFT gives it the stride and the padding of the base, but not its padding mode; nor, in LoRA,
-    its dilation.
+    PEFT applies the base's stride and padding to the update, but not its padding mode nor, for
+    LoRA, its dilation.
     """
     if not isinstance(module, nn.Conv1d | nn.Conv2d):
         return ""
@@ -212,17 +212,17 @@ def convolution_difference(module: nn.Module, config: dict[str, Any]) -> str:
     return ""
 
 
-def _experts_lost(reading: PeftReading, ours: set[str]) -> list[str]:
-    """Return what to say of adapted modules that PEFT takes for parts of experts."""
+def _lost_experts(reading: PeftReading, ours: set[str]) -> list[str]:
+    """Return a message about adapted modules that PEFT takes for parts of experts, if any."""
     lost = sorted(reading.experts & ours)
     if not lost:
         return []
     ends = sorted({name.rpartition(".")[2] for name in lost})
-    without = sorted({".".join(name.split(".")[-2:]) for name in lost})
+    names = sorted({".".join(name.split(".")[-2:]) for name in lost})
     return [
         f"PEFT would not adapt {listed(lost)}, {len(lost)} of {len(ours)} modules: in models of "
         f"this type it takes {_words(ends)} for parts of the experts; to use the adapter in PEFT, "
-        f"train without them: `--set 'adapter.exclude_modules=[{', '.join(without)}]'`, or merge it"
+        f"train without them: `--set 'adapter.exclude_modules=[{', '.join(names)}]'`, or merge it"
     ]
 
 
@@ -231,15 +231,15 @@ def _words(names: list[str]) -> str:
 
 
 def listed(names: list[str]) -> str:
-    """Return the first of some names, and how many more there are."""
+    """Return the first few names, and how many more there are."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return _words(names[:SHOWN]) + more
 
 
 def full_names(names: Iterable[str], entries: Iterable[str]) -> list[str]:
-    """Return the whole names of the modules that entries name, of nested ones the outermost.
+    """Return the full names of the modules that entries match; only the outermost of nested ones.
 
-    PEFT compares the ends of names: `norm` would be `input_layernorm` too.
+    Full names are needed because PEFT matches any ending: `norm` would match `input_layernorm`.
     """
     names = list(names)
     chosen: list[str] = []

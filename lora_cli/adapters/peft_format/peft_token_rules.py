@@ -1,13 +1,13 @@
-"""Which modules get trained rows of tokens in PEFT, for a configuration: PEFT's own rules.
+"""PEFT's rules for which modules get trained rows of tokens, given a configuration.
 
-`trainable_token_indices` is a list of tokens, of the input embedding, or a dictionary of such lists
-by the ends of modules' names. What shares the input embedding's weight gets its rows too, but only
-where the whole model says so (`_tied_weights_keys`), and where what `get_input_embeddings` returns
-is the very module that PEFT replaced. So an encoder-decoder that classifies shares nothing in PEFT;
-nor does a Marian model whose vocabulary was made larger, since its embedding then stands in three
-places, of which PEFT replaces the first.
+`trainable_token_indices` is a list of tokens of the input embedding, or a dictionary of such lists
+by suffixes of module names. Modules tied to the input embedding get its rows too, but only if the
+whole model declares the tie (`_tied_weights_keys`), and if `get_input_embeddings` returns the very
+module that PEFT replaced. So PEFT shares nothing in an encoder-decoder that classifies, nor in a
+Marian model whose vocabulary was enlarged, since its embedding then has three names, of which PEFT
+replaces the first.
 
-Written down from PEFT 0.21 and tested against it.
+Reimplemented from PEFT 0.21 and tested against it.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ Indices = list[int] | dict[str, list[int]]
 
 @dataclass
 class TokenReading:
-    """Which modules have trained rows, as PEFT reads a configuration."""
+    """The modules to which PEFT gives trained rows for a configuration."""
 
     ids: dict[str, list[int]] = field(default_factory=dict)
-    """The tokens, by the names of the modules that have rows of their own."""
+    """The token ids of each module that has its own rows."""
     followers: dict[str, str] = field(default_factory=dict)
-    """Modules that get the rows of another one, and that one."""
+    """The modules that get the rows of another module, and the name of that module."""
 
 
 def token_reading(model: nn.Module, config: dict[str, Any]) -> TokenReading:
-    """Return which modules get trained rows.
+    """Return the modules to which PEFT gives trained rows.
 
     Args:
         model: The base model, with or without trained rows.
-        config: What `adapter_config.json` holds.
+        config: The contents of `adapter_config.json`.
     """
     indices, reading = config.get("trainable_token_indices"), TokenReading()
     if not indices:
@@ -48,29 +48,29 @@ def token_reading(model: nn.Module, config: dict[str, Any]) -> TokenReading:
     modules = base_modules(model)
     inputs = _names_of_input_embedding(model, modules)
     first = inputs[0] if inputs else "embed_tokens"
-    named = indices if isinstance(indices, dict) else {first: indices}
+    by_suffix = indices if isinstance(indices, dict) else {first: indices}
     is_tied = bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
     tied = _tied_names(model, modules, inputs) if is_tied else []
-    together = [
-        end
-        for end in named
-        if first.endswith(end) or any(n.endswith(end) or end in n.split(".") for n in tied)
+    tied_suffixes = [
+        suffix
+        for suffix in by_suffix
+        if first.endswith(suffix) or any(n.endswith(suffix) or suffix in n.split(".") for n in tied)
     ]
-    differ = any(named[end] != named[together[0]] for end in together)
-    left_to_tie = set() if differ or len(named) < 2 or len(together) < 2 else set(tied)
-    for end, ids in named.items():
-        ends_so = [name for name in modules if name.endswith(end) and end not in left_to_tie]
-        reading.ids |= {name: list(ids) for name in ends_so if name not in reading.ids}
-    read = _name_that_is_read(model, inputs)
-    if is_tied and read in reading.ids and (config.get("ensure_weight_tying") or not differ):
-        ends_so = [name for name in modules if tied and name.endswith(tuple(tied))]
-        reading.followers |= {name: read for name in ends_so if name not in reading.ids}
-    _add_unused(reading, modules)
+    differ = any(by_suffix[suffix] != by_suffix[tied_suffixes[0]] for suffix in tied_suffixes)
+    left_to_tie = set() if differ or len(by_suffix) < 2 or len(tied_suffixes) < 2 else set(tied)
+    for suffix, ids in by_suffix.items():
+        matched = [name for name in modules if name.endswith(suffix) and suffix not in left_to_tie]
+        reading.ids |= {name: list(ids) for name in matched if name not in reading.ids}
+    source = _name_read_by_model(model, inputs)
+    if is_tied and source in reading.ids and (config.get("ensure_weight_tying") or not differ):
+        matched = [name for name in modules if tied and name.endswith(tuple(tied))]
+        reading.followers |= {name: source for name in matched if name not in reading.ids}
+    _add_uncalled_shared(reading, modules)
     return reading
 
 
 def _names_of_input_embedding(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
-    """Return the names of the input embedding, which may stand in several places."""
+    """Return the names of the input embedding, which may have several."""
     try:
         found = getattr(model, "get_input_embeddings", lambda: None)()
     except NotImplementedError:
@@ -80,50 +80,50 @@ def _names_of_input_embedding(model: nn.Module, modules: dict[str, nn.Module]) -
 
 
 def _tied_names(model: nn.Module, modules: dict[str, nn.Module], inputs: list[str]) -> list[str]:
-    """Return the modules that share the input embedding's weight because the model says so."""
+    """Return the modules that the model declares as tied to the input embedding."""
     if not inputs or not isinstance(getattr(model, "_tied_weights_keys", None), dict):
         return []
     weight = modules[inputs[0]]._parameters.get("weight")
-    sharing = {n for n, module in modules.items() if module._parameters.get("weight") is weight}
+    sharers = {n for n, module in modules.items() if module._parameters.get("weight") is weight}
     ties: dict[str, str] = {}
     for name, module in [("", model), *modules.items()]:
-        start = f"{name}." if name else ""
+        prefix = f"{name}." if name else ""
         of_module = getattr(module, "_tied_weights_keys", None) or {}
-        ties |= {start + target: start + source for target, source in of_module.items()}
+        ties |= {prefix + target: prefix + source for target, source in of_module.items()}
     owners = {target.rpartition(".")[0]: s.rpartition(".")[0] for target, s in ties.items()}
-    return sorted(name for name, source in owners.items() if source in sharing)
+    return sorted(name for name, source in owners.items() if source in sharers)
 
 
-def _name_that_is_read(model: nn.Module, names: list[str]) -> str | None:
-    """Return the place at which `get_input_embeddings` finds the embedding."""
+def _name_read_by_model(model: nn.Module, names: list[str]) -> str | None:
+    """Return the name from which `get_input_embeddings` reads the embedding."""
     for name in names[1:]:
         parent_name, _, child = name.rpartition(".")
         parent = model.get_submodule(parent_name)
-        kept, other = getattr(parent, child), nn.Identity()
-        setattr(parent, child, other)
+        original, probe = getattr(parent, child), nn.Identity()
+        setattr(parent, child, probe)
         try:
             model_any: Any = model
-            if model_any.get_input_embeddings() is other:
+            if model_any.get_input_embeddings() is probe:
                 return name
         finally:
-            setattr(parent, child, kept)
+            setattr(parent, child, original)
     return names[0] if names else None
 
 
-def _add_unused(reading: TokenReading, modules: dict[str, nn.Module]) -> None:
-    """Let the `shared` of an encoder-decoder follow where both sides have the same rows.
+def _add_uncalled_shared(reading: TokenReading, modules: dict[str, nn.Module]) -> None:
+    """Make an encoder-decoder's `shared` a follower if encoder and decoder have the same rows.
 
-    It computes nothing: the encoder and the decoder have embeddings with its weight.
+    `shared` is never called: the encoder and the decoder have embeddings with its weight.
     """
     for name, module in modules.items():
         parent, _, last = name.rpartition(".")
-        start = f"{parent}." if parent else ""
-        both = [f"{start}{side}.embed_tokens" for side in ("encoder", "decoder")]
-        if last != "shared" or name in reading.ids or not all(side in modules for side in both):
+        prefix = f"{parent}." if parent else ""
+        sides = [f"{prefix}{side}.embed_tokens" for side in ("encoder", "decoder")]
+        if last != "shared" or name in reading.ids or not all(side in modules for side in sides):
             continue
         weight = module._parameters.get("weight")
-        sources = {reading.followers.get(side, side) for side in both}
-        same = all(modules[side]._parameters.get("weight") is weight for side in both)
+        sources = {reading.followers.get(side, side) for side in sides}
+        same = all(modules[side]._parameters.get("weight") is weight for side in sides)
         if same and len(sources) == 1 and sources <= reading.ids.keys():
             reading.followers[name] = sources.pop()
 
@@ -132,74 +132,74 @@ def _add_unused(reading: TokenReading, modules: dict[str, nn.Module]) -> None:
 
 
 def written_rows(model: nn.Module) -> tuple[Indices, dict[str, TokenRows]]:
-    """Return what the configuration says of trained rows, and the layers whose rows are written.
+    """Return `trainable_token_indices`, and the layers whose rows are written.
 
-    Of the ways to say it, the shortest that PEFT reads as this tool does. In the longest, each
-    module has rows of its own, and those that are shared are written several times.
+    Of several equivalent forms, use the shortest one that PEFT reads like this tool. In the longest
+    form, each module has its own rows, and shared rows are written several times.
 
     Args:
         model: The model with trained rows.
     """
-    ours = _every_layer(model)
-    owners = {name: layer.token_ids for name, layer in ours.items() if not layer.shares_rows}
-    first_names = {id(ours[name]): name for name in reversed(owners)}
-    owners = {name: owners[name] for name in sorted(first_names.values(), key=list(ours).index)}
-    ways: list[Indices] = [owners]
+    layers = _all_token_layers(model)
+    owners = {name: layer.token_ids for name, layer in layers.items() if not layer.shares_rows}
+    first_names = {id(layers[name]): name for name in reversed(owners)}
+    owners = {name: owners[name] for name in sorted(first_names.values(), key=list(layers).index)}
+    forms: list[Indices] = [owners]
     if len(owners) == 1:
         (ids,) = owners.values()
-        ways = [ids, *({name: ids} for name in ours)]
-    ways.append({name: layer.token_ids for name, layer in ours.items()})
-    for way in ways:
-        reading = token_reading(model, {"trainable_token_indices": way})
-        if _agrees(reading, ours):
-            return way, {name: ours[name] for name in reading.ids}
-    return ways[0], {name: ours[name] for name in owners}
+        forms = [ids, *({name: ids} for name in layers)]
+    forms.append({name: layer.token_ids for name, layer in layers.items()})
+    for form in forms:
+        reading = token_reading(model, {"trainable_token_indices": form})
+        if _agrees(reading, layers):
+            return form, {name: layers[name] for name in reading.ids}
+    return forms[0], {name: layers[name] for name in owners}
 
 
-def _every_layer(model: nn.Module) -> dict[str, TokenRows]:
-    """Return the layers with trained rows by each of their names."""
+def _all_token_layers(model: nn.Module) -> dict[str, TokenRows]:
+    """Return the layers with trained rows, by each of their names."""
     named = model.named_modules(remove_duplicate=False)
     return {name: module for name, module in named if isinstance(module, TokenRows)}
 
 
-def _agrees(reading: TokenReading, ours: dict[str, TokenRows]) -> bool:
-    """Return whether each module gets in PEFT the rows that it has here."""
+def _agrees(reading: TokenReading, layers: dict[str, TokenRows]) -> bool:
+    """Return whether PEFT would give each module the rows that it has in this model."""
     sources = {**{name: name for name in reading.ids}, **reading.followers}
-    return sources.keys() == ours.keys() and all(
-        ours[source].rows is ours[name].rows for name, source in sources.items()
+    return sources.keys() == layers.keys() and all(
+        layers[source].rows is layers[name].rows for name, source in sources.items()
     )
 
 
-# -------------------------------------------------------------------------------- what would differ
+# ------------------------------------------------------------------------------------- differences
 
 
 def token_differences(model: nn.Module, config: dict[str, Any]) -> list[str]:
-    """Return how PEFT would read trained rows otherwise than this tool; each with the way out.
+    """Return the ways in which PEFT would treat trained rows differently, each with a remedy.
 
     Args:
         model: The model with trained rows; may be on the meta device.
-        config: The configuration that stands beside the adapter.
+        config: The configuration that is saved with the adapter.
     """
-    ours = _every_layer(model)
-    if not ours:
+    layers = _all_token_layers(model)
+    if not layers:
         return []
-    return list(_token_differences(token_reading(model, config), ours))
+    return list(_token_differences(token_reading(model, config), layers))
 
 
-def _token_differences(reading: TokenReading, ours: dict[str, TokenRows]) -> Iterator[str]:
-    merged = "to use the adapter in PEFT, merge it"
-    if not _agrees(reading, ours):
-        lost = sorted(ours.keys() - reading.ids.keys() - reading.followers.keys())
+def _token_differences(reading: TokenReading, layers: dict[str, TokenRows]) -> Iterator[str]:
+    remedy = "to use the adapter in PEFT, merge it"
+    if not _agrees(reading, layers):
+        lost = sorted(layers.keys() - reading.ids.keys() - reading.followers.keys())
         where = f" in {listed(lost)}" if lost else ""
-        yield f"PEFT would not use the trained rows of tokens{where}: {merged}"
-    for name, layer in ours.items():
+        yield f"PEFT would not use the trained rows of tokens{where}: {remedy}"
+    for name, layer in layers.items():
         if _has_bias(layer.base):
-            yield f"PEFT would leave out the bias of `{name}`, of which rows are trained: {merged}"
+            yield f"PEFT would leave out the bias of `{name}`, of which rows are trained: {remedy}"
         elif not computes_as_peft(layer.base):
             kind = type(layer.base).__name__
             yield (
                 f"PEFT would compute `{name}`, of which rows are trained, as a plain embedding, "
-                f"and it is a {kind}: {merged}"
+                f"and it is a {kind}: {remedy}"
             )
 
 
@@ -208,7 +208,7 @@ def _has_bias(base: nn.Module) -> bool:
 
 
 def computes_as_peft(base: nn.Module) -> bool:
-    """Return whether it is `embedding(ids) * embed_scale`, or a plain linear layer."""
+    """Return whether a layer is `embedding(ids) * embed_scale`, or a plain linear layer."""
     if isinstance(base, nn.Linear):
         return type(base).forward is nn.Linear.forward
     if not isinstance(base, nn.Embedding):
@@ -223,5 +223,5 @@ def computes_as_peft(base: nn.Module) -> bool:
     with torch.no_grad():
         tokens = torch.arange(min(4, base.num_embeddings), device=base.weight.device)
         plain = nn.functional.embedding(tokens, base.weight)
-        wanted = plain if scale is None else plain * torch.as_tensor(scale).to(plain)
-        return torch.allclose(base(tokens), wanted, rtol=1e-3, atol=1e-6)
+        expected = plain if scale is None else plain * torch.as_tensor(scale).to(plain)
+        return torch.allclose(base(tokens), expected, rtol=1e-3, atol=1e-6)

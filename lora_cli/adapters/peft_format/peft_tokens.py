@@ -1,8 +1,8 @@
-"""PEFT's names of single rows of an embedding, which were trained: `trainable_token_indices`.
+"""Read trained rows of embeddings from PEFT's files: `trainable_token_indices`.
 
-The configuration says which (`peft_token_rules`). The rows stand under
-`<module>.token_adapter.trainable_tokens_delta`, though they are the rows themselves. Modules that
-share a weight and have equal rows in the file are trained as one.
+The configuration says which tokens (`peft_token_rules`). Despite its name,
+`<module>.token_adapter.trainable_tokens_delta` holds the rows themselves. Modules that share a
+weight and have equal rows in the file are trained as one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_cli.adapters.peft_format.adapter_folder import AdapterFolder
-from lora_cli.adapters.peft_format.peft_tensors import TOGETHER
+from lora_cli.adapters.peft_format.peft_tensors import MISMATCH_HINT
 from lora_cli.adapters.peft_format.peft_token_rules import (
     TokenReading,
     computes_as_peft,
@@ -38,47 +38,47 @@ RESIZED = (
 
 @dataclass
 class SavedRows:
-    """The trained rows of a module, by rising ids of tokens."""
+    """The trained rows of a module, in ascending order of the token ids."""
 
     name: str
     token_ids: list[int]
     rows: Tensor
     others: list[str]
-    """Modules that get the same rows."""
+    """Further modules that get the same rows."""
 
 
 def split_rows(adapter: AdapterFolder) -> tuple[AdapterFolder, dict[str, Tensor]]:
-    """Return an adapter without its trained rows, and the rows by the name of their module."""
+    """Return an adapter without its trained rows, and the rows by module name."""
     tensors = adapter.tensors
-    rows = {found[1]: t for name, t in tensors.items() if (found := ROWS.fullmatch(name))}
-    rest = {name: t for name, t in tensors.items() if not ROWS.fullmatch(name)}
-    return replace(adapter, tensors=rest), rows
+    rows = {match[1]: t for name, t in tensors.items() if (match := ROWS.fullmatch(name))}
+    other_tensors = {name: t for name, t in tensors.items() if not ROWS.fullmatch(name)}
+    return replace(adapter, tensors=other_tensors), rows
 
 
 def saved_rows(
     model: nn.Module, rows: dict[str, Tensor], adapter: AdapterFolder
 ) -> tuple[list[SavedRows], list[Problem]]:
-    """Return the rows that an adapter holds, with a problem for each that does not fit the model.
+    """Return the trained rows of an adapter, and a problem for each set that does not fit.
 
     Args:
         model: The base model.
-        rows: As `split_rows` returned them.
-        adapter: For its configuration.
+        rows: The rows by module name, as `split_rows` returned them.
+        adapter: Provides the configuration.
     """
-    found: list[SavedRows] = []
+    row_sets: list[SavedRows] = []
     problems: list[Problem] = []
     reading = token_reading(model, adapter.config)
     _add_own_rows(reading, rows, adapter)
     for name in reading.ids.keys() - rows.keys():
         what = f"the trained rows of `{name}` are missing"
-        problems.append(Problem(what, hint=TOGETHER))
+        problems.append(Problem(what, hint=MISMATCH_HINT))
     for name, tensor in rows.items():
         ids, source = reading.ids.get(name), rows.get(reading.followers.get(name, ""))
         if source is not None and torch.equal(source, tensor):
-            continue  # written twice, as the whole embedding is beside them
+            continue  # PEFT writes them twice if it writes the whole embedding
         if ids is None:
             what = f"`{name}` has trained rows, and the configuration does not say of which tokens"
-            problems.append(Problem(what, hint=TOGETHER))
+            problems.append(Problem(what, hint=MISMATCH_HINT))
             continue
         others = [other for other, source in reading.followers.items() if source == name]
         misfits = (
@@ -89,14 +89,14 @@ def saved_rows(
             problems.append(problem)
             continue
         order = sorted(range(len(ids)), key=ids.__getitem__)
-        found.append(SavedRows(name, sorted(ids), tensor[order], others))
-    return _joined(model, found), problems
+        row_sets.append(SavedRows(name, sorted(ids), tensor[order], others))
+    return _joined(model, row_sets), problems
 
 
 def _add_own_rows(reading: TokenReading, rows: dict[str, Tensor], adapter: AdapterFolder) -> None:
-    """Let modules have the rows that this tool wrote for them, where PEFT would share others'.
+    """Use the separate rows that this tool wrote for a module, where PEFT would share rows.
 
-    So it is on a base whose configuration ties two weights that its checkpoint has apart.
+    This happens if a base's configuration ties two weights that differ in its checkpoint.
     """
     named = adapter.config.get("trainable_token_indices")
     if not adapter.verified or not isinstance(named, dict):
@@ -108,10 +108,10 @@ def _add_own_rows(reading: TokenReading, rows: dict[str, Tensor], adapter: Adapt
             reading.ids[name] = list(named[name])
 
 
-def _joined(model: nn.Module, found: list[SavedRows]) -> list[SavedRows]:
-    """Return saved rows with those as one that are equal, and of modules that share a weight."""
+def _joined(model: nn.Module, row_sets: list[SavedRows]) -> list[SavedRows]:
+    """Join equal rows of modules that share a weight."""
     joined: list[SavedRows] = []
-    for saved in found:
+    for saved in row_sets:
         weight = model.get_submodule(saved.name)._parameters["weight"]
         for other in joined:
             if (

@@ -1,7 +1,7 @@
-"""Buffers of modules trained in full, such as the running statistics of batch normalisation.
+"""Handle the buffers of modules trained in full, such as batch normalisation's running statistics.
 
-PEFT writes the modules of `modules_to_save` with their buffers, and reads none without. Here no
-buffer is trained: those that are written are the base's, and those of a file have to be.
+PEFT saves the modules of `modules_to_save` with their buffers, and cannot load them without. This
+tool trains no buffers: it saves those of the base, and a file's buffers must equal the base's.
 """
 
 from __future__ import annotations
@@ -33,6 +33,6 @@ def buffers_in_full(model: nn.Module, in_full: Collection[str]) -> dict[str, Ten
 
 
 def without_buffers(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors of an adapter, by names without PEFT's prefix, that are no buffers."""
+    """Return the tensors of an adapter, by names without PEFT's prefix, except its buffers."""
     buffers = persistent_buffers(model)
     return {name: tensor for name, tensor in tensors.items() if name not in buffers}

@@ -1,4 +1,4 @@
-"""How PEFT names the tensors that an adapter adds to a module: `<module>.<kind>_<what>`."""
+"""Parse PEFT's names of the tensors that an adapter adds: `<module>.<kind>_<parameter>`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Iterable
 
 KINDS = r"(?:lora|hada|lokr)"
 ADDED = re.compile(rf"(.+)\.({KINDS}_\w+?)(?:\.default)?(?:\.weight)?")
-"""The module, and PEFT's name beneath it. Older versions and raw state dicts add the adapter's
-name: `lora_A.default.weight`."""
+"""Groups: the module, and the parameter. Older versions of PEFT and raw state dicts add the
+adapter's name: `lora_A.default.weight`."""
 
 
 PREFIX = "base_model.model."
@@ -16,7 +16,7 @@ WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_w
 
 
 def without_prefix(name: str) -> str:
-    """Return a tensor's name without PEFT's prefix, and without what wrappers of torch add."""
+    """Return a tensor's name without PEFT's prefix, and without the names of torch's wrappers."""
     name = WRAPPERS.sub("", name)
     while name.startswith((PREFIX, f"module.{PREFIX}")):
         name = name.removeprefix("module.").removeprefix(PREFIX)
@@ -24,11 +24,11 @@ def without_prefix(name: str) -> str:
 
 
 def adapted_module(name: str) -> str | None:
-    """Return the module that a tensor adapts; None for a tensor that is a whole parameter."""
-    found = re.search(rf"\.{KINDS}_", name)
-    return name[: found.start()] if found else None
+    """Return the module that a tensor adapts; None if the tensor is a full parameter."""
+    match = re.search(rf"\.{KINDS}_", name)
+    return name[: match.start()] if match else None
 
 
 def adapted_modules(names: Iterable[str]) -> set[str]:
-    """Return the modules that any of these tensors adapts."""
+    """Return the modules that the tensors adapt."""
     return {module for name in names if (module := adapted_module(name)) is not None}
