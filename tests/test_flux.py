@@ -225,7 +225,7 @@ def test_adapter_files_of_diffusers_are_read(tmp_path: Path) -> None:
     merge_adapter(str(base), tmp_path / "theirs", tmp_path / "merged")
     merged = diffusers.FluxPipeline.from_pretrained(tmp_path / "merged").transformer
     weight = "transformer_blocks.0.attn.to_q.weight"
-    peft_parameters = pipe.transformer.transformer_blocks[0].attn.to_q
-    expected = peft_parameters.weight + peft_parameters.get_delta_weight("default")
+    layer = pipe.transformer.transformer_blocks[0].attn.to_q
+    expected = layer.weight + layer.get_delta_weight("default")
     assert_close(merged.state_dict()[weight], expected, 1e-5)
-    assert_different(expected, peft_parameters.weight)
+    assert_different(expected, layer.weight)

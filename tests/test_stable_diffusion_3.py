@@ -253,9 +253,9 @@ def test_timesteps_are_distributed_as_in_diffusers(spec: FlowSpec) -> None:
         spec.timesteps, 20_000, spec.mean, spec.std, spec.mode_scale,
         generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
-    peft_parameters = (u * 1000).long().clamp(0, 999)
+    expected_steps = (u * 1000).long().clamp(0, 999)
     # two samples of one distribution exceed this once in a million times
-    assert ks_2samp(steps, peft_parameters.tolist()).statistic < 0.027
+    assert ks_2samp(steps, expected_steps.tolist()).statistic < 0.027
     assert 0 <= min(steps) < max(steps) <= 999
 
 
