@@ -1,4 +1,4 @@
-"""Objects in pictures: the loss, the metrics, and the task from its rows to a merged model."""
+"""Tests of object detection: warnings, loss, metrics, and the task from rows to a merged model."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-def write_recipe_of(folder: Path, kind: str = "yolos", **sections: Any) -> Path:
-    """Write a recipe for COCO files in `folder/data`, which are written if they are not there."""
+def write_recipe_file(folder: Path, kind: str = "yolos", **sections: Any) -> Path:
+    """Write a recipe, and COCO files in `folder/data` and a base unless they exist."""
     data = folder / "data"
     if not data.exists():
         tiny_detectors.write_coco(data, SPLITS, crowd=True)
@@ -77,14 +77,16 @@ def write_recipe_of(folder: Path, kind: str = "yolos", **sections: Any) -> Path:
     return tiny.write_recipe(folder, values, sections)
 
 
-def opened(folder: Path, kind: str = "yolos", **sections: Any) -> tuple[Task, dict[str, Encoded]]:
-    task = build_task(load_recipe(write_recipe_of(folder, kind, **sections)))
+def load_task_and_data(
+    folder: Path, kind: str = "yolos", **sections: Any
+) -> tuple[Task, dict[str, Encoded]]:
+    task = build_task(load_recipe(write_recipe_file(folder, kind, **sections)))
     task.load_processor()
     with contextlib.redirect_stderr(io.StringIO()):
         return task, load_data(task)
 
 
-def prepared(task: Task, split: Encoded) -> list[Json]:
+def prepare_all(task: Task, split: Encoded) -> list[Json]:
     return [prepared_for_evaluation(task, split.examples[i]) for i in range(len(split))]
 
 
@@ -98,22 +100,22 @@ def prepared(task: Task, split: Encoded) -> list[Json]:
         (6, 30, True, False), (6, 30, False, True), (6, 40, True, True),
     ],
 )  # fmt: skip
-def test_a_picture_turned_by_exif_data_is_named_if_its_boxes_may_not_be(
+def test_images_turned_by_exif_data_are_a_warning(
     orientation: int, side: int, with_size: bool, warns: bool, tmp_path: Path
 ) -> None:
     (tmp_path / "data").mkdir()
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.new("RGB", (40, side)).save(tmp_path / "data" / "a.jpg", exif=exif)
-    seen = (side, 40) if orientation > 4 else (40, side)
-    size = {"width": seen[0], "height": seen[1]} if with_size else {}
+    upright_size = (side, 40) if orientation > 4 else (40, side)
+    size = {"width": upright_size[0], "height": upright_size[1]} if with_size else {}
     box = {"image_id": 1, "bbox": [1, 1, 5, 5], "category_id": 1}
     content = {
         "images": [{"id": 1, "file_name": "a.jpg", **size}], "annotations": [box],
         "categories": [{"id": 1, "name": "cat"}],
     }  # fmt: skip
     (tmp_path / "data" / "train.json").write_text(json.dumps(content))
-    task, data = opened(tmp_path, data={"validation": None})
+    task, data = load_task_and_data(tmp_path, data={"validation": None})
     train = data["train"]
     _, warning = task.unknown_input("train", train.rows, train.examples)
     assert ("turned or mirrored by its EXIF data" in (warning or "")) == warns
@@ -127,7 +129,7 @@ def test_a_picture_turned_by_exif_data_is_named_if_its_boxes_may_not_be(
         ([1, 2], None, False),
     ],
 )  # fmt: skip
-def test_numbers_that_may_count_from_one_are_named(
+def test_class_indices_from_one_are_a_warning(
     categories: list[Any], labels: list[Any] | None, warns: bool, tmp_path: Path
 ) -> None:
     (tmp_path / "data").mkdir()
@@ -136,27 +138,27 @@ def test_numbers_that_may_count_from_one_are_named(
     line = json.dumps({"image": "a.png", "objects": objects})
     (tmp_path / "data" / "train.jsonl").write_text(line)
     files = {"train": "data/train.jsonl", "validation": None}
-    task, data = opened(tmp_path, data=files, task={"labels": labels})
+    task, data = load_task_and_data(tmp_path, data=files, task={"labels": labels})
     train = data["train"]
     _, warning = task.unknown_input("train", train.rows, train.examples)
     assert ("do the numbers begin at 1?" in (warning or "")) == warns
 
 
-def test_a_format_in_which_no_box_had_to_be_cut_is_named(tmp_path: Path) -> None:
+def test_a_better_box_format_is_a_warning(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     Image.new("RGB", (40, 30)).save(tmp_path / "data" / "a.png")
     objects = [{"bbox": [20, 10, 38, 28], "label": "cat"}]
     line = json.dumps({"image": "a.png", "objects": objects})
     (tmp_path / "data" / "train.jsonl").write_text(line)
     files = {"train": "data/train.jsonl", "validation": None}
-    task, data = opened(tmp_path, data=files, task={"clip_boxes": True})
+    task, data = load_task_and_data(tmp_path, data=files, task={"clip_boxes": True})
     train = data["train"]
     _, warning = task.unknown_input("train", train.rows, train.examples)
     assert "with `task.box_format: xyxy` none would" in (warning or "")
 
 
 def write_objects(folder: Path, objects: Json, count: int, size: tuple[int, int]) -> None:
-    """Write `count` pictures that each have the same objects."""
+    """Write `count` images with the same objects."""
     (folder / "data").mkdir()
     rows = []
     for i in range(count):
@@ -173,21 +175,23 @@ def write_objects(folder: Path, objects: Json, count: int, size: tuple[int, int]
         ([10, 20, 30, 60], 9, ""), ([10, 20, 200, 60], 10, ""),
     ],
 )  # fmt: skip
-def test_boxes_that_all_lie_in_one_corner_are_named(
+def test_boxes_in_one_corner_are_a_warning(
     box: list[int], count: int, words: str, tmp_path: Path
 ) -> None:
     write_objects(tmp_path, {"bbox": [box, box], "category": ["a", "a"]}, count, (320, 240))
-    task, data = opened(tmp_path, data={"train": "data/train.jsonl", "validation": None})
+    task, data = load_task_and_data(
+        tmp_path, data={"train": "data/train.jsonl", "validation": None}
+    )
     _, warning = task.unknown_input("train", data["train"].rows, data["train"].examples)
     assert words in (warning or "")
     assert bool(words) == bool(warning)
 
 
-def test_objects_that_are_left_out_are_counted(tmp_path: Path) -> None:
+def test_ignored_objects_are_counted(tmp_path: Path) -> None:
     objects = {"bbox": [[1, 1, 30, 20], [5, 5, 8, 8]], "category": ["a", "b"], "iscrowd": [0, 1]}
     write_objects(tmp_path, objects, 3, (40, 30))
     files = {"train": "data/train.jsonl", "validation": None}
-    task, data = opened(tmp_path, data=files)
+    task, data = load_task_and_data(tmp_path, data=files)
     _, warning = task.unknown_input("train", data["train"].rows, data["train"].examples)
     assert warning == (
         "3 objects of train are marked as `iscrowd` or `difficult`, and are neither trained nor "
@@ -198,25 +202,25 @@ def test_objects_that_are_left_out_are_counted(tmp_path: Path) -> None:
         json.dumps({"image": "0.png", "objects": objects})
     )
     with pytest.raises(LoraError, match="all objects of the train split are marked as `iscrowd`"):
-        opened(tmp_path, data=files)
+        load_task_and_data(tmp_path, data=files)
 
 
 # ------------------------------------------------------------------------------------- the loss
 
 
 @pytest.mark.parametrize("kind", ["yolos", "detr", "detr with auxiliary losses"])
-def test_loss_and_gradients_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
+def test_loss_and_gradients_equal_those_of_transformers(kind: str, tmp_path: Path) -> None:
     options = {"auxiliary_loss": True} if "auxiliary" in kind else {}
-    # of no round number, so that each weight counts
+    # different from the defaults, so that each weight matters
     options |= {"eos_coefficient": 0.3, "bbox_loss_coefficient": 3, "giou_loss_coefficient": 7}
     tiny_detectors.save(kind.split()[0], tmp_path / "base", **options)
-    task, data = opened(tmp_path)
+    task, data = load_task_and_data(tmp_path)
     model, head = task.load_model(CPU)
     attach(model, task.recipe, head)
     with torch.no_grad():
         for parameter in trainable_parameters(model).values():
             parameter.normal_(std=0.2, generator=torch.Generator().manual_seed(parameter.numel()))
-    examples = prepared(task, data["train"])
+    examples = prepare_all(task, data["train"])
     assert {len(example["trained"]) for example in examples} >= {0, 1, 2}
     parameters = trainable_parameters(model)
     labels = [
@@ -224,29 +228,29 @@ def test_loss_and_gradients_are_those_of_transformers(kind: str, tmp_path: Path)
         for example in examples
     ]
     batch = task.collate(examples)
-    wanted = model(**batch.inputs, labels=labels)
-    wanted_gradients = torch.autograd.grad(wanted.loss, parameters.values(), allow_unused=True)
+    reference = model(**batch.inputs, labels=labels)
+    expected_gradients = torch.autograd.grad(reference.loss, parameters.values(), allow_unused=True)
 
     engine = Engine(model, task, None, Accelerator())
     terms = task.loss_weights
     assert list(terms.values()) == [1.0, 3.0, 7.0]
     weights = {name: weight / batch.items[name].sum() for name, weight in terms.items()}
-    # in two parts, and yet the loss of the whole batch
-    shares = sum(
+    # in two micro-batches, with the loss of the whole batch
+    losses = sum(
         engine.add_gradients(task.collate(part), weights) for part in (examples[:4], examples[4:])
     )
-    assert float(shares.sum()) == pytest.approx(float(wanted.loss.detach()), rel=1e-5)
-    scale = max(float(g.abs().max()) for g in wanted_gradients if g is not None)
-    for (name, parameter), gradient in zip(parameters.items(), wanted_gradients, strict=True):
-        found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    assert float(losses.sum()) == pytest.approx(float(reference.loss.detach()), rel=1e-5)
+    scale = max(float(g.abs().max()) for g in expected_gradients if g is not None)
+    for (name, parameter), gradient in zip(parameters.items(), expected_gradients, strict=True):
+        own_gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         gradient = torch.zeros_like(parameter) if gradient is None else gradient
-        assert float((found - gradient).abs().max()) <= 1e-5 * scale, name
+        assert float((own_gradient - gradient).abs().max()) <= 1e-5 * scale, name
 
 
-def test_more_objects_than_the_model_can_find_are_assigned_as_by_transformers(
+def test_more_objects_than_queries_are_matched_as_by_transformers(
     tmp_path: Path,
 ) -> None:
-    task, _ = opened(tmp_path)
+    task, _ = load_task_and_data(tmp_path)
     model, _ = task.load_model(CPU)
     rng = np.random.default_rng(3)
     boxes = torch.from_numpy(rng.uniform(0.2, 0.4, (8, 4))).float()
@@ -260,139 +264,144 @@ def test_more_objects_than_the_model_can_find_are_assigned_as_by_transformers(
     batch = task.collate([example])
     sums = task.losses(model, task.forward(model, batch), batch)
     mean = sum(task.loss_weights[n] * sums[n].sum() / batch.items[n].sum() for n in sums)
-    wanted = model(**batch.inputs, labels=[{"class_labels": labels, "boxes": boxes}])
-    assert float(mean.detach()) == pytest.approx(float(wanted.loss.detach()), rel=1e-5)
+    reference = model(**batch.inputs, labels=[{"class_labels": labels, "boxes": boxes}])
+    assert float(mean.detach()) == pytest.approx(float(reference.loss.detach()), rel=1e-5)
 
 
 # ---------------------------------------------------------------------------------- the metrics
 
 
 @pytest.mark.parametrize("kind", ["yolos", "detr"])
-def test_metrics_do_not_depend_on_the_batch(kind: str, tmp_path: Path) -> None:
-    task, data = opened(tmp_path, kind)
+def test_metrics_do_not_depend_on_the_batch_size(kind: str, tmp_path: Path) -> None:
+    task, data = load_task_and_data(tmp_path, kind)
     model, _ = task.load_model(CPU)
-    found = []
+    results = []
     for size in (1, 2, 8):
         recipe = task.recipe.with_values({"evaluate.micro_batch_size": size})
         task.recipe = recipe
-        found.append(evaluate(model, task, data["train"], Accelerator()))
-    for other in found[1:]:
-        assert other == pytest.approx(found[0], rel=1e-5, nan_ok=True)
-    assert found[0].keys() >= {"map", "map_50", "map_75", "mar_100", "ap_dark", "ap_light"}
-    assert found[0]["loss_boxes"] > 0
+        results.append(evaluate(model, task, data["train"], Accelerator()))
+    for result in results[1:]:
+        assert result == pytest.approx(results[0], rel=1e-5, nan_ok=True)
+    assert results[0].keys() >= {"map", "map_50", "map_75", "mar_100", "ap_dark", "ap_light"}
+    assert results[0]["loss_boxes"] > 0
 
 
-def found_and_wanted() -> tuple[list[Any], list[Any]]:
-    """Return boxes that are near those that there are, and some that are not."""
+def random_boxes() -> tuple[list[Any], list[Any]]:
+    """Return predicted boxes, of which some are near true ones, and the true boxes."""
     rng = np.random.default_rng(0)
-    found, wanted = [], []
+    predictions, references = [], []
     for _ in range(25):
         n = int(rng.integers(0, 6))
         corner, size = rng.uniform(0, 80, (n, 2)), rng.uniform(5, 40, (n, 2))
         boxes, labels = np.hstack([corner, corner + size]), rng.integers(0, 3, n)
         crowd = rng.random(n) < 0.15
-        wanted.append(np.column_stack([boxes, labels, crowd]).tolist())
+        references.append(np.column_stack([boxes, labels, crowd]).tolist())
         near = boxes + rng.normal(0, 3, boxes.shape)
-        called = np.where(rng.random(n) < 0.8, labels, (labels + 1) % 3)
-        some = np.column_stack([near, rng.random(n), called]).tolist()
+        predicted_labels = np.where(rng.random(n) < 0.8, labels, (labels + 1) % 3)
+        near_boxes = np.column_stack([near, rng.random(n), predicted_labels]).tolist()
         corner = rng.uniform(0, 80, (int(rng.integers(0, 4)), 2))
         score, label = rng.random(len(corner)), rng.integers(0, 3, len(corner))
-        found.append(some + np.column_stack([corner, corner + 20, score, label]).tolist())
-    return found, wanted
+        predictions.append(
+            near_boxes + np.column_stack([corner, corner + 20, score, label]).tolist()
+        )
+    return predictions, references
 
 
 def coco_box(box: list[float]) -> list[float]:
     return [box[0], box[1], box[2] - box[0], box[3] - box[1]]
 
 
-def test_average_precision_is_that_of_pycocotools() -> None:
-    found, wanted = found_and_wanted()
+def test_average_precision_equals_that_of_pycocotools() -> None:
+    predictions, references = random_boxes()
     names = ["a", "b", "c", "d"]
-    ours = box_scores(found, wanted, names)
+    scores = box_scores(predictions, references, names)
     with contextlib.redirect_stdout(io.StringIO()):
-        truth, every = COCO(), [(i, box) for i, boxes in enumerate(wanted, 1) for box in boxes]
+        truth, numbered = (
+            COCO(),
+            [(i, box) for i, boxes in enumerate(references, 1) for box in boxes],
+        )
         truth.dataset = {
-            "info": {}, "images": [{"id": i} for i in range(1, len(wanted) + 1)],
+            "info": {}, "images": [{"id": i} for i in range(1, len(references) + 1)],
             "categories": [{"id": i} for i in range(len(names))],
             "annotations": [
-                {"id": n, "image_id": i, "category_id": int(b[4]), "iscrowd": int(b[5]),
-                 "bbox": coco_box(b), "area": coco_box(b)[2] * coco_box(b)[3]}
-                for n, (i, b) in enumerate(every, 1)
+                {"id": n, "image_id": i, "category_id": int(box[4]), "iscrowd": int(box[5]),
+                 "bbox": coco_box(box), "area": coco_box(box)[2] * coco_box(box)[3]}
+                for n, (i, box) in enumerate(numbered, 1)
             ],
         }  # fmt: skip
         truth.createIndex()
-        said = truth.loadRes([
-            {"image_id": i, "category_id": int(b[5]), "score": b[4], "bbox": coco_box(b)}
-            for i, boxes in enumerate(found, 1) for b in boxes
+        detections = truth.loadRes([
+            {"image_id": i, "category_id": int(box[5]), "score": box[4], "bbox": coco_box(box)}
+            for i, boxes in enumerate(predictions, 1) for box in boxes
         ])  # fmt: skip
-        evaluation = COCOeval(truth, said, "bbox")
+        evaluation = COCOeval(truth, detections, "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    wanted_scores = dict(
+    expected = dict(
         zip(["map", "map_50", "map_75"], evaluation.stats[:3], strict=True),
         mar_100=evaluation.stats[8],
     )
     precision = evaluation.eval["precision"][:, :, :, 0, 2]
     for i, name in enumerate(names[:3]):
-        wanted_scores[f"ap_{name}"] = precision[:, :, i].mean()
-    assert 0.01 < ours["map"] < 0.5
-    assert np.isnan(ours.pop("ap_d"))
-    assert ours == pytest.approx(wanted_scores, rel=1e-9)
+        expected[f"ap_{name}"] = precision[:, :, i].mean()
+    assert 0.01 < scores["map"] < 0.5
+    assert np.isnan(scores.pop("ap_d"))
+    assert scores == pytest.approx(expected, rel=1e-9)
 
 
-def test_each_query_of_the_last_layer_gives_a_box_with_its_best_label() -> None:
+def test_each_query_predicts_a_box_with_its_best_label() -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 2, 3, 4, generator=generator)  # 3 labels, and "no object"
     boxes = torch.rand(2, 2, 3, 4, generator=generator)
     sizes = torch.tensor([[10.0, 20.0], [7.0, 5.0]])
     task: Any = object.__new__(ObjectDetection)
-    found = task._found(Detections(logits, boxes), sizes)
+    predictions = task._found(Detections(logits, boxes), sizes)
     for i, (width, height) in enumerate(sizes.tolist()):
         for q in range(3):
             shares = logits[1, i, q].double().exp() / logits[1, i, q].double().exp().sum()
             label = max(range(3), key=lambda c: float(shares[c]))
             x, y, w, h = boxes[1, i, q].tolist()
-            wanted = [(x - w / 2) * width, (y - h / 2) * height, (x + w / 2) * width,
+            expected = [(x - w / 2) * width, (y - h / 2) * height, (x + w / 2) * width,
                       (y + h / 2) * height, float(shares[label]), float(label)]  # fmt: skip
-            assert found[i][q] == pytest.approx(wanted, abs=1e-5)
+            assert predictions[i][q] == pytest.approx(expected, abs=1e-5)
 
 
-def test_nothing_found_is_zero_and_nothing_there_is_no_number() -> None:
-    found, wanted = found_and_wanted()
-    nothing = box_scores([[] for _ in wanted], wanted, ["a", "b", "c"])
-    assert set(nothing.values()) == {0.0}
-    none_there = box_scores(found, [[] for _ in wanted], ["a", "b", "c"])
-    assert all(np.isnan(value) for value in none_there.values())
+def test_scores_without_predictions_or_objects() -> None:
+    predictions, references = random_boxes()
+    without_predictions = box_scores([[] for _ in references], references, ["a", "b", "c"])
+    assert set(without_predictions.values()) == {0.0}
+    without_objects = box_scores(predictions, [[] for _ in references], ["a", "b", "c"])
+    assert all(np.isnan(value) for value in without_objects.values())
 
 
 # ------------------------------------------------------------------------------------- the head
 
 
 @pytest.mark.parametrize("kind", ["yolos", "detr"])
-def test_outputs_of_the_base_go_to_labels_of_the_same_name(kind: str, tmp_path: Path) -> None:
-    """Those of new labels are drawn; that of no object stays the last."""
+def test_output_rows_of_the_base_are_reused_by_label(kind: str, tmp_path: Path) -> None:
+    """Rows of new labels are initialised at random; that of "no object" remains the last."""
     base = tiny_detectors.model(kind, ["light", "cup", "dark"])
     tiny_detectors.save(kind, tmp_path / "base", ["light", "cup", "dark"])
-    task, _ = opened(tmp_path)
-    assert task.labels == list(LABELS)  # in the order of the numbers in the file
-    model, new = task.load_model(CPU)
-    assert new == ["class_labels_classifier", "bbox_predictor"]
+    task, _ = load_task_and_data(tmp_path)
+    assert task.labels == list(LABELS)  # in the order of the file's ids
+    model, new_modules = task.load_model(CPU)
+    assert new_modules == ["class_labels_classifier", "bbox_predictor"]
     last = "class_labels_classifier" + (".layers.2" if kind == "yolos" else "")
-    own, found = base.get_submodule(last), model.get_submodule(last)
-    assert torch.equal(found.weight, own.weight[[2, 0, 3]])
-    assert torch.equal(found.bias, own.bias[[2, 0, 3]])
+    base_layer, layer = base.get_submodule(last), model.get_submodule(last)
+    assert torch.equal(layer.weight, base_layer.weight[[2, 0, 3]])
+    assert torch.equal(layer.bias, base_layer.bias[[2, 0, 3]])
     assert task.notes == []
-    again, _ = opened(tmp_path, task={"labels": ["dark", "cat", "light"]})
-    model, _ = again.load_model(CPU)
-    found = model.get_submodule(last)
-    assert torch.equal(found.weight[[0, 2, 3]], own.weight[[2, 0, 3]])
-    assert not torch.equal(found.weight[1], own.weight[1])
-    assert "the rows of `cat` start at random" in again.notes[0]
+    other_task, _ = load_task_and_data(tmp_path, task={"labels": ["dark", "cat", "light"]})
+    model, _ = other_task.load_model(CPU)
+    layer = model.get_submodule(last)
+    assert torch.equal(layer.weight[[0, 2, 3]], base_layer.weight[[2, 0, 3]])
+    assert not torch.equal(layer.weight[1], base_layer.weight[1])
+    assert "the rows of `cat` start at random" in other_task.notes[0]
 
 
-def test_a_backbone_of_timm_is_rejected_by_name(tmp_path: Path) -> None:
-    recipe = write_recipe_of(tmp_path)
+def test_timm_backbones_are_rejected(tmp_path: Path) -> None:
+    recipe = write_recipe_file(tmp_path)
     config = DetrConfig(backbone_config={"model_type": "timm_backbone", "backbone": "resnet50"})
     config.architectures = ["DetrForObjectDetection"]
     (tmp_path / "base" / "config.json").write_text(json.dumps(config.to_dict()))
@@ -404,8 +413,10 @@ def test_a_backbone_of_timm_is_rejected_by_name(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------- augmentation
 
 
-def marked(boxes: list[list[int]], width: int = 40, height: int = 30) -> AnnotatedImage:
-    """Return a black picture in which each box has a grey of its own."""
+def image_with_grey_boxes(
+    boxes: list[list[int]], width: int = 40, height: int = 30
+) -> AnnotatedImage:
+    """Return a black image in which each box has its own grey level."""
     pixels = np.zeros((height, width, 3), dtype=np.uint8)
     for n, (x0, y0, x1, y1) in enumerate(boxes, 1):
         pixels[y0:y1, x0:x1] = 50 * n
@@ -415,34 +426,34 @@ def marked(boxes: list[list[int]], width: int = 40, height: int = 30) -> Annotat
     )
 
 
-def assert_boxes_lie_on_their_greys(picture: AnnotatedImage) -> None:
-    pixels = np.asarray(picture.image)[..., 0]
-    for box, label in zip(picture.boxes.astype(int).tolist(), picture.classes, strict=True):
+def assert_boxes_match_greys(annotated: AnnotatedImage) -> None:
+    pixels = np.asarray(annotated.image)[..., 0]
+    for box, label in zip(annotated.boxes.astype(int).tolist(), annotated.classes, strict=True):
         rows, columns = np.nonzero(pixels == 50 * (label + 1))
-        found = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
-        assert box == found
+        expected = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+        assert box == expected
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_boxes_move_with_their_picture(seed: int) -> None:
-    whole = marked([[2, 3, 9, 12], [20, 5, 30, 25], [33, 20, 40, 30]])
+def test_boxes_are_augmented_with_their_image(seed: int) -> None:
+    original = image_with_grey_boxes([[2, 3, 9, 12], [20, 5, 30, 25], [33, 20, 40, 30]])
     spec = BoxAugmentationSpec(crop=True, flip=True)
-    part = augment(whole, spec, np.random.default_rng(seed))
-    assert 1 <= len(part.boxes) <= 3
-    share = part.image.width * part.image.height / (40 * 30)
+    augmented = augment(original, spec, np.random.default_rng(seed))
+    assert 1 <= len(augmented.boxes) <= 3
+    share = augmented.image.width * augmented.image.height / (40 * 30)
     assert 0.25 < share <= 1.0
-    assert_boxes_lie_on_their_greys(part)
-    relative = part.relative_boxes().double().numpy() * np.tile(part.image.size, 2)
+    assert_boxes_match_greys(augmented)
+    relative = augmented.relative_boxes().double().numpy() * np.tile(augmented.image.size, 2)
     corner = relative[:, :2] - relative[:, 2:] / 2
-    assert np.abs(corner - part.boxes[:, :2]).max() < 1e-4
+    assert np.abs(corner - augmented.boxes[:, :2]).max() < 1e-4
 
 
-def test_an_object_whose_centre_is_cut_off_is_left_out() -> None:
-    part = crop(marked([[2, 3, 9, 12], [20, 5, 30, 25]]), (5, 0, 24, 30))
-    assert part.boxes.tolist() == [[0, 3, 4, 12]]
-    assert part.classes.tolist() == [0]
-    assert mirror(part).boxes.tolist() == [[15, 3, 19, 12]]
-    empty = marked([])
+def test_objects_whose_centre_is_cropped_are_dropped() -> None:
+    cropped = crop(image_with_grey_boxes([[2, 3, 9, 12], [20, 5, 30, 25]]), (5, 0, 24, 30))
+    assert cropped.boxes.tolist() == [[0, 3, 4, 12]]
+    assert cropped.classes.tolist() == [0]
+    assert mirror(cropped).boxes.tolist() == [[15, 3, 19, 12]]
+    empty = image_with_grey_boxes([])
     assert random_crop(empty, 0.3, np.random.default_rng(0)).boxes.shape == (0, 4)
 
 
@@ -455,82 +466,84 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     task, learn = {"threshold": 0.2}, {"max_steps": 4}
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()):
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
-        train(load_recipe(write_recipe_of(folder, task=task, train=learn)))
+        train(load_recipe(write_recipe_file(folder, task=task, train=learn)))
     return folder
 
 
-def test_the_merged_model_finds_with_transformers_what_predict_says(
+def test_predictions_equal_those_of_the_merged_model_in_transformers(
     trained: Path, tmp_path: Path
 ) -> None:
     with contextlib.redirect_stderr(io.StringIO()):
         merge_adapter(None, trained / "out", tmp_path / "merged")
     task, model, accelerator = open_adapter(trained / "out", load_adapter_recipe(trained / "out"))
-    pictures, target = trained / "data" / "images", tmp_path / "found.jsonl"
-    count, problems = answer_file(model, task, pictures, target, accelerator)
+    images, target = trained / "data" / "images", tmp_path / "found.jsonl"
+    count, problems = answer_file(model, task, images, target, accelerator)
     assert (count, problems) == (sum(SPLITS.values()), [])
     processor = AutoImageProcessor.from_pretrained(tmp_path / "merged", backend="pil")
     merged = AutoModelForObjectDetection.from_pretrained(tmp_path / "merged").eval()
     for line in target.read_text().splitlines():
         row = json.loads(line)
-        image = Image.open(pictures / row["image"])
+        image = Image.open(images / row["image"])
         with torch.no_grad():
             output = merged(pixel_values=processor(image, return_tensors="pt")["pixel_values"])
-        (found,) = processor.post_process_object_detection(
+        (expected,) = processor.post_process_object_detection(
             output, 0.2, target_sizes=[(image.height, image.width)]
         )
-        order = found["scores"].argsort(descending=True)
+        order = expected["scores"].argsort(descending=True)
         assert len(row["prediction"]) == len(order) > 0
-        for one, i in zip(row["prediction"], order.tolist(), strict=True):
-            assert one["score"] == pytest.approx(float(found["scores"][i]), abs=1e-5)
-            assert one["label"] == merged.config.id2label[int(found["labels"][i])]
-            assert one["box"] == pytest.approx(found["boxes"][i].tolist(), abs=0.02)
+        for predicted, i in zip(row["prediction"], order.tolist(), strict=True):
+            assert predicted["score"] == pytest.approx(float(expected["scores"][i]), abs=1e-5)
+            assert predicted["label"] == merged.config.id2label[int(expected["labels"][i])]
+            assert predicted["box"] == pytest.approx(expected["boxes"][i].tolist(), abs=0.02)
 
 
-def test_predictions_hold_the_objects_of_the_file_and_which_are_crowds(trained: Path) -> None:
+def test_predictions_have_the_objects_and_crowds_of_the_file(trained: Path) -> None:
     file = json.loads((trained / "data" / "validation.json").read_text())
-    names = {one["id"]: one["name"] for one in file["categories"]}
-    wanted: dict[int, list[tuple[str, list[float], bool]]] = {
-        one["id"]: [] for one in file["images"]
+    names = {entry["id"]: entry["name"] for entry in file["categories"]}
+    expected: dict[int, list[tuple[str, list[float], bool]]] = {
+        entry["id"]: [] for entry in file["images"]
     }
-    for one in file["annotations"]:
-        x, y, width, height = one["bbox"]
+    for entry in file["annotations"]:
+        x, y, width, height = entry["bbox"]
         box = [x, y, x + width, y + height]
-        wanted[one["image_id"]].append((names[one["category_id"]], box, bool(one["iscrowd"])))
+        expected[entry["image_id"]].append(
+            (names[entry["category_id"]], box, bool(entry["iscrowd"]))
+        )
     lines = read_predictions(trained / "out" / "predictions" / "validation.jsonl")
-    found = [
-        [(one["label"], pytest.approx(one["box"]), one.get("crowd", False)) for one in row]
+    objects = [
+        [(entry["label"], pytest.approx(entry["box"]), entry.get("crowd", False)) for entry in row]
         for row in (line["reference"] for line in lines)
     ]
-    assert found == list(wanted.values())
-    assert {crowd for row in wanted.values() for *_, crowd in row} == {True, False}
+    assert objects == list(expected.values())
+    assert {crowd for row in expected.values() for *_, crowd in row} == {True, False}
 
 
-def test_the_report_draws_the_boxes_on_the_worst_pictures(trained: Path) -> None:
+def test_the_report_shows_boxes_on_the_worst_images(trained: Path) -> None:
     page = (trained / "out" / "report.html").read_text()
     assert page.count('<svg class="boxed"') == SPLITS["validation"]
     lines = read_predictions(trained / "out" / "predictions" / "validation.jsonl")
-    n_wanted = sum(len(line["reference"]) for line in lines)
-    n_found = sum(len(line["prediction"]) for line in lines)
-    assert page.count('<rect class="wanted"') == n_wanted > 0
-    assert page.count('<rect class="found"') == n_found > 0
+    n_objects = sum(len(line["reference"]) for line in lines)
+    n_predictions = sum(len(line["prediction"]) for line in lines)
+    assert page.count('<rect class="wanted"') == n_objects > 0
+    assert page.count('<rect class="found"') == n_predictions > 0
     assert "average precision" in page
 
 
-def test_the_table_of_labels_counts_right_boxes() -> None:
-    def box(x: int, label: str, **more: Any) -> Json:
-        return {"box": [x, 0, x + 10, 10], "label": label, **more}
+def test_the_table_of_labels_counts_correct_boxes() -> None:
+    def box(x: int, label: str, **options: Any) -> Json:
+        return {"box": [x, 0, x + 10, 10], "label": label, **options}
 
     line = {
         "reference": [box(0, "cup"), box(50, "cup"), box(100, "cat", crowd=True)],
         "prediction": [
-            box(1, "cup", score=0.9), box(2, "cup", score=0.8),  # the second finds it again
+            box(1, "cup", score=0.9), box(2, "cup", score=0.8),  # the second is a duplicate
             box(50, "cat", score=0.7), box(101, "cat", score=0.6),  # the last is on a crowd
         ],
     }  # fmt: skip
     assert per_label([line]) == {"cat": (0, 1, 0), "cup": (2, 2, 1)}
 
 
-def test_the_model_card_says_how_objects_are_found(trained: Path) -> None:
+def test_the_model_card_has_code_for_detection(trained: Path) -> None:
     card = (trained / "out" / "README.md").read_text()
     assert "AutoModelForObjectDetection" in card
     assert "post_process_object_detection" in card
@@ -540,27 +553,27 @@ def test_the_model_card_says_how_objects_are_found(trained: Path) -> None:
 # ---------------------------------------------------------------------------- labels and answers
 
 
-@pytest.mark.parametrize("more", [None, 0, 2])
-def test_an_adapter_of_another_tool_has_the_labels_of_its_base(
-    more: int | None, tmp_path: Path
+@pytest.mark.parametrize("n_more_labels", [None, 0, 2])
+def test_adapters_of_other_tools_have_the_base_s_labels(
+    n_more_labels: int | None, tmp_path: Path
 ) -> None:
-    task: Any = build_task(load_recipe(write_recipe_of(tmp_path)))
-    known = AutoConfig.from_pretrained(tmp_path / "base").id2label
-    names = [known[i] for i in range(len(known))]
+    task: Any = build_task(load_recipe(write_recipe_file(tmp_path)))
+    id2label = AutoConfig.from_pretrained(tmp_path / "base").id2label
+    names = [id2label[i] for i in range(len(id2label))]
     head = next(
         name
         for name in AutoModelForObjectDetection.from_pretrained(tmp_path / "base").state_dict()
         if name.startswith("class_labels_classifier") and name.endswith("weight")
     )
     tensors = {"bbox_predictor.layers.2.weight": torch.zeros(4, 32)}
-    if more is not None:  # one row is of no object
-        tensors[head] = torch.zeros(len(names) + more + 1, 32)
+    if n_more_labels is not None:  # one row is for "no object"
+        tensors[head] = torch.zeros(len(names) + n_more_labels + 1, 32)
     task.complete_from(tensors)
-    wanted = [f"LABEL_{i}" for i in range(len(names) + 2)] if more else names
-    assert task.learned.task["labels"] == wanted
+    expected = [f"LABEL_{i}" for i in range(len(names) + 2)] if n_more_labels else names
+    assert task.learned.task["labels"] == expected
 
 
-def test_what_is_named_has_at_least_the_threshold() -> None:
+def test_predictions_reach_the_threshold() -> None:
     task: Any = object.__new__(ObjectDetection)
     task.spec = SimpleNamespace(threshold=0.5)
     task._object = lambda box, label: {"box": box, "label": label}
@@ -571,7 +584,7 @@ def test_what_is_named_has_at_least_the_threshold() -> None:
     ]
 
 
-def test_of_an_example_its_objects_are_shown_and_which_are_crowds(
+def test_shown_examples_list_objects_and_crowds(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(ObjectDetection, "labels", ["cat", "dog"])
@@ -589,7 +602,7 @@ def test_of_an_example_its_objects_are_shown_and_which_are_crowds(
 
 
 @pytest.mark.parametrize("kind", ["detr", "yolos"])
-def test_a_probe_has_a_whole_picture_and_one_of_half_the_width(kind: str) -> None:
+def test_the_probe_has_a_full_and_a_half_masked_image(kind: str) -> None:
     task: Any = object.__new__(ObjectDetection)
     task.channels, task.size, task.config = 3, (4, 6), SimpleNamespace(model_type=kind)
     probe, again = task.probe(), task.probe()

@@ -1,4 +1,4 @@
-"""Whisper: its features, loss and answers are those of transformers; recordings of any length."""
+"""Tests of speech recognition with Whisper, against transformers, PEFT and jiwer."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-def write_recipe_of(folder: Path, languages: bool = False, **sections: Any) -> Path:
-    """Write a base, recordings with texts and a recipe for them, as far as they are not there."""
+def write_recipe_file(folder: Path, languages: bool = False, **sections: Any) -> Path:
+    """Write a recipe, and a base and recordings with texts unless they exist."""
     if not (folder / "base").exists():
         tiny_speech.save(folder / "base", languages)
     if not (folder / "speech").exists():
@@ -84,8 +84,8 @@ def write_recipe_of(folder: Path, languages: bool = False, **sections: Any) -> P
     return tiny.write_recipe(folder, values, sections)
 
 
-def opened(path: Path, *overrides: str) -> tuple[Any, Any, Any]:
-    """Return a task, its base in float64, and its encoded rows."""
+def load_task_and_data(path: Path, *overrides: str) -> tuple[Any, Any, Any]:
+    """Return a task, its base in float64, and its encoded splits."""
     task = build_task(load_recipe(path, list(overrides)))
     task.load_processor()
     data = load_data(task)
@@ -100,79 +100,81 @@ def run(recipe: Path, *overrides: str) -> Json:
         return train(load_recipe(recipe, list(overrides)))
 
 
-def batch_of(task: Any, split: Any, rows: range) -> Any:
+def make_batch(task: Any, split: Any, rows: range) -> Any:
     rng = np.random.default_rng(0)
     return task.collate([task.prepare(split.examples[i], rng, training=False) for i in rows])
 
 
-# ------------------------------------------------------------------------ as transformers does it
+# ------------------------------------------------------------------------ losses and answers
 
 
 @pytest.fixture(scope="module", params=["English", "several languages"])
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("base")
-    several = request.param != "English"
-    path = write_recipe_of(folder, several, task=GERMAN if several else {})
+    multilingual = request.param != "English"
+    path = write_recipe_file(folder, multilingual, task=GERMAN if multilingual else {})
     reference = WhisperForConditionalGeneration.from_pretrained(
         folder / "base", dtype=torch.float64
     ).eval()
     processor = WhisperProcessor(tiny_speech.extractor(), copy.deepcopy(tiny_speech.tokenizer()))
-    if several:
+    if multilingual:
         processor.tokenizer.set_prefix_tokens(language="german", task="translate")
-    return (*opened(path), reference, processor)
+    return (*load_task_and_data(path), reference, processor)
 
 
-def test_features_are_those_of_transformers(base: Any) -> None:
+def test_features_equal_those_of_transformers(base: Any) -> None:
     task, _, data, _, processor = base
     split = data["train"]
-    found = batch_of(task, split, range(3)).inputs["features"]
+    features = make_batch(task, split, range(3)).inputs["features"]
     for i in range(3):
         samples, rate = soundfile.read(split.rows[i]["audio"]["path"])
-        wanted = processor(samples, sampling_rate=rate, return_tensors="pt")["input_features"]
-        assert_close(found[i], wanted[0].float(), 1e-5)
+        expected = processor(samples, sampling_rate=rate, return_tensors="pt")["input_features"]
+        assert_close(features[i], expected[0].float(), 1e-5)
 
 
-def test_the_loss_is_that_of_transformers(base: Any) -> None:
+def test_losses_equal_those_of_transformers(base: Any) -> None:
     task, model, data, reference, processor = base
     split = data["train"]
-    batch = batch_of(task, split, range(5))
+    batch = make_batch(task, split, range(5))
     batch.inputs["features"] = batch.inputs["features"].double()
-    found = task.losses(model, task.forward(model, batch), batch)["loss"]
+    losses = task.losses(model, task.forward(model, batch), batch)["loss"]
     for i in range(5):
         text = split.rows[i]["text"]
         labels = processor.tokenizer(f" {text}", return_tensors="pt")["input_ids"][:, 1:]
         features = batch.inputs["features"][i : i + 1]
         loss = reference(input_features=features, labels=labels).loss
-        assert_close(found[i].double(), loss.detach() * labels.shape[1], 1e-5)
+        assert_close(losses[i].double(), loss.detach() * labels.shape[1], 1e-5)
         assert batch.items["loss"][i] == labels.shape[1]
         assert list(split.examples[i]["labels"]) == labels[0].tolist()
 
 
-def test_the_start_token_is_read_once_and_the_end_is_trained(base: Any) -> None:
+def test_start_and_end_tokens_of_labels(base: Any) -> None:
     task, _, data, reference, _ = base
-    batch = batch_of(task, data["train"], range(5))
+    batch = make_batch(task, data["train"], range(5))
     labels, start = batch.targets["labels"], reference.config.decoder_start_token_id
     assert not (labels == start).any()
-    # what fills the rows has the same id as the end
+    # the padding token has the same id as the end
     assert (labels == task.tokenizer.eos_token_id).sum(-1).tolist() == [1] * 5
     assert (labels == -100).any()
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-def test_answers_are_those_of_transformers(base: Any, beams: int) -> None:
+def test_transcripts_equal_those_of_transformers(base: Any, beams: int) -> None:
     task, model, data, reference, processor = base
     generation = task.recipe.evaluate.generation.model_copy(
         update={"num_beams": beams, "max_new_tokens": 12}
     )
     task.recipe = task.recipe.with_values({"evaluate.generation": generation})
     rows = [data["train"].rows[i] for i in range(4)]
-    found = [said for (said,) in answer(model, task, rows, start_accelerator(task.recipe))]
+    transcripts = [
+        transcript for (transcript,) in answer(model, task, rows, start_accelerator(task.recipe))
+    ]
     prefix = processor.tokenizer.prefix_tokens
     ids = tiny_speech.tokenizer().get_vocab()
     special = [ids[name] for name in tiny_speech.SPECIAL]
     end = ids[END]
     reference.generation_config = GenerationConfig()
-    batch = batch_of(task, data["train"], range(4))
+    batch = make_batch(task, data["train"], range(4))
     for i in range(4):
         output = GenerationMixin.generate(
             reference,
@@ -185,25 +187,25 @@ def test_answers_are_those_of_transformers(base: Any, beams: int) -> None:
                 suppress_tokens=sorted(set(special) - {end, *prefix[1:]}),
             ),
         )  # fmt: skip
-        wanted = processor.tokenizer.decode(output[0], skip_special_tokens=True)
-        assert found[i] == wanted.strip().rstrip("\N{REPLACEMENT CHARACTER}")
-    assert any(found)
+        expected = processor.tokenizer.decode(output[0], skip_special_tokens=True)
+        assert transcripts[i] == expected.strip().rstrip("\N{REPLACEMENT CHARACTER}")
+    assert any(transcripts)
 
 
-def test_rates_of_error_are_those_of_jiwer(base: Any, tmp_path: Path) -> None:
+def test_error_rates_equal_those_of_jiwer(base: Any, tmp_path: Path) -> None:
     from lora_cli.evaluation.evaluate_split import best_by, evaluate
 
     task, model, data, *_ = base
-    kept: list[Any] = []
+    predictions: list[Any] = []
     split = data["train"]
     model = copy.deepcopy(model).float()
-    found = evaluate(model, task, split, start_accelerator(task.recipe), keep=kept)
-    wanted = [normalise_text(split.rows[i]["text"], "basic") for i in range(len(split))]
-    said = [normalise_text(prediction.prediction, "basic") for prediction in kept]
-    assert found["wer"] == pytest.approx(jiwer.wer(wanted, said))
-    assert found["cer"] == pytest.approx(jiwer.cer(wanted, said))
+    metrics = evaluate(model, task, split, start_accelerator(task.recipe), keep=predictions)
+    references = [normalise_text(split.rows[i]["text"], "basic") for i in range(len(split))]
+    hypotheses = [normalise_text(prediction.prediction, "basic") for prediction in predictions]
+    assert metrics["wer"] == pytest.approx(jiwer.wer(references, hypotheses))
+    assert metrics["cer"] == pytest.approx(jiwer.cer(references, hypotheses))
     assert best_by(task.recipe, task) == ("wer", "min")
-    for prediction, text, words in zip(kept, wanted, said, strict=True):
+    for prediction, text, words in zip(predictions, references, hypotheses, strict=True):
         pairs = prediction.details["words"]
         assert [a for a, _ in pairs if a] == text.split()
         assert [b for _, b in pairs if b] == words.split()
@@ -214,7 +216,7 @@ def test_rates_of_error_are_those_of_jiwer(base: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "how", "wanted"),
+    ("text", "normalizer", "expected"),
     [
         ("Hello,  World!", "basic", "hello world"),
         ("It's [noise] 5 (um) o'clock.", "basic", "it s 5 o clock"),
@@ -223,32 +225,32 @@ def test_rates_of_error_are_those_of_jiwer(base: Any, tmp_path: Path) -> None:
         ("...", "basic", ""),
     ],
 )
-def test_texts_are_normalised_for_scoring(text: str, how: Any, wanted: str) -> None:
-    assert normalise_text(text, how) == wanted
+def test_texts_are_normalised_for_scoring(text: str, normalizer: Any, expected: str) -> None:
+    assert normalise_text(text, normalizer) == expected
 
 
-def test_samples_are_what_is_said_in_all_parts_of_a_recording(
+def test_samples_join_all_parts_of_a_recording(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     task: Any = object.__new__(SpeechRecognition)
     task.spec = SimpleNamespace(audio_column="audio", text_column="text")
     generation = SimpleNamespace(max_new_tokens=9)
     task.recipe = SimpleNamespace(evaluate=SimpleNamespace(generation=generation))
-    asked: list[Any] = []
+    calls: list[Any] = []
 
     def transcripts(model: Any, parts: list[str], options: Any) -> list[str]:
-        asked.append((model, parts, options.max_new_tokens))
+        calls.append((model, parts, options.max_new_tokens))
         return [part.upper() for part in parts]
 
     monkeypatch.setattr(task, "audio_parts", lambda value: value["path"].split("."), raising=False)
     monkeypatch.setattr(task, "transcripts", transcripts, raising=False)
     rows = [{"audio": {"path": "a.b.c"}, "text": "x"}, {"audio": {"path": "d.e"}, "text": None}]
     assert task.sample("m", rows) == [("a.b.c", "x", "A B C"), ("d.e", "", "D E")]
-    # as many parts at a time as there are rows
-    assert asked == [("m", ["a", "b"], 9), ("m", ["c", "d"], 9), ("m", ["e"], 9)]
+    # batches have as many parts as there are rows
+    assert calls == [("m", ["a", "b"], 9), ("m", ["c", "d"], 9), ("m", ["e"], 9)]
     generation.max_new_tokens = 10_000
     task.sample("m", rows[:1])
-    assert asked[-1][2] < 10_000
+    assert calls[-1][2] < 10_000
 
 
 def test_parts_are_joined_and_words_aligned() -> None:
@@ -265,10 +267,8 @@ def test_parts_are_joined_and_words_aligned() -> None:
     assert align_words("a", "") == [("a", None)]
 
 
-def test_vowels_that_are_marks_are_warned_of(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = write_recipe_of(tmp_path)
+def test_combining_vowels_are_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_recipe_file(tmp_path)
     (tmp_path / "speech/train/1.txt").write_text("नमस्ते", encoding="utf-8")
     task = build_task(load_recipe(path))
     check_data(task, ["train"])
@@ -281,7 +281,7 @@ def test_vowels_that_are_marks_are_warned_of(
 
 
 @pytest.mark.parametrize(
-    ("languages", "task", "wanted"),
+    ("languages", "task", "message"),
     [
         (False, {"language": "en"}, "knows English only, and takes no `language`"),
         (False, {"task": "transcribe"}, "knows English only, and takes no `task`"),
@@ -290,24 +290,24 @@ def test_vowels_that_are_marks_are_warned_of(
         (True, {"language": "fr"}, "has no token `<|fr|>`".replace("|", r"\|")),
     ],
 )
-def test_a_language_that_the_model(
-    languages: bool, task: Json, wanted: str, tmp_path: Path
+def test_invalid_languages_and_tasks(
+    languages: bool, task: Json, message: str, tmp_path: Path
 ) -> None:
-    path = write_recipe_of(tmp_path, languages, task=task)
-    with pytest.raises(LoraError, match=wanted):
+    path = write_recipe_file(tmp_path, languages, task=task)
+    with pytest.raises(LoraError, match=message):
         build_task(load_recipe(path)).load_processor()
 
 
-def test_whether_a_model_knows_languages_without_a_generation_config(tmp_path: Path) -> None:
+def test_multilingual_models_without_a_generation_config(tmp_path: Path) -> None:
     from lora_cli.tasks.speech.spoken_languages import is_multilingual
 
-    recipe = load_recipe(write_recipe_of(tmp_path))
+    recipe = load_recipe(write_recipe_file(tmp_path))
     (tmp_path / "base/generation_config.json").unlink()
     assert [is_multilingual(recipe, size) for size in (51_864, 51_865)] == [False, True]
 
 
 @pytest.mark.parametrize(
-    ("kind", "decoder", "wanted"),
+    ("kind", "decoder", "message"),
     [
         ("wav2vec2-bert", None, r"\(WhisperTokenizer\) is not one of letters"),
         ("llama", None, r"is no model of speech that can be trained here \(llama\)"),
@@ -319,31 +319,31 @@ def test_whether_a_model_knows_languages_without_a_generation_config(tmp_path: P
         ("whisper", "ctc", r"(?s)\(whisper\) does not write by `ctc`.*set it to `attention`"),
     ],
 )
-def test_models_that_write_in_another_way_are_named(
-    kind: str, decoder: Any, wanted: str, tmp_path: Path
+def test_models_with_another_decoder_are_rejected(
+    kind: str, decoder: Any, message: str, tmp_path: Path
 ) -> None:
-    path = write_recipe_of(tmp_path, task={"decoder": decoder})
+    path = write_recipe_file(tmp_path, task={"decoder": decoder})
     if kind != "whisper":
         AutoConfig.for_model(kind).save_pretrained(tmp_path / "base")
-    with pytest.raises(LoraError, match=wanted):
+    with pytest.raises(LoraError, match=message):
         build_task(load_recipe(path)).load_processor()
 
 
-def test_an_extractor_of_another_model(tmp_path: Path) -> None:
-    path = write_recipe_of(tmp_path)
+def test_a_feature_extractor_that_does_not_fit(tmp_path: Path) -> None:
+    path = write_recipe_file(tmp_path)
     file = tmp_path / "base/preprocessor_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "feature_size": 80}))
     with pytest.raises(LoraError, match=r"makes 80 bands by 100 frames .* reads 16 by 100"):
         build_task(load_recipe(path)).load_processor()
 
 
-def test_no_layer_is_skipped_and_nothing_masked(tmp_path: Path) -> None:
+def test_layerdrop_and_spec_augment_are_off(tmp_path: Path) -> None:
     config = {"encoder_layerdrop": 0.5, "decoder_layerdrop": 0.5, "apply_spec_augment": True}
     tiny_speech.save(tmp_path / "base", **config)
-    task, model, _ = opened(write_recipe_of(tmp_path))
-    said = " ".join(task.notes)
-    assert "`encoder_layerdrop` and `decoder_layerdrop` of the model are set to 0" in said
-    assert "`apply_spec_augment` of the model is set to false" in said
+    task, model, _ = load_task_and_data(write_recipe_file(tmp_path))
+    notes = " ".join(task.notes)
+    assert "`encoder_layerdrop` and `decoder_layerdrop` of the model are set to 0" in notes
+    assert "`apply_spec_augment` of the model is set to false" in notes
     assert (model.config.encoder_layerdrop, model.config.decoder_layerdrop) == (0, 0)
     assert model.model.encoder.layerdrop == model.model.decoder.layerdrop == 0
     assert model.config.apply_spec_augment is False
@@ -352,8 +352,8 @@ def test_no_layer_is_skipped_and_nothing_masked(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------- rows and files
 
 
-def test_bad_rows_are_named_by_file_and_row(tmp_path: Path) -> None:
-    path = write_recipe_of(tmp_path)
+def test_errors_of_rows_name_the_file(tmp_path: Path) -> None:
+    path = write_recipe_file(tmp_path)
     folder = tmp_path / "speech/train"
     (folder / "0.wav").write_bytes(encoded(sound(1))[:3_000])
     (folder / "1.wav").write_bytes(encoded(np.zeros(4_000)))
@@ -362,13 +362,13 @@ def test_bad_rows_are_named_by_file_and_row(tmp_path: Path) -> None:
     (folder / "4.txt").write_bytes(b"caf\xe9")
     with pytest.raises(LoraError) as raised:
         check_data(build_task(load_recipe(path)), ["train"])
-    found = {problem.at: problem.what for problem in raised.value.problems}
-    assert found == {"train/4.wav": "`4.txt` is not in the encoding `utf-8`"}
+    messages = {problem.at: problem.what for problem in raised.value.problems}
+    assert messages == {"train/4.wav": "`4.txt` is not in the encoding `utf-8`"}
     (folder / "4.txt").write_text("a warm film")
     with pytest.raises(LoraError) as raised:
         check_data(build_task(load_recipe(path)), ["train"])
-    found = {problem.at: problem.what for problem in raised.value.problems}
-    assert found == {
+    messages = {problem.at: problem.what for problem in raised.value.problems}
+    assert messages == {
         "train/0.wav": "`0.wav` is cut off: it ends before its header says",
         "train/1.wav": "`1.wav` is silent from beginning to end",
         "train/2.wav": "column `text` is blank",
@@ -379,14 +379,14 @@ def test_bad_rows_are_named_by_file_and_row(tmp_path: Path) -> None:
     assert (len(rows), len(rows.skipped)) == (1, 4)
 
 
-def test_a_part_of_a_recording_costs_its_own_seconds(base: Any) -> None:
+def test_the_cost_of_a_part_is_its_duration(base: Any) -> None:
     task = base[0]
     for start, stop, seconds in ((0, 1, 1), (0, RATE, 1), (3 * RATE, 5 * RATE + 1, 3)):
         assert task.cost({"start": start, "stop": stop}) == seconds
 
 
-def test_a_text_that_changes_is_read_again(tmp_path: Path) -> None:
-    path = write_recipe_of(tmp_path)
+def test_changed_texts_are_read_again(tmp_path: Path) -> None:
+    path = write_recipe_file(tmp_path)
 
     def texts() -> tuple[str, str]:
         rows = check_data(build_task(load_recipe(path)), ["train"])["train"]
@@ -405,51 +405,54 @@ SOURCES = ("csv", "jsonl", "parquet of bytes", "parquet of pairs", "metadata.csv
 
 @pytest.mark.slow_after(3)
 @pytest.mark.parametrize("source", SOURCES)
-def test_rows_come_from(source: str, tmp_path: Path) -> None:
+def test_sources_of_rows(source: str, tmp_path: Path) -> None:
     folder = tmp_path / "speech"
     names = [f"{i}.{ending}" for i, ending in enumerate(["wav", "flac", "mp3", "ogg"])]
     for i, name in enumerate(names):
         tiny_speech.write(folder / name, sound(i, 0.3 + i / 10, channels=1 + i % 2))
     data = [(folder / name).read_bytes() for name in names]
     texts = [f"text number {i}" for i in range(4)]
-    where: Json = {"path": "speech/rows.csv"}
+    location: Json = {"path": "speech/rows.csv"}
     if source == "csv":
         lines = [f"{name},{text}\n" for name, text in zip(names, texts, strict=True)]
         (folder / "rows.csv").write_text("".join(["audio,text\n", *lines]))
     elif source == "jsonl":
         rows = [{"audio": n, "text": t} for n, t in zip(names, texts, strict=True)]
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        where = {"path": "speech/rows.jsonl"}
+        location = {"path": "speech/rows.jsonl"}
     elif source == "metadata.csv":
         lines = [f"{name},{text}\n" for name, text in zip(names, texts, strict=True)]
         (folder / "metadata.csv").write_text("".join(["file_name,text\n", *lines]))
-        where = {"path": "speech"}
+        location = {"path": "speech"}
     elif source == "Hub":
         features = datasets.Features({"audio": datasets.Audio(), "text": datasets.Value("string")})
-        audio = [{"bytes": one, "path": name} for one, name in zip(data, names, strict=True)]
+        audio = [
+            {"bytes": audio_bytes, "path": name}
+            for audio_bytes, name in zip(data, names, strict=True)
+        ]
         table = pa.table({"audio": audio, "text": texts}, schema=features.arrow_schema)
         (tmp_path / "hub/data").mkdir(parents=True)
         pq.write_table(table, tmp_path / "hub/data/train-00000-of-00001.parquet")
-        where = {"name": str(tmp_path / "hub")}
+        location = {"name": str(tmp_path / "hub")}
     else:
-        pairs = [{"bytes": one, "path": None} for one in data]
+        pairs = [{"bytes": audio_bytes, "path": None} for audio_bytes in data]
         column = data if source == "parquet of bytes" else pairs
         pq.write_table(pa.table({"audio": column, "text": texts}), tmp_path / "rows.parquet")
-        where = {"path": "rows.parquet"}
-    values = {"path": None, "train": "train", "validation": None, "test": None, **where}
-    task, _, loaded = opened(write_recipe_of(tmp_path, data=values))
+        location = {"path": "rows.parquet"}
+    values = {"path": None, "train": "train", "validation": None, "test": None, **location}
+    task, _, loaded = load_task_and_data(write_recipe_file(tmp_path, data=values))
     split = loaded["train"]
     assert [split.rows[i]["text"] for i in range(4)] == texts
-    batch = batch_of(task, split, range(4))
-    for i, one in enumerate(data):
-        alone = task.samples({"bytes": one, "path": None})
-        assert torch.equal(batch.inputs["features"][i], task._features(alone))
+    batch = make_batch(task, split, range(4))
+    for i, audio_bytes in enumerate(data):
+        samples = task.samples({"bytes": audio_bytes, "path": None})
+        assert torch.equal(batch.inputs["features"][i], task._features(samples))
 
 
-def test_clipped_and_loud_recordings_are_said(
+def test_clipped_and_loud_recordings_are_warnings(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = write_recipe_of(tmp_path)
+    path = write_recipe_file(tmp_path)
     for i in (0, 1):
         clipped = np.clip(30 * sound(40 + i), -1, 1)
         tiny_speech.write(tmp_path / f"speech/train/{i}.wav", clipped)
@@ -458,13 +461,15 @@ def test_clipped_and_loud_recordings_are_said(
     task = build_task(load_recipe(path))
     task.load_processor()
     pass_gate(task, load_data(task))
-    said = capsys.readouterr().err
-    assert re.search(r"2 train recordings are clipped: their loudest samples .* train/0\.wav", said)
-    assert re.search(r"1 train recording is far beyond full scale.* train/2\.wav", said)
+    stderr = capsys.readouterr().err
+    assert re.search(
+        r"2 train recordings are clipped: their loudest samples .* train/0\.wav", stderr
+    )
+    assert re.search(r"1 train recording is far beyond full scale.* train/2\.wav", stderr)
 
 
-def test_a_text_that_is_longer_than_the_model_writes(tmp_path: Path) -> None:
-    path = write_recipe_of(tmp_path)
+def test_texts_that_are_too_long_are_errors(tmp_path: Path) -> None:
+    path = write_recipe_file(tmp_path)
     (tmp_path / "speech/train/1.txt").write_text("zq " * 40)
     task = build_task(load_recipe(path))
     task.load_processor()
@@ -473,22 +478,22 @@ def test_a_text_that_is_longer_than_the_model_writes(tmp_path: Path) -> None:
     assert raised.value.problems[0].at == "train/1.wav"
 
 
-def test_a_recording_that_breaks_in_the_middle_of_a_run_is_named(tmp_path: Path) -> None:
-    task, _, data = opened(write_recipe_of(tmp_path))
+def test_a_recording_that_becomes_unreadable_is_an_error(tmp_path: Path) -> None:
+    task, _, data = load_task_and_data(write_recipe_file(tmp_path))
     example = data["train"].examples[0]
     Path(example["audio"]["path"]).write_bytes(b"no sound any more")
     with pytest.raises(LoraError, match=r"is not a recording[\s\S]*was whole when the run began"):
-        batch_of(task, data["train"], range(1))
+        make_batch(task, data["train"], range(1))
 
 
-def test_control_tokens_in_a_transcript_are_letters(tmp_path: Path) -> None:
-    path = write_recipe_of(tmp_path)
+def test_control_tokens_in_transcripts_are_plain_text(tmp_path: Path) -> None:
+    path = write_recipe_file(tmp_path)
     (tmp_path / "speech/train/0.txt").write_text("a<|endoftext|>b")
-    task, _, data = opened(path)
+    task, _, data = load_task_and_data(path)
     labels = list(data["train"].examples[0]["labels"])
     assert labels.count(task.tokenizer.eos_token_id) == 1
-    said = task.tokenizer.decode(labels[1:-1])
-    assert said.strip() == "a<|endoftext|>b"
+    decoded = task.tokenizer.decode(labels[1:-1])
+    assert decoded.strip() == "a<|endoftext|>b"
 
 
 # ------------------------------------------------------------------------------ long recordings
@@ -500,39 +505,39 @@ def add_long(folder: Path) -> None:
         (folder / f"speech/{split}/long.txt").write_text("a long story")
 
 
-@pytest.mark.parametrize("how", ["silence", "windows"])
-def test_long_recordings_are_answered_part_by_part(how: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["silence", "windows"])
+def test_long_recordings_are_transcribed_in_parts(method: str, tmp_path: Path) -> None:
     from lora_cli.evaluation.evaluate_split import evaluate
 
-    path = write_recipe_of(tmp_path)
+    path = write_recipe_file(tmp_path)
     add_long(tmp_path)
-    task, model, data = opened(path, f"task.long_audio={how}")
-    assert len(data["train"]) == 5  # what is said in which part is not known
+    task, model, data = load_task_and_data(path, f"task.long_audio={method}")
+    assert len(data["train"]) == 5  # which part the words are in is not known
     assert task.cut_note(data["train"]) == "1 recording of more than 1 s is left out"
     test = data["test"]
-    where = "into equal parts" if how == "windows" else "where it is quietest"
-    assert f"1 recording of more than 1 s is divided {where}: " in str(task.cut_note(test))
-    kept: list[Any] = []
-    evaluate(model.float(), task, test, start_accelerator(task.recipe), keep=kept)
+    method_text = "into equal parts" if method == "windows" else "where it is quietest"
+    assert f"1 recording of more than 1 s is divided {method_text}: " in str(task.cut_note(test))
+    predictions: list[Any] = []
+    evaluate(model.float(), task, test, start_accelerator(task.recipe), keep=predictions)
     accelerator = start_accelerator(task.recipe)
     parts = task.audio_parts(test.rows[2]["audio"])
     assert len(parts) >= 3
     assert_close(torch.from_numpy(np.concatenate(parts)),
                  torch.from_numpy(task.samples(test.rows[2]["audio"])), 0)  # fmt: skip
-    alone = [
+    transcripts = [
         answer(model, task, [{"audio": {"bytes": encoded(p, RATE, "WAV", "FLOAT"), "path": None}}],
                accelerator)[0][0]
         for p in parts
     ]  # fmt: skip
-    assert kept[2].prediction == join_transcripts(alone)
-    assert kept[2].losses["loss"] == (0.0, 0.0)
-    assert answer(model, task, [test.rows[2]], accelerator) == [[join_transcripts(alone)]]
+    assert predictions[2].prediction == join_transcripts(transcripts)
+    assert predictions[2].losses["loss"] == (0.0, 0.0)
+    assert answer(model, task, [test.rows[2]], accelerator) == [[join_transcripts(transcripts)]]
 
 
-def test_long_recordings_can_be_left_out_everywhere(tmp_path: Path) -> None:
-    path = write_recipe_of(tmp_path)
+def test_long_recordings_can_be_dropped(tmp_path: Path) -> None:
+    path = write_recipe_file(tmp_path)
     add_long(tmp_path)
-    _, _, data = opened(path, "task.long_audio=drop")
+    _, _, data = load_task_and_data(path, "task.long_audio=drop")
     assert {name: len(split.rows) for name, split in data.items()} == {
         "train": 5, "validation": 2, "test": 2,
     }  # fmt: skip
@@ -540,33 +545,36 @@ def test_long_recordings_can_be_left_out_everywhere(tmp_path: Path) -> None:
 
 
 def test_a_split_of_long_recordings_alone(tmp_path: Path) -> None:
-    path = write_recipe_of(tmp_path)
+    path = write_recipe_file(tmp_path)
     add_long(tmp_path)
     for file in (tmp_path / "speech/train").glob("[0-9].*"):
         file.unlink()
     with pytest.raises(LoraError, match=r"no row of the train split is left[\s\S]*lasts 2\.6 s"):
-        opened(path)
+        load_task_and_data(path)
 
 
-def test_silent_parts_of_a_long_recording_are_not_asked_for(tmp_path: Path) -> None:
-    task, *_ = opened(write_recipe_of(tmp_path), "task.long_audio=windows")
+def test_silent_parts_are_skipped(tmp_path: Path) -> None:
+    task, *_ = load_task_and_data(write_recipe_file(tmp_path), "task.long_audio=windows")
     samples = np.concatenate([sound(1, 0.9), np.zeros(int(0.9 * RATE)), sound(2, 0.9)])
     value = {"bytes": encoded(samples, RATE, "WAV", "FLOAT"), "path": None}
     assert len(task.audio_parts(value)) == 2
     examples = task.encode([{"audio": value, "text": "x"}])[0]
-    assert [(e["start"], e["stop"]) for e in examples] == [(0, 14_400), (28_800, 43_200)]
+    assert [(example["start"], example["stop"]) for example in examples] == [
+        (0, 14_400),
+        (28_800, 43_200),
+    ]
 
 
 # ----------------------------------------------------------------------------- a frozen encoder
 
 
 @pytest.mark.slow
-def test_what_the_encoder_makes_is_kept_where_it_is_frozen(
+def test_outputs_of_a_frozen_encoder_are_cached(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Cached equals uncached, also with dropout, which a frozen encoder does not apply."""
+    """Cached equals uncached, even with dropout, which a frozen encoder does not apply."""
     tiny_speech.save(tmp_path / "base", dropout=0.2)
-    path = write_recipe_of(tmp_path, adapter={**DECODER, "dropout": 0.1}, train={"max_steps": 8})
+    path = write_recipe_file(tmp_path, adapter={**DECODER, "dropout": 0.1}, train={"max_steps": 8})
     calls: list[int] = []
     original = WhisperForConditionalGeneration.get_encoder
 
@@ -578,48 +586,48 @@ def test_what_the_encoder_makes_is_kept_where_it_is_frozen(
         return encoder
 
     monkeypatch.setattr(WhisperForConditionalGeneration, "get_encoder", counting)
-    kept = run(path, f"output_dir={tmp_path / 'kept'}")
-    n_kept = len(calls)
+    cached = run(path, f"output_dir={tmp_path / 'cached'}")
+    n_cached_calls = len(calls)
     calls.clear()
-    anew = run(path, f"output_dir={tmp_path / 'anew'}", "data.cache_limit=0B")
-    for when, splits in anew["metrics"].items():
+    uncached = run(path, f"output_dir={tmp_path / 'uncached'}", "data.cache_limit=0B")
+    for when, splits in uncached["metrics"].items():
         for split, metrics in splits.items():
-            assert kept["metrics"][when][split] == pytest.approx(metrics, rel=1e-3)
-    found, wanted = (
-        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("kept", "anew")
+            assert cached["metrics"][when][split] == pytest.approx(metrics, rel=1e-3)
+    tensors, expected = (
+        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("cached", "uncached")
     )
-    assert found.keys() == wanted.keys()
-    assert all("decoder" in name for name in found)
-    for name, tensor in found.items():  # other batches round otherwise
-        assert_close(tensor, wanted[name], 1e-2)
-    assert n_kept <= len(calls) - 8  # no step computes it
+    assert tensors.keys() == expected.keys()
+    assert all("decoder" in name for name in tensors)
+    for name, tensor in tensors.items():  # rounding depends on the batch
+        assert_close(tensor, expected[name], 1e-2)
+    assert n_cached_calls <= len(calls) - 8  # training steps do not compute it
     capsys.readouterr()
     train(
         load_recipe(
             path, [f"output_dir={tmp_path / 'small'}", "data.cache_limit=1kB", "train.max_steps=1"]
         )
     )
-    said = capsys.readouterr().err
-    assert "what the frozen `encoder` computes is not kept, but computed in every step" in said
+    stderr = capsys.readouterr().err
+    assert "what the frozen `encoder` computes is not kept, but computed in every step" in stderr
 
 
-def test_an_adapted_encoder_is_computed_every_time(tmp_path: Path) -> None:
-    task, model, data = opened(write_recipe_of(tmp_path))
+def test_an_adapted_encoder_is_not_cached(tmp_path: Path) -> None:
+    task, model, data = load_task_and_data(write_recipe_file(tmp_path))
     assert task.frozen_parts(model.requires_grad_(False)).keys() == {"encoder"}
-    batch = batch_of(task, data["train"], range(3))
+    batch = make_batch(task, data["train"], range(3))
     frozen = task.forward(model, batch).logits
     attach(model, task.recipe)
     assert task.frozen_parts(model) == {}
     assert_close(task.forward(model.double().eval(), batch).logits, frozen, 1e-6)
 
 
-# ------------------------------------------------------------------- a run, and what comes of it
+# ------------------------------------------------------------------------------------ runs
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
-    path = write_recipe_of(folder, True, task={"language": "de"}, train={"max_steps": 4})
+    path = write_recipe_file(folder, True, task={"language": "de"}, train={"max_steps": 4})
     add_long(folder)
     run(path)
     return folder
@@ -634,41 +642,43 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
     ids=["convolutions", "positions", "lokr"],
 )
-def test_layers_of_which_whisper_reads_more_than_the_weight(
+def test_layers_whose_other_attributes_whisper_reads(
     adapter: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = write_recipe_of(tmp_path, adapter=adapter, train={"optimizer": {"learning_rate": 0.05}})
+    path = write_recipe_file(
+        tmp_path, adapter=adapter, train={"optimizer": {"learning_rate": 0.05}}
+    )
     train(load_recipe(path))
     assert "PEFT would reject this adapter: the model reads more of" in capsys.readouterr().err
     task, model, _ = open_adapter(tmp_path / "out", load_adapter_recipe(tmp_path / "out"))
     probe = task.probe()
-    found = task.probed(model, probe)
+    logits = task.probed(model, probe)
     merge_adapter(None, tmp_path / "out", tmp_path / "merged")
     merged, base = (
         WhisperForConditionalGeneration.from_pretrained(tmp_path / name).eval()
         for name in ("merged", "base")
     )
-    assert_close(merged(**probe).logits, found, 1e-5)
-    assert_different(base(**probe).logits, found)
-    theirs = PeftModel.from_pretrained(base, tmp_path / "out").eval()
-    with pytest.raises(AttributeError):  # else it need not be rejected
-        theirs(**probe)
+    assert_close(merged(**probe).logits, logits, 1e-5)
+    assert_different(base(**probe).logits, logits)
+    peft_model = PeftModel.from_pretrained(base, tmp_path / "out").eval()
+    with pytest.raises(AttributeError):  # otherwise it need not be rejected
+        peft_model(**probe)
 
 
-def test_peft_loads_the_adapter_and_answers_alike(trained: Path) -> None:
+def test_peft_loads_the_adapter(trained: Path) -> None:
     task, model, _ = open_adapter(trained / "out", load_adapter_recipe(trained / "out"))
     probe = task.probe()
-    found = task.probed(model, probe)
+    logits = task.probed(model, probe)
     base = WhisperForConditionalGeneration.from_pretrained(trained / "base").eval()
-    without = base(**probe).logits
+    base_logits = base(**probe).logits
     adapted = PeftModel.from_pretrained(base, trained / "out").eval()
-    assert_close(adapted(**probe).logits, found, 1e-4)
-    assert_different(without, found)
+    assert_close(adapted(**probe).logits, logits, 1e-4)
+    assert_different(base_logits, logits)
     config = json.loads((trained / "out/adapter_config.json").read_text())
     assert config["task_type"] is None  # PEFT's class for translation asks for `input_ids`
 
 
-def test_the_merged_model_is_the_adapted_one(trained: Path, tmp_path: Path) -> None:
+def test_the_merged_model_equals_the_adapted_one(trained: Path, tmp_path: Path) -> None:
     recipe = load_adapter_recipe(trained / "out")
     task, model, accelerator = open_adapter(trained / "out", recipe)
     merge_adapter(None, trained / "out", tmp_path / "merged")
@@ -678,26 +688,26 @@ def test_the_merged_model_is_the_adapted_one(trained: Path, tmp_path: Path) -> N
     processor = AutoProcessor.from_pretrained(tmp_path / "merged")
     assert merged.generation_config.language == "de"
     assert merged.generation_config.task == "transcribe"
-    # by transformers' own way, which reads the language from the merged model
+    # by `generate`, which reads the language from the merged model
     file = trained / "speech/test/0.wav"
     inputs = processor(task.samples({"bytes": None, "path": str(file)}), sampling_rate=RATE,
                        return_tensors="pt")  # fmt: skip
     output = merged.generate(**inputs, max_new_tokens=3)
     text = processor.decode(output[0], skip_special_tokens=True).strip()
-    ((said,),) = answer(model, task, [task.parse_input(str(file))], accelerator)
+    ((transcript,),) = answer(model, task, [task.parse_input(str(file))], accelerator)
     assert text
-    assert said.startswith(text.rstrip("\N{REPLACEMENT CHARACTER}"))
+    assert transcript.startswith(text.rstrip("\N{REPLACEMENT CHARACTER}"))
 
 
-def test_eval_finds_what_the_run_reported(trained: Path) -> None:
+def test_eval_equals_the_run_s_report(trained: Path) -> None:
     recipe = load_adapter_recipe(trained / "out")
     with contextlib.redirect_stderr(io.StringIO()):
-        found = evaluate_adapter(trained / "out", recipe, "test")
+        metrics = evaluate_adapter(trained / "out", recipe, "test")
     report = json.loads((trained / "out" / "report.json").read_text())
-    assert found["test"] == pytest.approx(report["metrics"]["after"]["test"], rel=1e-6)
+    assert metrics["test"] == pytest.approx(report["metrics"]["after"]["test"], rel=1e-6)
 
 
-def test_the_best_adapter_has_the_lowest_rate_of_errors(trained: Path) -> None:
+def test_the_best_adapter_has_the_lowest_error_rate(trained: Path) -> None:
     report = json.loads((trained / "out" / "report.json").read_text())
     assert report["best"]["metric"] == "wer"
     assert report["best"]["mode"] == "min"
@@ -725,7 +735,9 @@ def test_the_report_plays_the_worst_recordings(trained: Path) -> None:
     assert "seconds a second" in page
 
 
-def test_the_card_runs(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_model_card_s_code_runs(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     card = (trained / "out" / "README.md").read_text()
     code = card.split("```python\n")[1].split("```")[0]
     monkeypatch.chdir(trained / "out")
@@ -736,9 +748,9 @@ def test_the_card_runs(trained: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         exec(compile(code, "card", "exec"), {})
     (trained / "out" / "recording.wav").unlink()
     task, model, accelerator = open_adapter(trained / "out", load_adapter_recipe(trained / "out"))
-    ((said,),) = answer(model, task, [task.parse_input(str(file))], accelerator)
+    ((transcript,),) = answer(model, task, [task.parse_input(str(file))], accelerator)
     assert printed.getvalue().strip()
-    assert printed.getvalue().strip().startswith(said[:8])
+    assert printed.getvalue().strip().startswith(transcript[:8])
     assert 'lora predict --adapter . "recording.wav"' in card
 
 
@@ -761,23 +773,27 @@ def test_predict_reads_folders_and_files_of_any_length(trained: Path, tmp_path: 
     rows = tmp_path / "rows.csv"
     rows.write_text("audio,speaker\nnew/b/long.wav,x\n")
     answer_file(model, task, rows, tmp_path / "more.csv", accelerator)
-    more = (tmp_path / "more.csv").read_text().splitlines()
-    assert more[0] == "audio,speaker,prediction"
+    answers = (tmp_path / "more.csv").read_text().splitlines()
+    assert answers[0] == "audio,speaker,prediction"
     (tmp_path / "clips").mkdir()
-    (new / "b/long.wav").rename(tmp_path / "clips" / "long.wav")  # as Common Voice has them
+    (new / "b/long.wav").rename(tmp_path / "clips" / "long.wav")  # like Common Voice
     rows.write_text("audio,speaker\nlong.wav,x\n")
     answer_file(model, task, rows, tmp_path / "clips.csv", accelerator)
-    said = [line.partition(",")[2] for line in (tmp_path / "clips.csv").read_text().splitlines()]
-    assert said == [line.partition(",")[2] for line in more]
+    clip_answers = [
+        line.partition(",")[2] for line in (tmp_path / "clips.csv").read_text().splitlines()
+    ]
+    assert clip_answers == [line.partition(",")[2] for line in answers]
 
 
-def test_answers_that_are_not_written_to_their_end_are_said(trained: Path) -> None:
+def test_truncated_answers_are_a_warning(trained: Path) -> None:
     task, model, accelerator = open_adapter(trained / "out", load_adapter_recipe(trained / "out"))
     task.recipe = task.recipe.with_values({"evaluate.generation.max_new_tokens": 4})
     file = trained / "speech/test/0.wav"
     answer(model, task, [task.parse_input(str(file))], accelerator)
-    said = task.take_warnings()
-    assert said == ["1 answer ended at `evaluate.generation.max_new_tokens` (4), not by themselves"]
+    warnings = task.take_warnings()
+    assert warnings == [
+        "1 answer ended at `evaluate.generation.max_new_tokens` (4), not by themselves"
+    ]
 
 
 # --------------------------------------------------------------------------------- lora init
@@ -797,7 +813,7 @@ def test_init_drafts_a_recipe_for_a_folder(tmp_path: Path) -> None:
     assert report["data"]["train"]["rows"] == 6
 
 
-def test_init_finds_the_columns_of_a_table(tmp_path: Path) -> None:
+def test_init_detects_the_columns_of_a_table(tmp_path: Path) -> None:
     tiny_speech.save(tmp_path / "base", languages=True)
     tiny_speech.write_folder(tmp_path / "speech", {"x": 6})
     lines = [f"speech/x/{i}.wav,Guten Tag {i},de,{i}\n" for i in range(6)]
@@ -809,7 +825,7 @@ def test_init_finds_the_columns_of_a_table(tmp_path: Path) -> None:
     assert (task.audio_column, task.text_column, task.language) == ("clip", "sentence", "de")
 
 
-def test_init_rejects_what_cannot_be_learned(tmp_path: Path) -> None:
+def test_init_rejects_unsuitable_data(tmp_path: Path) -> None:
     import tiny
 
     base = tiny_speech.save(tmp_path / "base")
@@ -831,10 +847,10 @@ def test_init_rejects_what_cannot_be_learned(tmp_path: Path) -> None:
         draft_recipe(tmp_path / "odd.csv", str(base), target)
 
 
-def test_validate_shows_what_is_read(tmp_path: Path) -> None:
+def test_validate_shows_examples(tmp_path: Path) -> None:
     from lora_cli.preprocessing.show_examples import shown_rows
 
-    task, data = inspect_data(load_recipe(write_recipe_of(tmp_path)))
+    task, data = inspect_data(load_recipe(write_recipe_file(tmp_path)))
     shown = next(shown_rows(task, data, 1, colour=False))
     assert "train/0.wav" in shown
     assert "0.wav: 0.30 s at 16,000 Hz, 1 channel" in shown
