@@ -17,12 +17,12 @@ from tiny_speech import RATE, encoded, sound
 from lora_cli.data import recordings
 from lora_cli.data.recordings import (
     RecordingError,
-    divide,
     is_silent,
     playable,
     read_recording,
     recording_facts,
     require_audio_packages,
+    split_recording,
 )
 from lora_cli.errors import LoraError
 
@@ -145,7 +145,7 @@ def test_what_is_said_of(name: str) -> None:
 
 
 def test_a_file_of_days_is_rejected_by_its_header(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lora_cli.data.recordings.MOST_HOURS", 0.0001)
+    monkeypatch.setattr("lora_cli.data.recordings.MAX_HOURS", 0.0001)
     with pytest.raises(RecordingError, match="hours long, and at most"):
         read_recording(media(encoded(SOUND)), RATE)
 
@@ -175,7 +175,7 @@ def test_clipped_and_unscaled_samples_are_noted(
 @pytest.mark.parametrize("seconds", [0.2, 1.0, 1.001, 1.7, 2.0, 2.01, 5.9, 31.0])
 def test_parts_are_the_whole_and_fit_the_model(how: Any, seconds: float) -> None:
     samples = sound(6, seconds)
-    parts = divide(samples, RATE, 1.0, how)
+    parts = split_recording(samples, RATE, 1.0, how)
     assert [start for start, _ in parts] == [0, *(stop for _, stop in parts[:-1])]
     assert parts[-1][1] == len(samples)
     lengths = [stop - start for start, stop in parts]
@@ -189,7 +189,7 @@ def test_parts_are_the_whole_and_fit_the_model(how: Any, seconds: float) -> None
 def test_a_cut_is_where_it_is_quietest() -> None:
     samples = sound(7, 1.6)
     samples[12_000:12_200] *= 0.001
-    ((_, cut), _) = divide(samples, RATE, 1.0, "silence")
+    ((_, cut), _) = split_recording(samples, RATE, 1.0, "silence")
     assert 12_000 < cut < 12_200
     assert not is_silent(samples)
     assert is_silent(samples[:0])
@@ -337,7 +337,7 @@ def test_only_a_table_in_the_first_frame_counts() -> None:
 
 def surveyed(*blocks: Any, rate: int = 100) -> Any:
     channels = np.asarray(blocks[0]).shape[1]
-    survey = recordings._Survey(rate, channels)
+    survey = recordings._Statistics(rate, channels)
     heard = [survey.add(np.asarray(block, dtype=np.float32)) for block in blocks]
     return survey.facts(), np.concatenate(heard)
 
@@ -359,7 +359,7 @@ def test_the_first_sample_that_is_no_number_is_named_by_its_time() -> None:
 
 def test_silence_of_one_channel_or_of_several_that_cancel_out() -> None:
     with pytest.raises(RecordingError, match="holds no samples"):
-        recordings._Survey(100, 1).facts()
+        recordings._Statistics(100, 1).facts()
     for block, said in (
         ([[0.5]] * 9, "is silent"), ([[0.0, 0.0]] * 9, "is silent"),
         ([[9e-4, -9e-4], [-1e-4, 1e-4]] * 9, "is silent"),
@@ -370,9 +370,9 @@ def test_silence_of_one_channel_or_of_several_that_cancel_out() -> None:
             surveyed(block)
     assert is_silent(np.zeros(0, dtype=np.float32))
     assert is_silent(np.full(3, 0.25, dtype=np.float32))
-    quiet = 2.5 * recordings.SILENT
+    quiet = 2.5 * recordings.SILENCE
     assert not is_silent(np.array([0.0, quiet], dtype=np.float32))
-    assert is_silent(np.array([0.0, recordings.SILENT], dtype=np.float32))
+    assert is_silent(np.array([0.0, recordings.SILENCE], dtype=np.float32))
 
 
 # ------------------------------------------------------------------------------------- parts
@@ -387,14 +387,14 @@ def test_a_recording_is_divided_into_as_few_equal_parts_as_fit(
     n: int, parts: list[tuple[int, int]]
 ) -> None:
     samples = np.ones(n, dtype=np.float32)
-    assert divide(samples, 5, 2.0, "windows") == parts
+    assert split_recording(samples, 5, 2.0, "windows") == parts
 
 
 @pytest.mark.parametrize("quiet", [1800, 2250, 2700])
 def test_a_recording_is_cut_in_the_middle_of_what_is_quietest(quiet: int) -> None:
     samples = np.random.default_rng(0).choice([-1.0, 1.0], 4500).astype(np.float32)
     samples[quiet : quiet + 20] = 0.0  # 0.2 s of 30: as long as what is compared
-    first, second = divide(samples, 100, 30.0, "silence")
+    first, second = split_recording(samples, 100, 30.0, "silence")
     cut = first[1]
     assert (first, second) == ((0, cut), (cut, 4500))
     assert cut in (quiet + 9, quiet + 10)
@@ -403,10 +403,10 @@ def test_a_recording_is_cut_in_the_middle_of_what_is_quietest(quiet: int) -> Non
 @pytest.mark.parametrize(("n", "parts"), [(1900, 2), (1933, 2), (1934, 3), (1960, 3), (2000, 3)])
 def test_with_little_room_for_a_cut_there_is_one_part_more(n: int, parts: int) -> None:
     samples = np.random.default_rng(0).normal(size=n).astype(np.float32)
-    found = divide(samples, 100, 10.0, "silence")
+    found = split_recording(samples, 100, 10.0, "silence")
     assert len(found) == parts
     assert all(0 < stop - start <= 1000 for start, stop in found)
 
 
 def test_a_recording_of_few_samples_is_cut_in_the_middle_of_where_it_may_be() -> None:
-    assert divide(np.ones(4, dtype=np.float32), 1, 3.0, "silence") == [(0, 1), (1, 4)]
+    assert split_recording(np.ones(4, dtype=np.float32), 1, 3.0, "silence") == [(0, 1), (1, 4)]

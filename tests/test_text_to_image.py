@@ -32,7 +32,7 @@ from lora_cli.adapters.attach import attach, trainable_parameters
 from lora_cli.data.captions import shuffled
 from lora_cli.data.find_files import files_of
 from lora_cli.data.load_rows import load_rows
-from lora_cli.data.picture_sizes import apply_cut, cut_to, nearest_size, sizes_for
+from lora_cli.data.picture_sizes import apply_crop, crop_to, nearest_size, sizes_for
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.evaluate_adapter import evaluate_adapter
 from lora_cli.evaluation.open_adapter import open_adapter
@@ -683,12 +683,12 @@ def test_batches_have_images_of_one_size(tmp_path: Path) -> None:
 def test_resized_images_cover_the_crop(width: int, height: int) -> None:
     sizes = sizes_for(24, 8, 2.0)
     assert all(w * h <= 24 * 24 and max(w / h, h / w) <= 2 for w, h in sizes)
-    cut = cut_to(width, height, nearest_size(width, height, sizes))
-    assert cut.resized[0] >= cut.width
-    assert cut.resized[1] >= cut.height
-    assert cut.resized[0] == cut.width or cut.resized[1] == cut.height
-    image = apply_cut(Image.new("RGB", (width, height)), cut)
-    assert image.size == (cut.width, cut.height)
+    crop = crop_to(width, height, nearest_size(width, height, sizes))
+    assert crop.resized[0] >= crop.width
+    assert crop.resized[1] >= crop.height
+    assert crop.resized[0] == crop.width or crop.resized[1] == crop.height
+    image = apply_crop(Image.new("RGB", (width, height)), crop)
+    assert image.size == (crop.width, crop.height)
 
 
 def test_tags_are_shuffled_except_for_the_first() -> None:

@@ -122,7 +122,7 @@ def _has_image(file: Path) -> bool:
     parent = file.parent.parent
     folders = [
         file.parent,
-        parent / pascal_voc.PICTURES,
+        parent / pascal_voc.IMAGE_FOLDER,
         parent / "images",
         parent.parent / "images",
     ]

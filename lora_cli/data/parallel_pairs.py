@@ -9,7 +9,7 @@ from typing import Any
 
 from lora_cli.data.detect_format import EMPTY, DataFile, bytes_of
 from lora_cli.data.file_formats import read_rows
-from lora_cli.data.parallel_texts import joined_name, parts_of
+from lora_cli.data.parallel_texts import paired_name, parts_of
 from lora_cli.data.text_encoding import encoding_of
 from lora_cli.data.unreadable_files import reject_binary
 from lora_cli.errors import LoraError
@@ -47,7 +47,7 @@ def read_pair(first: Path, second: Path) -> DataFile:
     Raises:
         LoraError: If they are not parallel, or have different encodings.
     """
-    path = joined_name(first, second)
+    path = paired_name(first, second)
     encodings = []
     for part in (first, second):
         raw = bytes_of(part)

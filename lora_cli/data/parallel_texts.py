@@ -1,6 +1,6 @@
-"""Text files that belong together line by line, such as a text and its translation.
+"""Read parallel text files, whose lines correspond, such as a text and its translation.
 
-`train.{en,de}.gz` stands for two files, `train.en.gz` and `train.de.gz`; row n has line n of each,
+`train.{en,de}.gz` stands for two files, `train.en.gz` and `train.de.gz`. Row n has line n of each,
 in the columns `en` and `de`.
 """
 
@@ -14,11 +14,11 @@ from pathlib import Path
 from lora_cli.errors import LoraError
 
 BRACES = re.compile(r"\{([^{},]+(?:,[^{},]+)+)\}")
-BORDERS = re.compile(r"([._-])")  # of the parts of a name
+SEPARATORS = re.compile(r"([._-])")  # separators of the parts of a file name
 
 
 def parts_of(path: Path) -> dict[str, Path]:
-    """Return the files that a name with braces stands for, by column; none, if it has none."""
+    """Return the files that a name with braces stands for, by column; empty without braces."""
     match = BRACES.search(path.name)
     if match is None or path.exists():
         return {}
@@ -26,11 +26,11 @@ def parts_of(path: Path) -> dict[str, Path]:
     return {part: path.with_name(f"{before}{part}{after}") for part in match[1].split(",")}
 
 
-def joined_name(first: Path, second: Path) -> Path:
-    """Return the name that stands for two files, in this order.
+def paired_name(first: Path, second: Path) -> Path:
+    """Return a name with braces that stands for two files, in this order.
 
     Raises:
-        LoraError: If there is none: they are in two folders, or are the same.
+        LoraError: If the files are in different folders, or are the same.
     """
     if first.absolute().parent != second.absolute().parent or first.name == second.name:
         raise LoraError(
@@ -38,25 +38,29 @@ def joined_name(first: Path, second: Path) -> Path:
             "FILE",
             "put paired files next to each other: train.en.txt, train.de.txt",
         )
-    one, two = BORDERS.split(first.name), BORDERS.split(second.name)
-    same = [a == b for a, b in zip(one, two, strict=False)]
-    if len(one) == len(two) and same.count(False) == 1:
-        at = same.index(False)
-        return first.with_name("".join([*one[:at], f"{{{one[at]},{two[at]}}}", *one[at + 1 :]]))
+    first_parts, second_parts = SEPARATORS.split(first.name), SEPARATORS.split(second.name)
+    equal = [a == b for a, b in zip(first_parts, second_parts, strict=False)]
+    if len(first_parts) == len(second_parts) and equal.count(False) == 1:
+        i = equal.index(False)
+        return first.with_name(
+            "".join(
+                [*first_parts[:i], f"{{{first_parts[i]},{second_parts[i]}}}", *first_parts[i + 1 :]]
+            )
+        )
     return first.with_name(f"{{{first.name},{second.name}}}")
 
 
 def read_parallel(
     parts: dict[str, Path], lines: dict[str, Iterator[tuple[int, str]]]
 ) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yield the number and the text of each line of several files together.
+    """Yield the number of each line, and its text in each file.
 
     Raises:
-        LoraError: If one of them ends before the others.
+        LoraError: If one file has fewer lines than the others.
     """
-    for number, together in enumerate(zip_longest(*lines.values()), 1):
+    for number, line_of_each in enumerate(zip_longest(*lines.values()), 1):
         texts = {}
-        for name, line in zip(lines, together, strict=True):
+        for name, line in zip(lines, line_of_each, strict=True):
             if line is None:
                 raise LoraError(
                     f"{parts[name].name} ends before line {number}, and the other does not",

@@ -1,7 +1,7 @@
-"""Rows of parquet files.
+"""Read rows from parquet files.
 
-A value that Python cannot hold - bytes that are no text, a date before the year 1 - spoils neither
-its row nor the file: the task says so, if it reads that column.
+A value that Python cannot represent, such as undecodable bytes or a date before year 1, does not
+make its row or file unreadable. The task reports it if it reads that column.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ BATCH = 1000  # rows in memory at once
 
 
 def parquet_schema(path: Path) -> Any:
-    """Return the columns of a parquet file with their types, a `pyarrow.Schema`."""
+    """Return the `pyarrow.Schema` of a parquet file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -31,10 +31,10 @@ def parquet_schema(path: Path) -> Any:
 
 
 def parquet_names(path: Path, spec: FormatSpec) -> list[str]:
-    """Return the names of the columns: the recipe's, if it gives any.
+    """Return the column names: the recipe's if it sets any, otherwise the file's.
 
     Raises:
-        LoraError: If two columns have one name, or the recipe's are too many or too few.
+        LoraError: If names are not unique, or `data.format.columns` has too many or too few.
     """
     names = list(parquet_schema(path).names)
     if spec.columns is None:
@@ -54,7 +54,7 @@ def parquet_batches(path: Path) -> Iterator[Any]:
     """Yield the `pyarrow.RecordBatch`es of a file.
 
     Raises:
-        LoraError: If it is damaged, or no parquet file.
+        LoraError: If the file is damaged or not a parquet file.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -86,7 +86,7 @@ def read_parquet(path: Path, spec: FormatSpec) -> Iterator[RawRow]:
 
 
 def _values(column: Any) -> list[Any]:
-    """Return the values of a column as Python has them."""
+    """Convert the values of a column to Python objects."""
     import pyarrow as pa
 
     try:
@@ -96,9 +96,10 @@ def _values(column: Any) -> list[Any]:
 
 
 def _value(scalar: Any) -> Any:
-    """Return a value that Python may not have: a date as text, bytes that are no text as letters.
+    """Convert a value that Python may not represent.
 
-    `byte_fault` finds these letters. What stands inside a list or an object is None.
+    Dates become text, and undecodable bytes surrogates, which `byte_error` finds. Such values
+    inside a list or an object become None.
     """
     import pyarrow as pa
 

@@ -1,8 +1,8 @@
-"""Pascal VOC: the lists of its splits, and a file of XML with the boxes of each picture.
+"""Read Pascal VOC: the image lists of its splits, and an XML file of boxes per image.
 
-VOC counts pixels from 1, and some programs from 0: which of the two is decided by all files of a
-folder together. Objects that are marked as `difficult` are regions that are neither trained nor
-measured, as in VOC's own evaluation.
+VOC counts pixels from 1, but some programs count from 0, which is inferred from all files of a
+folder together. Objects marked as `difficult` are ignored in training and evaluation, as in VOC's
+own evaluation.
 """
 
 from __future__ import annotations
@@ -18,59 +18,61 @@ from lora_cli.data.text_lines import unreadable, whole_text
 from lora_cli.errors import printable
 
 LISTS = Path("ImageSets", "Main")
-DEFAULT_LIST = "default.txt"  # of CVAT, for a set without splits
-PICTURES, XML_FOLDERS = "JPEGImages", ("Annotations", "annotations", "xmls", "labels")
-EDGES = re.compile(rb"<[xy]min>\s*([01])(?:\.0*)?\s*<")  # of boxes at the left or upper edge
+DEFAULT_LIST = "default.txt"  # written by CVAT for data sets without splits
+IMAGE_FOLDER, XML_FOLDERS = "JPEGImages", ("Annotations", "annotations", "xmls", "labels")
+EDGES = re.compile(
+    rb"<[xy]min>\s*([01])(?:\.0*)?\s*<"
+)  # boxes that start at the left or upper edge
 XML_ENCODING = re.compile(rb"""<\?xml[^>]*\sencoding=["']([\w.:-]+)["'][^>]*\?>""")
-SHOWN = 60
+MAX_SHOWN = 60
 Json = dict[str, Any]
 
 
 def listed_images(file: Path) -> list[Path]:
-    """Return the pictures that a list of VOC names."""
-    folder = file.parents[2] / PICTURES
+    """Return the images in a VOC image list."""
+    folder = file.parents[2] / IMAGE_FOLDER
     stems = [line.split()[0] for line in whole_text(file).splitlines() if line.strip()]
     suffixes = SUFFIXES["image"]
-    found = []
+    images = []
     for stem in stems:
         paths = (folder / f"{stem}{suffix}" for suffix in suffixes)
-        found.append(next((path for path in paths if path.is_file()), folder / f"{stem}.jpg"))
-    return found
+        images.append(next((path for path in paths if path.is_file()), folder / f"{stem}.jpg"))
+    return images
 
 
 def first_pixel(folder: Path) -> int:
-    """Return the number of the first pixel in the files of Pascal VOC in a folder: 1, or 0.
+    """Return the coordinate of the first pixel in the VOC files of a folder: 1 or 0.
 
-    Boxes at the left or upper edge show it: more of them begin at 0 than at 1 where 0 is the first.
+    It is 0 if more boxes at the left or upper edge start at 0 than at 1.
     """
     counts = {0: 0, 1: 0}
     for file in folder.glob("*.xml"):
-        for found in EDGES.finditer(file.read_bytes()):
-            counts[int(found[1])] += 1
+        for match in EDGES.finditer(file.read_bytes()):
+            counts[int(match[1])] += 1
     return 0 if counts[0] > counts[1] else 1
 
 
 def read_xml(file: Path, first: int) -> tuple[Json, str]:
-    """Return the objects of a file of Pascal VOC, and what is wrong with it.
+    """Read the objects in a VOC annotation file.
 
     Args:
         file: The file.
-        first: The number of the first pixel.
+        first: Coordinate of the first pixel.
 
     Returns:
-        The value of a row's column of objects, with boxes as (x0, y0, x1, y1) in pixels from 0,
-        and an error, which is empty if the file is right.
+        The value of a row's column of objects, with boxes as (x0, y0, x1, y1) in pixels from 0, and
+        an error message, which is empty if the file is valid.
     """
     try:
         root = _xml_of(file)
     except (ET.ParseError, ValueError, LookupError) as error:
         return {}, f"not valid XML: {error}"
     if root.tag != "annotation" and root.find("object") is None:
-        return {}, f"no annotation of Pascal VOC: it is XML of `{printable(root.tag, SHOWN)}`"
+        return {}, f"no annotation of Pascal VOC: it is XML of `{printable(root.tag, MAX_SHOWN)}`"
     boxes: list[list[float]] = []
     categories, difficult = [], []
-    for i, one in enumerate(root.iter("object"), 1):
-        name, box = one.findtext("name"), one.find("bndbox")
+    for i, element in enumerate(root.iter("object"), 1):
+        name, box = element.findtext("name"), element.find("bndbox")
         if not name or not name.strip() or box is None:
             return {}, f"object {i} has no name or no box"
         try:
@@ -79,22 +81,22 @@ def read_xml(file: Path, first: int) -> tuple[Json, str]:
         except ValueError:
             return {}, f"the box of object {i} lacks a number"
         categories.append(name.strip())
-        difficult.append(int((one.findtext("difficult") or "").strip() == "1"))
-    # the last pixel belongs to the box
+        difficult.append(int((element.findtext("difficult") or "").strip() == "1"))
+    # the last pixel is inclusive
     boxes = [[x0 - first, y0 - first, x1, y1] for x0, y0, x1, y1 in boxes]
-    found: Json = {"bbox": boxes, "category": categories, "iscrowd": difficult, FORMAT: "xyxy"}
+    objects: Json = {"bbox": boxes, "category": categories, "iscrowd": difficult, FORMAT: "xyxy"}
     if size := stated_size({side: root.findtext(f"size/{side}") for side in ("width", "height")}):
-        found[SIZE] = size
-    return found, ""
+        objects[SIZE] = size
+    return objects, ""
 
 
 def _xml_of(file: Path) -> ET.Element:
-    """Return the content of an XML file in whatever encoding it names.
+    """Parse an XML file in the encoding that it declares.
 
     Raises:
         ParseError: If it is not XML.
-        ValueError: If it is not in its encoding.
-        LookupError: If that is unknown.
+        ValueError: If it cannot be decoded.
+        LookupError: If the encoding is unknown.
     """
     try:
         content = file.read_bytes()
@@ -103,6 +105,6 @@ def _xml_of(file: Path) -> ET.Element:
     declared = XML_ENCODING.match(content)
     if declared is None:
         return ET.fromstring(content)
-    # the parser itself reads no encoding of several bytes a character but Unicode's
+    # the parser supports no multi-byte encodings besides Unicode
     encoding = declared[1].decode("ascii")
     return ET.fromstring(content[declared.end() :].decode(encoding))

@@ -1,4 +1,4 @@
-"""In which size a picture is seen, and which part of it: a square, or one of nearly its shape."""
+"""Choose the size to resize and crop an image to: a square, or a bucket of similar shape."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-COARSE = 64  # pixels between two sizes, of resolutions that have room for that
+COARSE = 64  # pixels between bucket sizes, for resolutions that are large enough
 LEAST_COARSE = 256
 
 
 @dataclass(frozen=True)
-class Cut:
-    """How a picture becomes one of a given size: it is resized, and then cut.
+class Crop:
+    """How an image is resized and cropped to a given size.
 
     Args:
-        width: Of what is left, in pixels.
-        height: Likewise.
-        resized: Width and height before it is cut.
-        left: What is cut on the left.
-        top: What is cut at the top.
+        width: Width of the crop in pixels.
+        height: Height of the crop in pixels.
+        resized: Width and height before cropping.
+        left: Pixels cropped on the left.
+        top: Pixels cropped at the top.
     """
 
     width: int
@@ -33,25 +33,25 @@ class Cut:
     top: int
 
 
-def sizes_for(resolution: int, step: int, most: float) -> list[tuple[int, int]]:
-    """Return sizes (width, height) of many shapes whose area is at most that of a square.
+def sizes_for(resolution: int, step: int, max_ratio: float) -> list[tuple[int, int]]:
+    """Return buckets (width, height) of many aspect ratios with at most the area of a square.
 
     Args:
-        resolution: Side of the square.
-        step: What all sides are multiples of.
-        most: How many times longer than the other a side can be.
+        resolution: Side of the square in pixels.
+        step: All sides are multiples of this number of pixels.
+        max_ratio: Maximum ratio of the longer side to the shorter one.
     """
-    found = []
-    for width in range(step, int(resolution * math.sqrt(most)) + step, step):
+    sizes = []
+    for width in range(step, int(resolution * math.sqrt(max_ratio)) + step, step):
         height = resolution * resolution // width // step * step
-        if height and max(width / height, height / width) <= most:
-            found.append((width, height))
+        if height and max(width / height, height / width) <= max_ratio:
+            sizes.append((width, height))
     square = resolution // step * step
-    return sorted({*found, (square, square)})
+    return sorted({*sizes, (square, square)})
 
 
 def nearest_size(width: int, height: int, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """Return the size whose shape is nearest to that of a picture; of equal ones the largest."""
+    """Return the bucket with the aspect ratio nearest to an image; the largest of equal ones."""
 
     def distance(size: tuple[int, int]) -> tuple[float, int]:
         ratio = math.log(size[0] / size[1]) - math.log(width / height)
@@ -60,27 +60,27 @@ def nearest_size(width: int, height: int, sizes: Sequence[tuple[int, int]]) -> t
     return min(sizes, key=distance)
 
 
-def cut_to(
+def crop_to(
     width: int, height: int, size: tuple[int, int], place: tuple[float, float] = (0.5, 0.5)
-) -> Cut:
-    """Return how a picture fills a size: its shorter side fits, and the longer one is cut.
+) -> Crop:
+    """Return how to fill a size with an image: resize it to cover the size, then crop it.
 
     Args:
-        width: Of the picture, in pixels.
-        height: Likewise.
-        size: The size that it fills.
-        place: Where it is cut, from 0 (what is left and above stays) to 1.
+        width: Width of the image in pixels.
+        height: Height of the image in pixels.
+        size: Width and height to fill.
+        place: Position of the crop (horizontal, vertical), from 0 (left, top) to 1.
     """
     scale = max(size[0] / width, size[1] / height)
     resized = (max(round(width * scale), size[0]), max(round(height * scale), size[1]))
     left, top = ((resized[i] - size[i]) * place[i] for i in (0, 1))
-    return Cut(*size, resized, round(left), round(top))
+    return Crop(*size, resized, round(left), round(top))
 
 
-def apply_cut(image: Image, cut: Cut) -> Image:
-    """Return a picture in its size."""
+def apply_crop(image: Image, crop: Crop) -> Image:
+    """Resize and crop an image."""
     from PIL import Image as PillowImage
 
-    if image.size != cut.resized:
-        image = image.resize(cut.resized, PillowImage.Resampling.LANCZOS)
-    return image.crop((cut.left, cut.top, cut.left + cut.width, cut.top + cut.height))
+    if image.size != crop.resized:
+        image = image.resize(crop.resized, PillowImage.Resampling.LANCZOS)
+    return image.crop((crop.left, crop.top, crop.left + crop.width, crop.top + crop.height))

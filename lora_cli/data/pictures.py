@@ -1,10 +1,9 @@
-"""Pictures as files hold them, and as a model sees them: upright, in colour or grey, 8 bits.
+"""Decode image files to what a model sees: upright, in colour or greyscale, with 8 bits.
 
-What Pillow alone would read wrongly is put right here: a photograph that its EXIF data turn, 16
-bits of grey (of which Pillow cuts off all above the lowest 255) and 12, of which a TIFF may have 0
-as white, transparent parts (of which only the colour beneath would be seen, often black): they
-become white. Of an animation it is the first picture. A file is opened only if it is of a format
-that is a picture and nothing more.
+This corrects what Pillow alone would read wrongly: photographs rotated by EXIF data; greyscale with
+12 or 16 bits, which Pillow clips at 255, and in which a TIFF may use 0 for white; and transparent
+areas, whose hidden colour (often black) would be seen, and which become white. Animations give
+their first frame. Only files in pure image formats are opened.
 """
 
 from __future__ import annotations
@@ -28,31 +27,34 @@ if TYPE_CHECKING:
 FORMATS = (
     "PNG", "JPEG", "MPO", "GIF", "BMP", "DIB", "WEBP", "TIFF", "PPM", "AVIF", "JPEG2000",
 )  # fmt: skip
-MOST_PIXELS = 89_478_485  # from where on Pillow too suspects a bomb; 256 MiB in RGB
-ALSO_PAGES = ("MPO",)  # formats of photographs, whose other pictures are previews
-KNOWN = ", ".join(FORMATS[:8])
-ORIENTATION = 0x0112  # the EXIF tag; 1 is upright
-BITS, PHOTOMETRIC = 258, 262  # tags of a TIFF: bits of a sample; 0 where 0 is white
-FEW_BITS = {"L;2": 85, "L;4": 17}  # Pillow's raw modes of grey, and by what it multiplies pixels
-LINE = 120  # characters of what Pillow says
+MAX_PIXELS = 89_478_485  # Pillow's limit against decompression bombs; 256 MiB in RGB
+WITH_PREVIEWS = ("MPO",)  # photograph formats whose additional frames are previews
+KNOWN_FORMATS = ", ".join(FORMATS[:8])
+ORIENTATION = 0x0112  # EXIF tag; 1 is upright
+BITS, PHOTOMETRIC = 258, 262  # TIFF tags: bits per sample; 0 if 0 means white
+GREY_FACTORS = {
+    "L;2": 85,
+    "L;4": 17,
+}  # Pillow's raw greyscale modes, and its factor for pixel values
+MAX_MESSAGE = 120  # maximum characters of Pillow's message
 
 
 class PictureError(ValueError):
-    """A file that cannot be read as a picture; the text says why."""
+    """A file cannot be read as an image; the message says why."""
 
 
 @dataclass(frozen=True)
 class PictureFacts:
-    """What is known of a picture once it was decoded.
+    """Properties of a decoded image.
 
     Args:
-        error: Why it cannot be read, or nothing.
-        width: In pixels, as it is seen.
-        height: Likewise.
-        is_animated: It has several frames, of which the first is read.
-        is_transparent: It has transparent parts, which are read as white.
-        orientation: Of its EXIF data: from 2 on, it is turned or mirrored to be upright; from 5 on,
-            width and height are exchanged.
+        error: Why it cannot be read; empty if it can.
+        width: Width in pixels after rotation.
+        height: Height in pixels after rotation.
+        is_animated: Whether it has several frames, of which the first is read.
+        is_transparent: Whether it has transparent areas, which are read as white.
+        orientation: Its EXIF orientation: from 2 on, it is rotated or mirrored to be upright; from
+            5 on, width and height are swapped.
     """
 
     error: str = ""
@@ -64,7 +66,7 @@ class PictureFacts:
 
 
 def require_pillow() -> None:
-    """Check that pictures can be read at all.
+    """Check that images can be read at all.
 
     Raises:
         LoraError: If Pillow is not installed.
@@ -77,11 +79,11 @@ def require_pillow() -> None:
 
 
 def open_picture(value: dict[str, Any], channels: int = 3) -> Image:
-    """Return a picture as a model sees it.
+    """Decode an image as a model sees it.
 
     Args:
         value: A media value: encoded bytes, or a path.
-        channels: 3 for colour, 1 for grey.
+        channels: 3 for RGB, 1 for greyscale.
 
     Raises:
         PictureError: If it cannot be read.
@@ -91,16 +93,16 @@ def open_picture(value: dict[str, Any], channels: int = 3) -> Image:
 
 
 def picture_facts(value: dict[str, Any]) -> PictureFacts:
-    """Return what is known of a picture; each is decoded once in a process."""
+    """Return the properties of an image, which is decoded once per process."""
     key = media_hash(value)
-    if (found := _FACTS.get(key)) is None:
+    if (facts := _FACTS.get(key)) is None:
         try:
-            image, found = _open(value)
+            image, facts = _open(value)
             del image
         except PictureError as error:
-            found = PictureFacts(str(error))
-        _FACTS[key] = found
-    return found
+            facts = PictureFacts(str(error))
+        _FACTS[key] = facts
+    return facts
 
 
 _FACTS: dict[str, PictureFacts] = {}
@@ -109,7 +111,7 @@ _FACTS: dict[str, PictureFacts] = {}
 def _open(value: dict[str, Any]) -> tuple[Image, PictureFacts]:
     from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
-    # another library may have allowed it, and a picture's lower half be grey
+    # another library may have allowed truncated files, whose missing part would be grey
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     data = value["bytes"]
     try:
@@ -119,40 +121,42 @@ def _open(value: dict[str, Any]) -> tuple[Image, PictureFacts]:
     if not raw:
         raise PictureError("is empty")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of bombs, which are rejected, and of odd metadata
+        warnings.simplefilter("ignore")  # about bombs, which are rejected below, and odd metadata
         try:
             _refuse_bomb(*_webp_size(raw))
             with Image.open(io.BytesIO(raw), formats=_formats()) as image:
                 _refuse_bomb(*image.size)
                 _scale_transparent_grey(image)
-                orientation = _orientation(image)  # Pillow itself turns a TIFF that it loads
+                orientation = _orientation(
+                    image
+                )  # before loading, as Pillow rotates a TIFF when it loads it
                 image.load()
-                several = bool(getattr(image, "is_animated", False))
-                is_animated = several and image.format not in ALSO_PAGES
+                has_frames = bool(getattr(image, "is_animated", False))
+                is_animated = has_frames and image.format not in WITH_PREVIEWS
                 try:
-                    turned = ImageOps.exif_transpose(image)
-                except Exception:  # broken metadata of any kind: viewers show it as it lies
-                    turned, orientation = image.copy(), 1
-                plain, is_transparent = _plain(turned, *_greys_of(image))
+                    upright = ImageOps.exif_transpose(image)
+                except Exception:  # any broken metadata: viewers show the image unrotated
+                    upright, orientation = image.copy(), 1
+                rgb, is_transparent = _to_rgb(upright, *_grey_range(image))
         except (PictureError, MemoryError):
             raise
         except UnidentifiedImageError:
-            what = f"is not a picture, or of a format that is not read ({KNOWN} are)"
+            what = f"is not a picture, or of a format that is not read ({KNOWN_FORMATS} are)"
             if raw.startswith(POINTER):
                 what = f"is {POINTS}"
             raise PictureError(what) from None
         except Image.DecompressionBombError:
-            raise PictureError(f"has more than {MOST_PIXELS:,} pixels") from None
-        except Exception as error:  # decoders raise anything over damaged files
+            raise PictureError(f"has more than {MAX_PIXELS:,} pixels") from None
+        except Exception as error:  # decoders raise many types of errors for damaged files
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            what = f"is cut off or damaged: {printable(reason, LINE)}"
+            what = f"is cut off or damaged: {printable(reason, MAX_MESSAGE)}"
             raise PictureError(what) from error
-    return plain, PictureFacts("", *plain.size, is_animated, is_transparent, orientation)
+    return rgb, PictureFacts("", *rgb.size, is_animated, is_transparent, orientation)
 
 
 @functools.cache
 def _formats() -> tuple[str, ...]:
-    """Return the formats that are read, as far as this Pillow knows them."""
+    """Return the supported formats that this version of Pillow can read."""
     from PIL import Image
 
     Image.init()
@@ -160,13 +164,13 @@ def _formats() -> tuple[str, ...]:
 
 
 def _refuse_bomb(width: int, height: int) -> None:
-    if width * height > MOST_PIXELS:
-        what = f"has {width:,} x {height:,} pixels, and at most {MOST_PIXELS:,} are read"
+    if width * height > MAX_PIXELS:
+        what = f"has {width:,} x {height:,} pixels, and at most {MAX_PIXELS:,} are read"
         raise PictureError(what)
 
 
 def _webp_size(raw: bytes) -> tuple[int, int]:
-    """Return the size that a WebP file claims; for Pillow needs memory for all of it to tell."""
+    """Return the size in the header of a WebP file, which Pillow can only read by decoding it."""
     if raw[:4] != b"RIFF" or raw[8:16] != b"WEBPVP8X" or len(raw) < 30:
         return 0, 0
     width, height = (int.from_bytes(raw[i : i + 3], "little") + 1 for i in (24, 27))
@@ -174,73 +178,73 @@ def _webp_size(raw: bytes) -> tuple[int, int]:
 
 
 def _orientation(image: Image) -> int:
-    """Return how the EXIF data of a picture turn it; 1 where they cannot be read."""
+    """Return the EXIF orientation of an image; 1 if it cannot be read."""
     try:
         return int(image.getexif().get(ORIENTATION, 1))
-    except Exception:  # broken metadata of any kind
+    except Exception:  # any broken metadata
         return 1
 
 
 def _scale_transparent_grey(image: Image) -> None:
-    """Give the grey that a PNG of 2 or 4 bits calls transparent the value that its pixels get."""
+    """Scale the transparent grey value of a PNG with 2 or 4 bits like its pixel values."""
     hidden = image.info.get("transparency")
-    tile = getattr(image, "tile", None)  # only of what was opened from a file
+    tile = getattr(image, "tile", None)  # present only if the image was opened from a file
     raw_mode = tile[0][3] if tile else None
-    if isinstance(hidden, int) and isinstance(raw_mode, str) and raw_mode in FEW_BITS:
-        image.info["transparency"] = hidden * FEW_BITS[raw_mode]
+    if isinstance(hidden, int) and isinstance(raw_mode, str) and raw_mode in GREY_FACTORS:
+        image.info["transparency"] = hidden * GREY_FACTORS[raw_mode]
 
 
-def _greys_of(image: Image) -> tuple[int, bool]:
-    """Return the largest value of a picture of more than 8 bits of grey, and whether it is black.
+def _grey_range(image: Image) -> tuple[int, bool]:
+    """Return the maximum grey value of an image with more than 8 bits, and whether it is black.
 
-    It is 0 where the values have no known range, or no more than 8 bits.
+    The maximum is 0 for images with at most 8 bits or an unknown range.
     """
     if not (image.mode.startswith("I;16") or (image.format == "PPM" and image.mode == "I")):
         return 0, False
-    tags = getattr(image, "tag_v2", {})  # of a TIFF
+    tags = getattr(image, "tag_v2", {})  # TIFF only
     bits = tags.get(BITS, 16)
     bits = bits[0] if isinstance(bits, tuple) else bits
     return 2 ** int(bits) - 1, tags.get(PHOTOMETRIC) == 0
 
 
-def _plain(image: Image, most: int, is_inverted: bool) -> tuple[Image, bool]:
-    """Return a picture in RGB, 8 bits a channel, and whether parts of it were transparent.
+def _to_rgb(image: Image, max_grey: int, is_inverted: bool) -> tuple[Image, bool]:
+    """Convert an image to RGB with 8 bits per channel, and return whether it was transparent.
 
     Args:
-        image: The picture.
-        most: See `_greys_of`.
-        is_inverted: Likewise.
+        image: The image.
+        max_grey: Maximum grey value; see `_grey_range`.
+        is_inverted: Whether the maximum grey value is black.
     """
     from PIL import Image
 
-    if most:
+    if max_grey:
         grey = np.asarray(image).astype(np.int64)
-        eight = ((most - grey if is_inverted else grey) * 255 + most // 2) // most
+        eight = ((max_grey - grey if is_inverted else grey) * 255 + max_grey // 2) // max_grey
         hidden = grey == image.info.get("transparency", -1)
         image = Image.fromarray(np.where(hidden, 255, eight).astype(np.uint8))
         return image.convert("RGB"), bool(hidden.any())
     if image.mode in ("I", "F"):
         what = "has 32 bits a pixel, whose range is not known: save it with 8 or 16 bits"
         raise PictureError(what)
-    if image.mode == "La":  # grey that is multiplied by its opacity
+    if image.mode == "La":  # greyscale with premultiplied alpha
         image = image.convert("LA")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         if np.asarray(image.getchannel("A")).min() < 255:
-            ground = Image.new("RGBA", image.size, "white")
-            return Image.alpha_composite(ground, image).convert("RGB"), True
+            background = Image.new("RGBA", image.size, "white")
+            return Image.alpha_composite(background, image).convert("RGB"), True
     return image.convert("RGB"), False
 
 
 def thumbnail_of(value: dict[str, Any], size: int = 96) -> str:
-    """Return a small copy of a picture as a `data:` address, for a page of one file.
+    """Return a thumbnail as a `data:` URL, to embed it in a page.
 
     Args:
         value: A media value.
-        size: The longer side, in pixels.
+        size: The longer side in pixels.
 
     Raises:
-        PictureError: If it cannot be read.
+        PictureError: If the image cannot be read.
     """
     import base64
 
@@ -253,7 +257,7 @@ def thumbnail_of(value: dict[str, Any], size: int = 96) -> str:
 
 @functools.cache
 def resampling(name: int) -> Any:
-    """Return Pillow's filter of a number, as a processor's configuration names it."""
+    """Return the Pillow resampling filter for the number in a processor's configuration."""
     from PIL import Image
 
     return Image.Resampling(name)

@@ -1,8 +1,8 @@
-"""Recordings as files hold them, and as a model hears them: one channel, at the model's own rate.
+"""Decode audio files to what a model hears: one channel, at the sampling rate of the model.
 
-Files are read by soundfile (libsndfile): wav, flac, mp3, ogg (Vorbis or Opus), aiff, au. Several
-channels become their mean, and another sampling rate is converted by soxr. libsndfile reads what is
-left of many files that were cut off, and says nothing: how long they claim to be is checked here.
+Files are read by soundfile (libsndfile): wav, flac, mp3, ogg (Vorbis or Opus), aiff, au. Channels
+are averaged, and soxr converts the sampling rate. libsndfile silently reads many truncated files as
+far as they go, so their length is checked here against their headers.
 """
 
 from __future__ import annotations
@@ -27,38 +27,42 @@ Samples = NDArray[np.float32]
 LongAudio = Literal["silence", "windows"]
 
 FORMATS = ("WAV", "WAVEX", "RF64", "FLAC", "MP3", "OGG", "AIFF", "AU")
-KNOWN = "wav, flac, mp3, ogg, opus, aiff and au are"
-MOST_HOURS = 12  # of one file, as its samples are in memory at once: 2.8 GB at 16 kHz
-BLOCK = 1 << 20  # samples of all channels that are decoded at once
-SILENT = 1e-4  # full scale is 1: three steps of 16 bits
-FULL = 0.999  # of full scale: as loud as a file of whole numbers can be
-CLIPPED_SHARE = 1e-3  # of the samples at full scale, from where on a recording counts as clipped
-TOO_LOUD = 4.0  # times full scale: numbers that were not scaled
-UNKNOWN_SIZE = 0x7FFF0000  # from here on, sizes in a header are what programs write into a pipe
-# shares of the longest part, by which a recording is cut where it is quietest
-QUIET = 1 / 150  # whose energy is compared: 0.2 s of 30
-SEARCH = 1 / 6  # before and after equal parts' ends, where a cut may be
-LEAST_SEARCH = 1 / 15  # with less room for a cut there is one part more
-LINE = 120  # characters of what libsndfile says
-EMBEDDED = 100_000  # bytes; larger files are written into a page as mp3
-PLAYED = {"WAV": "wav", "MP3": "mpeg", "FLAC": "flac"}  # formats that every browser plays
+KNOWN_FORMATS = "wav, flac, mp3, ogg, opus, aiff and au are"
+MAX_HOURS = 12  # hours per file, whose samples are all in memory: 2.8 GB at 16 kHz
+BLOCK = 1 << 20  # samples of all channels decoded at once
+SILENCE = 1e-4  # relative to full scale 1: three steps of 16 bits
+FULL_SCALE = 0.999  # relative to full scale: the maximum in integer formats
+CLIPPED_SHARE = 1e-3  # share of samples at full scale in a clipped recording
+TOO_LOUD = 4.0  # times full scale: samples that were not normalised
+UNKNOWN_SIZE = 0x7FFF0000  # larger sizes in a header are placeholders, written to pipes
+# how to split a recording where it is quietest, in shares of the maximum part length
+QUIET_WINDOW = 1 / 150  # window whose energy is compared: 0.2 s for parts of 30 s
+SEARCH = 1 / 6  # search range before and after the end of equal parts
+MIN_SEARCH = 1 / 15  # if the range is smaller, use one more part
+MAX_MESSAGE = 120  # maximum characters of libsndfile's message
+MAX_EMBEDDED = 100_000  # bytes; larger files are embedded in a page as mp3
+BROWSER_FORMATS = {
+    "WAV": "wav",
+    "MP3": "mpeg",
+    "FLAC": "flac",
+}  # formats that every browser can play
 
 
 class RecordingError(ValueError):
-    """A file that cannot be read as a recording; the text says why."""
+    """A file cannot be read as a recording; the message says why."""
 
 
 @dataclass(frozen=True)
 class RecordingFacts:
-    """What is known of a recording once it was decoded.
+    """Properties of a decoded recording.
 
     Args:
-        error: Why it cannot be used, or nothing.
-        seconds: How long it is.
-        rate: Samples a second, as its file has them.
-        channels: How many there are.
-        is_clipped: Many samples are at full scale, where louder ones were cut off.
-        is_too_loud: Samples are far beyond full scale.
+        error: Why it cannot be used; empty if it can.
+        seconds: Duration in seconds.
+        rate: Sampling rate of the file in Hz.
+        channels: Number of channels.
+        is_clipped: Whether many samples are clipped at full scale.
+        is_too_loud: Whether samples are far beyond full scale.
     """
 
     error: str = ""
@@ -78,17 +82,17 @@ def require_audio_packages() -> None:
     try:
         import soundfile  # noqa: F401
         import soxr  # noqa: F401
-    except (ImportError, OSError) as error:  # the second: without libsndfile itself
+    except (ImportError, OSError) as error:  # OSError if libsndfile itself is missing
         what = "recordings need the Python packages `soundfile` and `soxr`, which are missing"
         raise LoraError(what, hint="pip install 'lora-cli[audio]'") from error
 
 
 def read_recording(value: dict[str, Any], rate: int) -> Samples:
-    """Return the samples of a recording, in one channel; full scale is 1.
+    """Decode a recording to samples of one channel (N,), with full scale 1.
 
     Args:
         value: A media value: encoded bytes, or a path.
-        rate: Samples a second that are wanted.
+        rate: Requested sampling rate in Hz.
 
     Raises:
         RecordingError: If it cannot be read.
@@ -98,15 +102,15 @@ def read_recording(value: dict[str, Any], rate: int) -> Samples:
 
 
 def recording_facts(value: dict[str, Any]) -> RecordingFacts:
-    """Return what is known of a recording; each is decoded once in a process."""
+    """Return the properties of a recording, which is decoded once per process."""
     key = media_hash(value)
-    if (found := _FACTS.get(key)) is None:
+    if (facts := _FACTS.get(key)) is None:
         try:
-            _, found = _decoded(value, None)
+            _, facts = _decoded(value, None)
         except RecordingError as error:
-            found = RecordingFacts(str(error))
-        _FACTS[key] = found
-    return found
+            facts = RecordingFacts(str(error))
+        _FACTS[key] = facts
+    return facts
 
 
 _FACTS: dict[str, RecordingFacts] = {}
@@ -125,10 +129,10 @@ def _bytes_of(value: dict[str, Any]) -> bytes:
 
 
 def _decoded(value: dict[str, Any], rate: int | None) -> tuple[Samples, RecordingFacts]:
-    """Return the samples in one channel, at a rate (None: as they are), and what is known of them.
+    """Return samples of one channel (N,) at a rate in Hz (None: unchanged), and their properties.
 
     Raises:
-        RecordingError: If the file cannot be read, or holds nothing that can be heard.
+        RecordingError: If the file cannot be read, or is silent.
     """
     import soundfile
     import soxr
@@ -139,93 +143,95 @@ def _decoded(value: dict[str, Any], rate: int | None) -> tuple[Samples, Recordin
     try:
         with soundfile.SoundFile(io.BytesIO(raw)) as file:
             _require_readable(file)
-            own = int(file.samplerate)
+            file_rate = int(file.samplerate)
             stream = None
-            if rate is not None and rate != own:
-                stream = soxr.ResampleStream(own, rate, 1, dtype="float32", quality="HQ")
-            survey = _Survey(own, int(file.channels))
+            if rate is not None and rate != file_rate:
+                stream = soxr.ResampleStream(file_rate, rate, 1, dtype="float32", quality="HQ")
+            statistics = _Statistics(file_rate, int(file.channels))
             parts: list[Samples] = []
             for block in _blocks(file):
-                mono = survey.add(block)
+                mono = statistics.add(block)
                 parts.append(mono if stream is None else stream.resample_chunk(mono))
             if stream is not None:
                 parts.append(stream.resample_chunk(np.zeros(0, dtype=np.float32), last=True))
-            whole = survey.n_samples >= file.frames
+            is_complete = statistics.n_samples >= file.frames
     except (RecordingError, MemoryError):
         raise
     except soundfile.LibsndfileError as error:
         raise RecordingError(_reason(raw, str(error.error_string))) from None
-    except Exception as error:  # what else damaged files lead to
+    except Exception as error:  # other errors caused by damaged files
         raise RecordingError(_reason(raw, str(error) or type(error).__name__)) from error
-    if not whole:
+    if not is_complete:
         raise RecordingError("is cut off: it ends before its header says")
-    return np.concatenate(parts), survey.facts()
+    return np.concatenate(parts), statistics.facts()
 
 
 def _require_readable(file: Any) -> None:
     if file.format not in FORMATS:
-        raise RecordingError(f"is of a format that is not read, {file.format} ({KNOWN})")
+        raise RecordingError(f"is of a format that is not read, {file.format} ({KNOWN_FORMATS})")
     if file.frames <= 0:
         raise RecordingError("holds no samples")
     hours = file.frames / file.samplerate / 3600
-    if hours > MOST_HOURS:
-        raise RecordingError(f"is {hours:,.1f} hours long, and at most {MOST_HOURS} are read")
+    if hours > MAX_HOURS:
+        raise RecordingError(f"is {hours:,.1f} hours long, and at most {MAX_HOURS} are read")
 
 
 def _blocks(file: Any) -> Iterator[Samples]:
-    """Yield the samples (N, channels) of an open file, a part at a time."""
+    """Yield the samples (N, channels) of an open file in blocks."""
     size = max(BLOCK // int(file.channels), 1)
     while len(block := file.read(size, dtype="float32", always_2d=True)):
         yield block
 
 
 def _reason(raw: bytes, text: str) -> str:
-    """Return in words why libsndfile cannot read a file."""
+    """Explain why libsndfile cannot read a file."""
     if raw.startswith(POINTER):
         return f"is {POINTS}"
     if "ormat not recogni" in text or "File does not exist" in text:
-        return f"is not a recording, or of a format that is not read ({KNOWN})"
+        return f"is not a recording, or of a format that is not read ({KNOWN_FORMATS})"
     reason = text.strip().removeprefix("Error : ").rstrip(".")
-    return f"is cut off or damaged: {printable(reason, LINE)}"
+    return f"is cut off or damaged: {printable(reason, MAX_MESSAGE)}"
 
 
-class _Survey:
-    """What is learnt of the samples of a file while they pass."""
+class _Statistics:
+    """Collects statistics of the samples of a file, block by block."""
 
     def __init__(self, rate: int, channels: int) -> None:
         self.rate, self.channels = rate, channels
         self.n_samples = self.n_full = 0
-        self.peak = 0.0  # of all channels
-        self.low, self.high = np.inf, -np.inf  # of the one channel that is heard
+        self.peak = 0.0  # over all channels
+        self.low, self.high = np.inf, -np.inf  # of the mean over channels
 
     def add(self, block: Samples) -> Samples:
-        """Return samples (N, channels) as one channel (N,).
+        """Add a block of samples (N, channels), and return it as one channel (N,).
 
         Raises:
-            RecordingError: If one is no number.
+            RecordingError: If a sample is NaN or infinite.
         """
         if not np.isfinite(block).all():
             first = int(np.flatnonzero(~np.isfinite(block).all(axis=1))[0]) + self.n_samples
-            at = first / self.rate
-            raise RecordingError(f"has samples that are NaN or infinity, the first at {at:.2f} s")
+            seconds = first / self.rate
+            raise RecordingError(
+                f"has samples that are NaN or infinity, the first at {seconds:.2f} s"
+            )
         mono: Samples = block[:, 0] if self.channels == 1 else block.mean(axis=1)
         loud = np.abs(block)
         self.n_samples += len(block)
-        self.n_full += int((loud.max(axis=1) >= FULL).sum())
+        self.n_full += int((loud.max(axis=1) >= FULL_SCALE).sum())
         self.peak = max(self.peak, float(loud.max()))
         self.low, self.high = min(self.low, float(mono.min())), max(self.high, float(mono.max()))
         return np.ascontiguousarray(mono, dtype=np.float32)
 
     def facts(self) -> RecordingFacts:
-        """Return what is known at the end.
+        """Return the properties of the recording, once all blocks are added.
 
         Raises:
-            RecordingError: If nothing can be heard.
+            RecordingError: If the recording is silent.
         """
         if not self.n_samples:
             raise RecordingError("holds no samples")
         if _is_flat(self.low, self.high):
-            if self.peak > 10 * SILENT and self.channels > 1:
+            if self.peak > 10 * SILENCE and self.channels > 1:
                 what = f"has {self.channels} channels whose mean is silence: they cancel out"
                 raise RecordingError(what)
             raise RecordingError("is silent from beginning to end")
@@ -236,19 +242,19 @@ class _Survey:
 
 
 def is_silent(samples: Samples) -> bool:
-    """Return whether nothing at all is to be heard in samples."""
+    """Return whether samples are silent."""
     return not len(samples) or _is_flat(float(samples.min()), float(samples.max()))
 
 
 def _is_flat(low: float, high: float) -> bool:
-    return high - low < 2 * SILENT
+    return high - low < 2 * SILENCE
 
 
 # -------------------------------------------------------------------------------------- cut off
 
 
 def _is_cut_off(raw: bytes) -> bool:
-    """Return whether a file is shorter than its own header says, where libsndfile overlooks it."""
+    """Return whether a file is shorter than its header says, which libsndfile may ignore."""
     if raw[:4] in (b"RIFF", b"RIFX", b"RF64") and raw[8:12] == b"WAVE":
         return _lacks_wave_data(raw)
     if raw[:4] == b"FORM":
@@ -262,30 +268,30 @@ def _is_cut_off(raw: bytes) -> bool:
 
 
 def _is_less(available: int, claimed: int) -> bool:
-    return claimed < UNKNOWN_SIZE and available + 1 < claimed  # 1: the byte that pads an odd size
+    return claimed < UNKNOWN_SIZE and available + 1 < claimed  # 1 for the byte that pads odd sizes
 
 
 def _lacks_wave_data(raw: bytes) -> bool:
-    """Return whether the samples of a wav file are not all there.
+    """Return whether a wav file is missing samples.
 
-    RIFX has the largest byte of a number first. RF64 has sizes of 64 bits in a part of their own.
+    RIFX is big-endian. RF64 has 64-bit sizes in a separate chunk.
     """
     order: Literal["little", "big"] = "big" if raw[:4] == b"RIFX" else "little"
-    place, whole = 12, None
-    while place + 8 <= len(raw):
-        size = int.from_bytes(raw[place + 4 : place + 8], order)
-        if raw[place : place + 4] == b"ds64":
-            whole = int.from_bytes(raw[place + 16 : place + 24], order)
-        if raw[place : place + 4] == b"data":
-            if whole is not None and size == 0xFFFFFFFF:
-                return len(raw) - place - 8 + 1 < whole
-            return _is_less(len(raw) - place - 8, size)
-        place += 8 + size + size % 2
+    offset, data_size = 12, None
+    while offset + 8 <= len(raw):
+        size = int.from_bytes(raw[offset + 4 : offset + 8], order)
+        if raw[offset : offset + 4] == b"ds64":
+            data_size = int.from_bytes(raw[offset + 16 : offset + 24], order)
+        if raw[offset : offset + 4] == b"data":
+            if data_size is not None and size == 0xFFFFFFFF:
+                return len(raw) - offset - 8 + 1 < data_size
+            return _is_less(len(raw) - offset - 8, size)
+        offset += 8 + size + size % 2
     return False
 
 
 def _lacks_page(raw: bytes) -> bool:
-    """Return whether the last page of an ogg file is not all there."""
+    """Return whether the last page of an ogg file is incomplete."""
     last = raw[raw.rfind(b"OggS") :]
     if len(last) < 27:
         return True
@@ -293,7 +299,7 @@ def _lacks_page(raw: bytes) -> bool:
 
 
 def _lacks_frames(raw: bytes) -> bool:
-    """Return whether an mp3 file is shorter than its own table of contents (Xing, Info) says."""
+    """Return whether an mp3 file is shorter than its Xing or Info header says."""
     start = 0
     if raw[:3] == b"ID3":
         start = 10 + functools.reduce(lambda size, byte: size << 7 | byte & 127, raw[6:10], 0)
@@ -305,55 +311,60 @@ def _lacks_frames(raw: bytes) -> bool:
     flags = int.from_bytes(table[1], "big")
     if not flags & 2:
         return False
-    place = 4 * (flags & 1)
-    claimed = int.from_bytes(table[2][place : place + 4], "big")
+    offset = 4 * (flags & 1)
+    claimed = int.from_bytes(table[2][offset : offset + 4], "big")
     return len(raw) - start < 0.99 * claimed
 
 
 # ---------------------------------------------------------------------------------------- parts
 
 
-def divide(samples: Samples, rate: int, longest: float, how: LongAudio) -> list[tuple[int, int]]:
-    """Return where the parts of a recording begin and end, none of them longer than allowed.
+def split_recording(
+    samples: Samples, rate: int, longest: float, how: LongAudio
+) -> list[tuple[int, int]]:
+    """Split a recording into parts of limited length, and return the (start, end) of each.
 
     Args:
-        samples: Of one channel.
-        rate: Samples a second.
-        longest: Of a part, in seconds.
-        how: `windows` divides it into as few equal parts as possible; `silence` cuts as near to
-            these places as it is quietest.
+        samples: Samples of one channel (N,).
+        rate: Sampling rate in Hz.
+        longest: Maximum length of a part in seconds.
+        how: `windows` splits into as few equal parts as possible; `silence` splits where it is
+            quietest near the ends of these parts.
+
+    Returns:
+        Start and end of each part in samples.
     """
-    most = int(longest * rate)
+    max_samples = int(longest * rate)
     parts: list[tuple[int, int]] = []
     start = 0
-    while len(samples) - start > most:
+    while len(samples) - start > max_samples:
         left = len(samples) - start
-        n_parts = -(-left // most)
+        n_parts = -(-left // max_samples)
         if how == "windows":
             stop = start + -(-left // n_parts)
         else:
-            stop = start + _quiet_place(samples[start : start + most], left, n_parts)
+            stop = start + _quiet_place(samples[start : start + max_samples], left, n_parts)
         parts.append((start, stop))
         start = stop
     return [*parts, (start, len(samples))]
 
 
 def _quiet_place(samples: Samples, left: int, n_parts: int) -> int:
-    """Return where to cut, so that what is left fits into the other parts.
+    """Return where to split, so that the remaining samples fit into the remaining parts.
 
     Args:
-        samples: As many as the longest part may have.
-        left: Samples that are left, with these.
-        n_parts: How many parts are needed at least.
+        samples: The next samples, as many as a part may have at most.
+        left: Number of remaining samples, including these.
+        n_parts: Minimum number of parts for the remaining samples.
     """
-    most = len(samples)
-    earliest = left - (n_parts - 1) * most
-    if most - earliest < LEAST_SEARCH * most:
-        n_parts, earliest = n_parts + 1, left - n_parts * most
-    middle, reach = left / n_parts, SEARCH * most
-    first = int(max(earliest, middle - reach, 1))
-    last = int(min(most, middle + reach))
-    width = max(int(QUIET * most), 1)
+    max_samples = len(samples)
+    earliest = left - (n_parts - 1) * max_samples
+    if max_samples - earliest < MIN_SEARCH * max_samples:
+        n_parts, earliest = n_parts + 1, left - n_parts * max_samples
+    middle, margin = left / n_parts, SEARCH * max_samples
+    first = int(max(earliest, middle - margin, 1))
+    last = int(min(max_samples, middle + margin))
+    width = max(int(QUIET_WINDOW * max_samples), 1)
     energy = np.cumsum(np.square(samples[first:last], dtype=np.float64))
     if len(energy) <= width:
         return (first + last) // 2
@@ -364,20 +375,20 @@ def _quiet_place(samples: Samples, left: int, n_parts: int) -> int:
 
 
 def playable(value: dict[str, Any], longest: float) -> str | None:
-    """Return a recording as a `data:` address that a page can play, or None if it cannot be read.
+    """Return a recording as a `data:` URL that a page can play; None if it cannot be read.
 
     Args:
         value: A media value.
-        longest: How many seconds are kept of it, if it has to be written anew.
+        longest: Maximum length in seconds, if the recording must be re-encoded.
     """
     import soundfile
 
     try:
         raw = _bytes_of(value)
         with soundfile.SoundFile(io.BytesIO(raw)) as file:
-            kind = PLAYED.get(file.format)
-            whole = len(raw) <= EMBEDDED and kind and file.subtype not in ("FLOAT", "DOUBLE")
-        if not whole:
+            kind = BROWSER_FORMATS.get(file.format)
+            as_is = len(raw) <= MAX_EMBEDDED and kind and file.subtype not in ("FLOAT", "DOUBLE")
+        if not as_is:
             raw, kind = _as_mp3(read_recording(value, 16_000)[: int(longest * 16_000)]), "mpeg"
     except (RecordingError, soundfile.LibsndfileError, ValueError):
         return None

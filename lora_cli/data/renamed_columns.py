@@ -1,4 +1,4 @@
-"""Other names for columns, as `data.columns` gives them."""
+"""Rename columns according to `data.columns`."""
 
 from __future__ import annotations
 
@@ -12,43 +12,43 @@ from lora_cli.recipe import Recipe
 
 
 def renamed_row(row: RawRow, names: Mapping[str, str]) -> RawRow:
-    """Return a row whose columns have their new names.
+    """Return a row with renamed columns.
 
     Args:
-        row: As the file has it.
-        names: The new name of each column that gets one.
+        row: The row as read from the file.
+        names: New names by old name.
 
     Raises:
-        LoraError: If that is the name of another column.
+        LoraError: If a new name is the name of another column.
     """
     if not names or row.columns is None or not names.keys() & row.columns.keys():
         return row
-    own = renamed_columns(row.columns, names, row.place)
-    columns = {own.get(name, name): value for name, value in row.columns.items()}
+    new_names = renamed_columns(row.columns, names, row.place)
+    columns = {new_names.get(name, name): value for name, value in row.columns.items()}
     return replace(row, columns=columns)
 
 
 def renamed_columns(
     present: Collection[str], names: Mapping[str, str], place: str
 ) -> dict[str, str]:
-    """Return the new names of those columns that are there.
+    """Return the new names of the columns that are present.
 
     Raises:
-        LoraError: If one is the name of another column.
+        LoraError: If a new name is the name of another column.
     """
-    own = {old: new for old, new in names.items() if old in present}
-    for old, new in own.items():
-        if new in present and new not in own:
+    new_names = {old: new for old, new in names.items() if old in present}
+    for old, new in new_names.items():
+        if new in present and new not in new_names:
             what = f"`columns` calls the column `{old}` `{new}`, and there is another of that name"
             raise LoraError(what, place, f"give that one another name too: `{new}: other`")
-    return own
+    return new_names
 
 
 def require_renamed(recipe: Recipe, rows: Rows) -> None:
-    """Check that the columns which get other names are there.
+    """Check that the columns to be renamed exist.
 
     Raises:
-        LoraError: With those that are neither there by the old name nor by the new one.
+        LoraError: With the columns that exist under neither their old nor their new name.
     """
     present = rows.columns if recipe.data.columns else []
     problems = [

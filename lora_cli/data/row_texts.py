@@ -1,4 +1,4 @@
-"""The texts of a row: as one string by which rows are compared, or to be read by a person."""
+"""Join the texts of a row to one string, to compare rows or to show them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,19 @@ import xxhash
 
 from lora_cli.data.media import described, is_media, media_hash
 
-NO_WORDS = ("role", "from", "type", "id", "tool_call_id", "weight")  # keys of turns and parts
-TURN = (("role", "from"), ("content", "value"))  # keys of a turn
+KEYS_WITHOUT_TEXT = (
+    "role",
+    "from",
+    "type",
+    "id",
+    "tool_call_id",
+    "weight",
+)  # keys of turns and content parts without text
+TURN_KEYS = (("role", "from"), ("content", "value"))  # keys of the role and the text of a turn
 
 
 def text_of(row: dict[str, Any], columns: list[str]) -> str:
-    """Return the text by which a row is compared; of a conversation, without the system's turn."""
+    """Return the text by which rows are compared, without the system turns of conversations."""
     return "\n".join(_text(row.get(column)) for column in columns)
 
 
@@ -28,21 +35,21 @@ def _text(value: Any) -> str:
     if isinstance(value, dict):
         if "system" in (value.get("role"), value.get("from")):
             return ""
-        return "\n".join(_text(v) for key, v in value.items() if key not in NO_WORDS)
+        return "\n".join(_text(v) for key, v in value.items() if key not in KEYS_WITHOUT_TEXT)
     if isinstance(value, bytes):
         return xxhash.xxh3_128_hexdigest(value)
     return "" if value is None else str(value)
 
 
 def shown_value(values: Sequence[Any]) -> str:
-    """Return values of a row in words: texts as they are, a conversation turn by turn."""
+    """Return values of a row as readable text, with one line per turn of a conversation."""
     parts: list[str] = []
     for value in values:
         for turn in value if isinstance(value, list) else [value]:
             if is_media(turn):
                 turn = described(turn)
-            elif isinstance(turn, dict):  # of a conversation, as OpenAI or ShareGPT have it
-                who, what = (turn.get(a, turn.get(b)) for a, b in TURN)
-                turn = f"{who}: {what}"
+            elif isinstance(turn, dict):  # a turn in the OpenAI or ShareGPT format
+                role, text = (turn.get(a, turn.get(b)) for a, b in TURN_KEYS)
+                turn = f"{role}: {text}"
             parts += [] if turn is None else [str(turn)]
     return "\n".join(parts)

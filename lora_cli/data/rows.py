@@ -1,4 +1,4 @@
-"""The rows of a split, kept on the disk and read one at a time."""
+"""The rows of a split, stored on disk and decoded on access."""
 
 from __future__ import annotations
 
@@ -21,19 +21,21 @@ MEDIA_ROWS = 50  # in memory at once
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a split, kept on the disk and read one at a time.
+    """The rows of a split, stored on disk and decoded on access.
 
-    `self[i]` is a dictionary of the columns of row i, `self.place(i)` says where it stands.
+    `self[i]` is a dictionary of the columns of row i, and `self.place(i)` its location.
     """
 
-    dataset: Any  # datasets.Dataset: columns row (JSON), place, error; or the Hub's own columns
+    dataset: (
+        Any  # datasets.Dataset: columns row (JSON), place, fault; or the columns of a Hub data set
+    )
     source: str
     sha256: str
     indices: Indices
-    label_names: dict[str, list[str]] = field(default_factory=dict)  # the Hub's ClassLabel columns
+    label_names: dict[str, list[str]] = field(default_factory=dict)  # of ClassLabel columns
     skipped: tuple[str, ...] = ()
-    dropped: int = 0  # rows that would have stood on both sides of a held-out split
-    media: tuple[str, ...] = ()  # columns of pictures or sound
+    dropped: int = 0  # rows removed because they would be on both sides of a held-out split
+    media: tuple[str, ...] = ()  # columns of images or audio
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -46,7 +48,7 @@ class Rows:
 
     def batches(self, size: int) -> Iterator[list[dict[str, Any]]]:
         """Yield the rows in lists of at most `size`."""
-        size = min(size, MEDIA_ROWS) if self.media else size  # encoded pictures may be large
+        size = min(size, MEDIA_ROWS) if self.media else size  # encoded media may be large
         for start in range(0, len(self), size):
             columns = self.dataset[self.indices[start : start + size]]
             count = len(next(iter(columns.values())))
@@ -61,7 +63,7 @@ class Rows:
         return stored | {c: media_value(stored[c]) for c in self.media if c in stored}
 
     def place(self, i: int) -> str:
-        """Return where row i stands: `train.csv:17`."""
+        """Return the location of row i: `train.csv:17`."""
         index = int(self.indices[i])
         if STORED <= set(self.dataset.column_names) <= STORED_WITH_MEDIA:
             return str(self.dataset.data.column("place")[index].as_py())
@@ -69,16 +71,16 @@ class Rows:
 
     @property
     def sets(self) -> dict[str, Indices]:
-        """The positions of each set's rows, one set after the other; empty if nothing is mixed."""
+        """The positions of the rows of each set; empty if no data sets are mixed."""
         return {}
 
     @property
     def parts(self) -> list[Rows]:
-        """The rows of each set that is mixed; these rows themselves if none is."""
+        """The rows of each set of a mixture; otherwise only these rows."""
         return [self]
 
     def set_of(self, i: int) -> str | None:
-        """Return the set that row i is of, where several are mixed."""
+        """Return the name of the set of row i; None if no data sets are mixed."""
         return None
 
     @property
@@ -88,11 +90,11 @@ class Rows:
         return list(dict.fromkeys(name for row in first for name in row))
 
     def select(self, positions: Indices, skipped: Sequence[str] = ()) -> Rows:
-        """Return the rows at some positions of this split."""
+        """Return the rows at the given positions of this split."""
         return replace(self, indices=self.indices[positions], skipped=(*self.skipped, *skipped))
 
     def content_sha256(self) -> str:
-        """Return the SHA-256 of the rows themselves, in their order."""
+        """Return the SHA-256 of the contents of the rows, in order."""
         digest = hashlib.sha256()
         for row in self:
             digest.update(json.dumps(hashed(row), sort_keys=True, default=str).encode())

@@ -1,4 +1,4 @@
-"""How the name of a file or of a folder says which split it is of: `train`, `test_set`, `val2`."""
+"""Recognise names of splits in file and folder names: `train`, `test_set`, `val2`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,6 @@ SPLIT_FILES = {
 
 
 def names_split(part: str, splits: Collection[str] = SPLITS) -> bool:
-    """Return whether a part of a path names one of some splits."""
+    """Return whether a part of a path names one of the splits."""
     patterns = (SPLIT_FILES.get(split, re.escape(split.lower())) for split in splits)
-    return any(re.search(rf"(^|[^a-z]){one}([^a-z]|$)", part.lower()) for one in patterns)
+    return any(re.search(rf"(^|[^a-z]){pattern}([^a-z]|$)", part.lower()) for pattern in patterns)

@@ -1,9 +1,9 @@
-"""Draw held-out rows so that nothing stands on both sides.
+"""Draw held-out rows so that no text is on both sides.
 
-Rows are drawn in units: rows with equal texts, or with the same group, go together. With
-`substring`, a unit is a longest text with all the texts inside it. SST-2 shows why: its train split
-holds the phrases of each sentence as rows of their own, so about nine in ten rows of a random
-part stand word for word inside other rows.
+Rows are drawn in units: rows with the same text or the same group stay together. With `substring`,
+a unit is a maximal text with all texts that it contains. SST-2 shows why this is needed: its train
+split has the phrases of each sentence as separate rows, so about nine in ten rows of a random
+sample occur word for word inside other rows.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lora_cli.characters import normalised, pairs_of_letters, words
 from lora_cli.errors import LoraError, counted
 
 Indices = NDArray[np.int64]
-NO_ANSWER = "\0"  # the stratum of rows that cannot be measured
+NO_ANSWER = "\0"  # stratum of rows that cannot be evaluated
 
 
 def draw(
@@ -36,39 +36,41 @@ def draw(
     Args:
         texts: Text of each row.
         fraction: Share of the rows to hold out.
-        seed: Decides which; the same seed and rows give the same draw.
+        seed: Random seed; the same seed and rows give the same draw.
         disjoint: `exact`, `substring` or None, as in the recipe.
-        strata: Value of each row whose proportions are kept.
-        groups: Value of each row that must not stand on both sides.
-        at: Where the recipe asks for it, for errors.
-        answered: Whether each row has an answer, without which it cannot be measured: such rows
-            are not held out, and do not count in the fraction.
+        strata: Stratum of each row; the proportions of strata are preserved.
+        groups: Group of each row; a group is never on both sides.
+        at: Location in the recipe, for errors.
+        answered: Whether each row has a label, without which it cannot be evaluated. Rows without
+            one are not held out, and do not count in the fraction.
 
     Returns:
-        Positions held out and positions kept, each in order. With `substring`, rows that stand
-        inside texts of both sides are in neither; nor are rows without an answer that belong with
-        one that is held out.
+        Sorted positions of the held-out rows and of the remaining rows. Two kinds of rows are in
+        neither: with `substring`, rows that occur in texts of both sides; and rows without a label
+        that share a unit with a held-out row.
 
     Raises:
-        LoraError: If the rows cannot be divided.
+        LoraError: If one side would be empty.
     """
     assert disjoint != "substring" or groups is None  # the recipe rejects it
-    normal = [normalised(text) for text in texts]
+    normalised_texts = [normalised(text) for text in texts]
     if disjoint == "substring":
-        holders = containing(normal)
+        holders = containing(normalised_texts)
     else:
-        keys = _joined(normal if disjoint else [str(i) for i in range(len(texts))], groups)
+        keys = _units_by_text_and_group(
+            normalised_texts if disjoint else [str(i) for i in range(len(texts))], groups
+        )
         holders = [[key] for key in keys]
 
-    units: dict[int, list[int]] = defaultdict(list)  # rows in which a unit has a part
+    units: dict[int, list[int]] = defaultdict(list)  # rows that belong to each unit
     for row, owners in enumerate(holders):
         for owner in owners:
             units[owner].append(row)
     drawn = _draw_units(units, holders, fraction, seed, strata, answered)
-    inside = [sum(owner in drawn for owner in owners) for owners in holders]
-    held_out = [i for i, count in enumerate(inside) if count == len(holders[i])]
+    n_drawn = [sum(owner in drawn for owner in owners) for owners in holders]
+    held_out = [i for i, count in enumerate(n_drawn) if count == len(holders[i])]
     held_out = [i for i in held_out if answered is None or answered[i]]
-    kept = [i for i, count in enumerate(inside) if count == 0]
+    kept = [i for i, count in enumerate(n_drawn) if count == 0]
     if not held_out or not kept:
         raise LoraError(
             f"{fraction:g} of {counted(len(texts), 'row')} ({len(units)} that differ) leaves one "
@@ -87,33 +89,40 @@ def _draw_units(
     strata: Sequence[str] | None,
     answered: Sequence[bool] | None,
 ) -> set[int]:
-    """Draw units in random order until their rows make up the fraction, of each stratum."""
+    """Draw units in random order until they have the fraction of the rows of each stratum."""
     order = sorted(units)
     np.random.default_rng(seed).shuffle(order)
-    value = list(strata) if strata is not None else [""] * len(holders)
-    counts = Counter(value)
+    stratum_of = list(strata) if strata is not None else [""] * len(holders)
+    counts = Counter(stratum_of)
     if answered is not None:
-        counts = Counter(one for one, has in zip(value, answered, strict=True) if has)
-        value = [one if has else NO_ANSWER for one, has in zip(value, answered, strict=True)]
-    wanted = {name: fraction * count for name, count in counts.items()}
-    wanted[NO_ANSWER] = 0.0
-    missing = [len(owners) for owners in holders]  # owners of a row that are not drawn yet
+        counts = Counter(
+            name for name, has_label in zip(stratum_of, answered, strict=True) if has_label
+        )
+        stratum_of = [
+            name if has_label else NO_ANSWER
+            for name, has_label in zip(stratum_of, answered, strict=True)
+        ]
+    remaining = {name: fraction * count for name, count in counts.items()}
+    remaining[NO_ANSWER] = 0.0
+    undrawn = [len(owners) for owners in holders]  # number of undrawn owners of each row
     drawn: set[int] = set()
     for unit in order:
-        # a unit has the number of one of its rows
-        stratum = next((value[i] for i in (unit, *units[unit]) if value[i] != NO_ANSWER), NO_ANSWER)
-        if wanted[stratum] < 0.5:
+        # the ID of a unit is the index of one of its rows
+        stratum = next(
+            (stratum_of[i] for i in (unit, *units[unit]) if stratum_of[i] != NO_ANSWER), NO_ANSWER
+        )
+        if remaining[stratum] < 0.5:
             continue
         drawn.add(unit)
         for row in units[unit]:
-            missing[row] -= 1
-            if missing[row] == 0:
-                wanted[value[row]] -= 1
+            undrawn[row] -= 1
+            if undrawn[row] == 0:
+                remaining[stratum_of[row]] -= 1
     return drawn
 
 
-def _joined(texts: Sequence[str], groups: Sequence[str] | None) -> list[int]:
-    """Return a unit for each row: rows with the same text or the same group share one."""
+def _units_by_text_and_group(texts: Sequence[str], groups: Sequence[str] | None) -> list[int]:
+    """Return the unit of each row: rows with the same text or group share one (union-find)."""
     parent = list(range(len(texts)))
 
     def find(i: int) -> int:
@@ -132,34 +141,40 @@ def _joined(texts: Sequence[str], groups: Sequence[str] | None) -> list[int]:
 
 
 def containing(texts: Sequence[str]) -> list[list[int]]:
-    """Return, for each text, the longest texts that it stands inside (itself, if in none).
+    """Return, for each text, the maximal texts that contain it (itself if there are none).
 
-    A text stands inside another if its words stand there side by side; in scripts without spaces,
-    if its letters do. Candidates are found by the text's rarest word or pair of letters, so that
-    few pairs of texts are compared.
+    A text contains another if the words of the latter (in scripts without spaces, its characters)
+    occur in it consecutively. Candidates are looked up by the rarest word or pair of characters of
+    a text, so that few pairs of texts are compared.
 
     Args:
         texts: Normalised texts.
+
+    Returns:
+        Indices of the first row with each maximal text.
     """
-    first = {text: i for i, text in reversed(list(enumerate(texts)))}
-    frequency = Counter(key for text in first for key in _keys(text))
+    first_row = {text: i for i, text in reversed(list(enumerate(texts)))}
+    frequency = Counter(key for text in first_row for key in _keys(text))
     rarest = {
-        text: min(_keys(text), key=lambda key: (frequency[key], key), default="") for text in first
+        text: min(_keys(text), key=lambda key: (frequency[key], key), default="")
+        for text in first_row
     }
-    wanted = set(rarest.values())
-    holding: dict[str, list[tuple[int, str]]] = defaultdict(list)  # maximal texts by what they hold
+    lookup_keys = set(rarest.values())
+    containers: dict[str, list[tuple[int, str]]] = defaultdict(
+        list
+    )  # maximal texts by the keys they contain
     owners: dict[str, list[int]] = {}
-    for text in sorted(first, key=len, reverse=True):
-        # between spaces, so that `art` does not stand inside `part`
-        spaced = f" {' '.join(words(text))} "
-        found = [i for i, longer in holding[rarest[text]] if spaced in longer]
-        owners[text] = found or [first[text]]
-        if not found:
-            for key in _keys(text) & wanted:
-                holding[key].append((first[text], spaced))
+    for text in sorted(first_row, key=len, reverse=True):
+        # surrounded by spaces, so that `part` does not contain `art`
+        padded = f" {' '.join(words(text))} "
+        found_in = [i for i, longer in containers[rarest[text]] if padded in longer]
+        owners[text] = found_in or [first_row[text]]
+        if not found_in:
+            for key in _keys(text) & lookup_keys:
+                containers[key].append((first_row[text], padded))
     return [owners[text] for text in texts]
 
 
 def _keys(text: str) -> set[str]:
-    """Return the words of a text; of scripts without spaces its letters and their pairs."""
+    """Return the words of a text, and the characters and pairs of scripts without spaces."""
     return {*words(text), *pairs_of_letters(text)}

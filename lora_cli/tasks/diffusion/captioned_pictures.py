@@ -17,8 +17,8 @@ from torch import Tensor
 from lora_cli.data.captions import shuffled
 from lora_cli.data.media import described
 from lora_cli.data.picture_sizes import (
-    apply_cut,
-    cut_to,
+    apply_crop,
+    crop_to,
 )
 from lora_cli.data.pictures import PictureError, open_picture, picture_facts
 from lora_cli.errors import LoraError
@@ -124,16 +124,16 @@ class CaptionedPictures(CaptionRows):
         anchor = (0.5, 0.5)
         if rng is not None and self.spec.crop == "random":
             anchor = (rng.random(), rng.random())
-        cut = cut_to(width, height, size, anchor)
-        left, pixels = cut.left, torch.empty(0)
+        crop = crop_to(width, height, size, anchor)
+        left, pixels = crop.left, torch.empty(0)
         if not only_sizes:
             image = self._load_image(value)
-            values = np.asarray(apply_cut(image, cut), dtype=np.float32) / 127.5 - 1.0
+            values = np.asarray(apply_crop(image, crop), dtype=np.float32) / 127.5 - 1.0
             if rng is not None and self.spec.flip and rng.random() < 0.5:
                 values = values[:, ::-1]
-                left = cut.resized[0] - cut.left - cut.width  # in the mirrored image
+                left = crop.resized[0] - crop.left - crop.width  # in the mirrored image
             pixels = torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1)))
-        return _PreparedImage(pixels, [height, width, cut.top, left, size[1], size[0]])
+        return _PreparedImage(pixels, [height, width, crop.top, left, size[1], size[0]])
 
     def _load_image(self, value: dict[str, Any]) -> Any:
         try:

@@ -24,12 +24,12 @@ from lora_cli.data.media import described, media_error, media_hash, media_value
 from lora_cli.data.recordings import (
     LongAudio,
     Samples,
-    divide,
     is_silent,
     playable,
     read_recording,
     recording_facts,
     require_audio_packages,
+    split_recording,
 )
 from lora_cli.errors import LoraError, counted, warn
 from lora_cli.metrics import MetricContext
@@ -224,7 +224,7 @@ class RecordingTask(TextTask):
 
     def _part_spans(self, samples: Samples) -> list[tuple[int, int]]:
         method: LongAudio = "windows" if self.spec.long_audio == "windows" else "silence"
-        parts = divide(samples, self.rate, self.max_seconds, method)
+        parts = split_recording(samples, self.rate, self.max_seconds, method)
         return [part for part in parts if len(parts) == 1 or not is_silent(samples[slice(*part)])]
 
     def samples(self, value: dict[str, Any]) -> Samples:
