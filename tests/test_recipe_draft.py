@@ -563,6 +563,56 @@ def test_two_texts_are_a_question(init: Init, tmp_path: Path) -> None:
     assert init("rows.csv", content, "llama", text="right side").task.text_column == "right side"
 
 
+@pytest.mark.parametrize(
+    ("prompt", "completion"),
+    [
+        ("Context", "Response"), ("prompt", "answer"), ("input_text", "target_text"),
+        ("userMessage", "assistantMessage"), ("post", "highlights"), ("en", "de"), ("q", "a"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("answer_is_first", [False, True])
+def test_a_long_text_and_its_answer_are_a_prompt_and_a_completion(
+    prompt: str, completion: str, answer_is_first: bool, init: Init
+) -> None:
+    long, short = [f"{a} {b}" for a, b in zip(texts(40), texts(40, 2), strict=True)], texts(40, 1)
+    names, columns = [prompt, completion], [long, short]
+    if answer_is_first and prompt != "en":
+        names, columns = names[::-1], columns[::-1]
+    task = init("rows.csv", table(names, list(zip(*columns, strict=True))), "llama").task
+    assert (task.prompt_column, task.completion_column) == (prompt, completion)
+
+
+def test_a_system_prompt_beside_two_texts_is_kept(init: Init) -> None:
+    rows = list(zip(["Be kind."] * 40, texts(40), texts(40, 1), strict=True))
+    recipe = init("rows.csv", table(["system_prompt", "Context", "Response"], rows), "llama")
+    assert recipe.task.format == "alpaca"
+    assert recipe.data.columns == {
+        "system_prompt": "system", "Context": "instruction", "Response": "output"
+    }  # fmt: skip
+
+
+def test_numbers_that_are_answers_are_completions(init: Init) -> None:
+    rows = [[text, i * 7 % 97] for i, text in enumerate(texts(60))]
+    task = init("rows.csv", table(["problem", "final answer"], rows), "llama").task
+    assert (task.prompt_column, task.completion_column) == ("problem", "final answer")
+
+
+@pytest.mark.parametrize("names", [("original", "simplified"), ("passage", "question")])
+def test_a_text_that_may_be_an_answer_is_not_left_out(names: tuple[str, str], init: Init) -> None:
+    long, short = [f"{a} {b}" for a, b in zip(texts(40), texts(40, 2), strict=True)], texts(40, 1)
+    content = table(names, list(zip(long, short, strict=True)))
+    with pytest.raises(LoraError, match="which column is the text") as caught:
+        init("rows.csv", content, "llama")
+    assert "--text A --label B" in (caught.value.problems[0].hint or "")
+    assert init("rows.csv", content, "llama", text=names[0]).task.text_column == names[0]
+
+
+def test_a_title_beside_a_text_is_left_out(init: Init) -> None:
+    long = [" ".join([text] * 8) for text in texts(40)]
+    content = table(["heading", "material"], list(zip(texts(40, 1), long, strict=True)))
+    assert init("rows.csv", content, "llama").task.text_column == "material"
+
+
 def test_no_label_is_wanted(init: Init) -> None:
     content = table(["text", "label"], labelled(40, ["a", "b"]))
     assert said(init("rows.csv", content, "llama", label="none"))["type"] == "causal_lm"

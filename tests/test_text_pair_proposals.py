@@ -52,6 +52,7 @@ PAIR = {"source_column": "en", "target_column": "de"}
     [
         ("marian", ("en", "de"), PAIR),
         ("marian", ("alpha", "beta"), {"source_column": "alpha", "target_column": "beta"}),
+        ("marian", ("reply", "request"), {"source_column": "request", "target_column": "reply"}),
         ("t5", ("en", "de"), {**PAIR, "prefix": "translate English to German: "}),
         ("t5", ("dialogue", "summary"), {"source_column": "dialogue", "target_column": "summary",
                                          "prefix": "summarize: "}),

@@ -13,6 +13,7 @@ from lora_cli.data.text_columns import TEXT_NAMES, listed, text_of, text_reason,
 from lora_cli.data.unsupported_rows import unsupported
 from lora_cli.errors import LoraError, counted, printable
 from lora_cli.tasks.classification.labelled_text_proposals import LABEL_NAMES, rank
+from lora_cli.tasks.generation.two_texts import source_and_target
 from lora_cli.tasks.proposal import BaseFacts, Certainty, Proposal, Table, proposed
 from lora_cli.tasks.texts.text_checks import check_texts, reject_rows
 
@@ -31,6 +32,7 @@ TURNS = {
     "pairs": "questions with their answers",
 }  # fmt: skip
 MOSTLY = 0.9  # of the rows
+SHORT = 0.2  # of the characters of a text: a shorter one beside it is its title
 MANY_ANSWERS = 0.5  # different ones a row: fewer are labels
 SYSTEM_NAMES = ("system", "system_prompt", "system_message")
 CONTEXT_NAMES = ("context", "input", "passage", "knowledge", "document")
@@ -59,7 +61,7 @@ def _other_names(table: Table) -> dict[str, str]:
         return {}
     names = {systems[0]: "system"} if len(systems) == 1 else {}
     if conversation(table.columns, table.rows) is None:
-        pair = prompts(by_name)
+        pair = prompts(by_name) or _two_texts([c for c in table.columns if c.name not in systems])
         more = _contexts(pair, by_name) if pair is not None else []
         if pair is None or len(more) > 1 or not (has_more or more):
             return {}
@@ -93,6 +95,9 @@ def _proposed(table: Table, base: BaseFacts) -> Proposal | None:
         except LoraError as error:
             return Proposal({}, {}, [], certainty=Certainty.NAMED, error=error)
         written = written or conversation(columns, table.rows) or prompts(by_name)
+    two = _two_texts(columns) if written is None and table.text is None else None
+    if two is not None:
+        return proposed(lambda: _checked(two, table, base), Certainty.FALLBACK)
     if written is None:
         return proposed(
             lambda: _checked(
@@ -365,6 +370,32 @@ def translation(first: Column, second: Column, place: str, can_write: bool) -> P
     return chosen
 
 
+def _two_texts(columns: Sequence[Column]) -> Proposal | None:
+    """Return the task of two texts, of which one is by its name the answer to the other."""
+    pair = source_and_target(columns)
+    return prompt_and_completion(*pair) if pair is not None else None
+
+
+def _require_one_text(chosen: Column, columns: Sequence[Column], place: str) -> None:
+    """Reject a choice by length where another text may be the answer to it, and would be lost.
+
+    Raises:
+        LoraError: If there is such a text, which is not much shorter.
+    """
+    is_named = TEXT_NAMES.fullmatch(chosen.name.strip()) is not None
+    for other in columns:
+        if other.kind != "text" or other is chosen:
+            continue
+        is_longer = other.characters > chosen.characters and chosen.name.lower() != "text"
+        if is_longer or (not is_named and other.characters > SHORT * chosen.characters):
+            raise LoraError(
+                f"which column is the text? It could be `{chosen.name}` or `{other.name}`",
+                place,
+                "name it with `--text COLUMN`, or a prompt and its completion: `--text A --label "
+                f"B` ({listed(columns)})",
+            )
+
+
 def plain(
     columns: Sequence[Column],
     by_name: dict[str, Column],
@@ -374,6 +405,8 @@ def plain(
 ) -> Proposal:
     """Return the task of text alone."""
     column = by_name[text] if text is not None else text_of(columns, place, None, rows=rows)
+    if text is None:
+        _require_one_text(column, columns, place)
     why = "chosen by you" if text is not None else text_reason(column, columns)
     return Proposal(
         {"type": "causal_lm", "text_column": column.name},

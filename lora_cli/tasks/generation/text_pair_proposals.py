@@ -7,24 +7,10 @@ from collections.abc import Sequence
 from lora_cli.data.column_kinds import Column
 from lora_cli.errors import LoraError
 from lora_cli.tasks.generation.language_model_proposals import PROMPT_NAMES
+from lora_cli.tasks.generation.two_texts import LANGUAGES, language_of, source_and_target
 from lora_cli.tasks.proposal import BaseFacts, Certainty, Proposal, Table, proposed
 from lora_cli.tasks.texts.text_checks import check_texts
 
-# by the code that names columns and files: the code of three letters, and the name that T5 reads
-LANGUAGES = {
-    "ar": ("arb", "Arabic"), "bg": ("bul", "Bulgarian"), "cs": ("ces", "Czech"),
-    "da": ("dan", "Danish"), "de": ("deu", "German"), "el": ("ell", "Greek"),
-    "en": ("eng", "English"), "es": ("spa", "Spanish"), "et": ("est", "Estonian"),
-    "fa": ("pes", "Persian"), "fi": ("fin", "Finnish"), "fr": ("fra", "French"),
-    "he": ("heb", "Hebrew"), "hi": ("hin", "Hindi"), "hu": ("hun", "Hungarian"),
-    "id": ("ind", "Indonesian"), "it": ("ita", "Italian"), "ja": ("jpn", "Japanese"),
-    "ko": ("kor", "Korean"), "lt": ("lit", "Lithuanian"), "lv": ("lvs", "Latvian"),
-    "nl": ("nld", "Dutch"), "pl": ("pol", "Polish"), "pt": ("por", "Portuguese"),
-    "ro": ("ron", "Romanian"), "ru": ("rus", "Russian"), "sk": ("slk", "Slovak"),
-    "sl": ("slv", "Slovenian"), "sv": ("swe", "Swedish"), "th": ("tha", "Thai"),
-    "tr": ("tur", "Turkish"), "uk": ("ukr", "Ukrainian"), "vi": ("vie", "Vietnamese"),
-    "zh": ("zho", "Chinese"),
-}  # fmt: skip
 SUMMARIES = ("summary", "highlights", "abstract", "headline", "tldr")
 WRITTEN = ("text", "category", "id", "list")  # kinds of columns that may be targets
 OTHER_WAY = "exchange the two columns to translate the other way"
@@ -51,7 +37,7 @@ def propose_pairs(table: Table, base: BaseFacts) -> Proposal | None:
     texts = [column for column in table.columns if column.kind == "text"]
     if len(texts) != 2:
         return None
-    first, second = texts
+    first, second = source_and_target(texts) or texts
     return proposed(lambda: _pair(first, second, "", table, base), Certainty.LIKELY)
 
 
@@ -66,16 +52,6 @@ def _by_names(columns: Sequence[Column]) -> tuple[Column, Column] | None:
     if len(languages) == 2 and all(column.kind in WRITTEN for column in languages):
         return languages[0], languages[1]
     return None
-
-
-def language_of(name: str) -> str | None:
-    """Return the code of the language that a column is named after: of `de` and `German`, `de`."""
-    lower = name.lower()
-    names = {english.lower(): code for code, (_, english) in LANGUAGES.items()}
-    longer = {three: code for code, (three, _) in LANGUAGES.items()}
-    if lower in LANGUAGES:
-        return lower
-    return names.get(lower) or longer.get(lower)
 
 
 def _holds_texts(column: Column, table: Table) -> bool:
