@@ -202,7 +202,7 @@ def test_each_part_is_of_a_class_that_computes_as_here() -> None:
 
 
 def test_what_each_kind_reads_and_learns() -> None:
-    flags = {k: (family(k).has_sizes, family(k).learns_flow, family(k).reads_guidance,
+    flags = {k: (family(k).has_sizes, family(k).uses_flow_matching, family(k).reads_guidance,
                  family(k).has_negative_prompt) for k in KINDS}  # fmt: skip
     assert flags == {
         "sd": (False, False, False, True), "xl": (True, False, False, True),
@@ -216,12 +216,12 @@ def test_what_each_kind_reads_and_learns() -> None:
 
 
 def test_drawings_are_usually_those_of_each_pipeline() -> None:
-    assert {kind: family(kind).usual_drawing for kind in KINDS} == {
+    assert {kind: family(kind).sampling_defaults for kind in KINDS} == {
         "sd": {}, "xl": {"guidance_scale": 5.0}, "sd3": {"steps": 28, "guidance_scale": 7.0},
         "flux": {"steps": 28, "guidance_scale": 3.5},
     }  # fmt: skip
     schnell = family("flux", transformer={"guidance_embeds": False})
-    assert schnell.usual_drawing == {"steps": 4, "guidance_scale": 0.0}
+    assert schnell.sampling_defaults == {"steps": 4, "guidance_scale": 0.0}
 
 
 def test_channels_that_are_the_same_do_not_differ() -> None:
@@ -389,5 +389,5 @@ def test_a_patch_is_two_by_two_latents_of_each_channel() -> None:
             assert torch.equal(patches[:, 3 * row + column], square.flatten(1))
     assert torch.equal(latents_of(patches, 2, 3), NOISY)
     square = torch.arange(2 * 4 * 6 * 6.0).reshape(2, 4, 6, 6)
-    assert torch.equal(family("flux").drawn_latents(patches_of(square), 48), square)
-    assert family("sd3").drawn_latents(square, 48) is square
+    assert torch.equal(family("flux").unpack_latents(patches_of(square), 48), square)
+    assert family("sd3").unpack_latents(square, 48) is square

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from lora_cli.errors import LoraError
-from lora_cli.models.base_model import avoid_wrong_attention, load_pretrained
+from lora_cli.models.base_model import disable_wrong_attention, load_pretrained
 from lora_cli.preprocessing.check_recipe import check_recipe
 from lora_cli.recipe import load_recipe
 from lora_cli.recipe.spec import GenerationSpec
@@ -318,7 +318,7 @@ def test_models_whose_layers_have_numbers_of_keys_of_their_own_are_read_layer_by
     layers = [m for m in model.modules() if hasattr(m, "num_key_value_groups")]
     share_one = [m for m in layers if m.k_proj.out_features == m.head_dim > 128]
     try:
-        avoid_wrong_attention(model)
+        disable_wrong_attention(model)
         assert torch.backends.cuda.mem_efficient_sdp_enabled() == (not share_one)
     finally:
         torch.backends.cuda.enable_mem_efficient_sdp(True)

@@ -100,10 +100,10 @@ def make_task(
         return noisy + times.view(-1, 1, 1, 1) + conditions.texts[0].sum((1, 2)).view(-1, 1, 1, 1)
 
     defaults = {
-        "name": "Kind", "learns_flow": False, "optional": (), "never_adapted": (),
+        "name": "Kind", "uses_flow_matching": False, "optional": (), "never_adapted": (),
         "reads_guidance": False, "has_negative_prompt": True, "has_sizes": False, "divisor": 8,
         "pixels_per_latent": 2, "longest_side": None, "denoiser": "unet", "texts": of_texts,
-        "denoised": denoised, "usual_drawing": {"guidance_scale": 3.5},
+        "denoised": denoised, "sampling_defaults": {"guidance_scale": 3.5},
         "token_limit": lambda name, _: LENGTH + (name == "text_encoder_2"),
     }  # fmt: skip
     task.base = SimpleNamespace(
@@ -599,7 +599,7 @@ def test_batches_with_dropped_captions_have_the_empty_caption() -> None:
 @pytest.mark.parametrize("guidance", [None, 7.0])
 def test_the_denoiser_s_inputs_have_its_dtype(sizes: bool, guidance: float | None) -> None:
     flow = {"flow": {"guidance": guidance}} if guidance else {}
-    task = make_task(family={"has_sizes": sizes, "learns_flow": True}, **flow)
+    task = make_task(family={"has_sizes": sizes, "uses_flow_matching": True}, **flow)
     batch = make_batch(task, make_example(task), make_example(task, width=40))
     model: Any = Model(torch.float64)
     output = task.forward(model, batch)
@@ -668,14 +668,14 @@ def test_frozen_parts() -> None:
     ("family", "values", "keys"),
     [
         ({}, {"snr_gamma": 5.0, "noise_offset": 0.1}, []),
-        ({"learns_flow": True}, {"snr_gamma": 5.0, "noise_offset": 0.1},
+        ({"uses_flow_matching": True}, {"snr_gamma": 5.0, "noise_offset": 0.1},
          ["task.snr_gamma", "task.noise_offset"]),
-        ({"learns_flow": True}, {"flow": {"timesteps": "uniform"}}, []),
+        ({"uses_flow_matching": True}, {"flow": {"timesteps": "uniform"}}, []),
         ({}, {"flow": {"timesteps": "uniform"}}, ["task.flow"]),
         ({}, {"without_t5": True}, ["task.without_t5"]),
         ({"optional": ("text_encoder_2",)}, {"without_t5": True}, []),
-        ({"learns_flow": True}, {"flow": {"guidance": 2.0}}, ["task.flow.guidance"]),
-        ({"learns_flow": True, "reads_guidance": True}, {"flow": {"guidance": 2.0}}, []),
+        ({"uses_flow_matching": True}, {"flow": {"guidance": 2.0}}, ["task.flow.guidance"]),
+        ({"uses_flow_matching": True, "reads_guidance": True}, {"flow": {"guidance": 2.0}}, []),
         ({"has_negative_prompt": False}, {"evaluate__drawing": {"negative_prompt": "x"}},
          ["evaluate.drawing.negative_prompt"]),
         ({}, {"evaluate__drawing": {"negative_prompt": "x"}}, []),
@@ -793,7 +793,7 @@ def test_the_noise_schedule_is_of_the_base_s_kind(
         ({}, 0), ({"crop": "random"}, 1), ({"flip": True}, 1), ({"crop": "random", "flip": True}, 1)
     ):  # fmt: skip
         spec = {"flow": {"timesteps": "uniform"}} if flow else {"snr_gamma": 5.0}
-        task = make_task(family={"learns_flow": flow}, **spec, **values)
+        task = make_task(family={"uses_flow_matching": flow}, **spec, **values)
         base = task.base
         base.tokenizers, base.noise_scheduler = lambda: ["tokens"], lambda: scheduler
         monkeypatch.setattr(task, "read_config", lambda: None)

@@ -148,7 +148,7 @@ def _require_complete(
 
     What a loaded model shares, its configuration says, and not what was shared before.
     """
-    places = (names.place(one.name, one.shape) for tensors in planned.values() for one in tensors)
+    places = (names.find(one.name, one.shape) for tensors in planned.values() for one in tensors)
     written = {place.part.parameter if place.part else place.name for place in places}
     with torch.device("meta"):
         loaded = type(model)(model.config)
@@ -182,7 +182,7 @@ class _StoredParameters:
         self.whole: dict[str, Stored] = {}
         self.rows: dict[str, int] = {}  # of parameters that the files have in parts
         for tensor in (t for of_file in self.tensors.values() for t in of_file):
-            place = self.names.place(tensor.name, tensor.entry.shape)
+            place = self.names.find(tensor.name, tensor.entry.shape)
             if place.name is not None:
                 self.whole[place.name] = tensor
             if place.part is not None:
@@ -272,7 +272,7 @@ class _Planner:
 
     def _planned(self, source: Stored) -> PlannedTensor | None:
         entry = source.entry
-        place = self.stored.names.place(source.name, entry.shape)
+        place = self.stored.names.find(source.name, entry.shape)
         name = place.part.parameter if place.part else place.name
         if name is None or name not in self.stored.group_of:  # unknown, or a buffer
             shape = self.buffers.get(name or source.name, entry.shape)

@@ -182,7 +182,7 @@ class _Sources:
     def enter(self, part: str, module: nn.Module, base: Iterable[Path]) -> None:
         """Go on with a part of the model: the names below are those inside it."""
         self.before, self.places = f"{part}." if part else "", CheckpointNames(module)
-        self.start = self.places.start
+        self.start = self.places.prefix
         self.base = StoredTensors(base, self.start)
         sharers: dict[int, list[str]] = {}
         for name, parameter in self.parameters.items():
@@ -199,7 +199,7 @@ class _Sources:
         rows: Counter[str] = Counter()
         for file in files:
             for name, entry in read_header(file).items():
-                place = self.places.place(name, entry.shape)
+                place = self.places.find(name, entry.shape)
                 if place.name is not None:
                     whole.add(self.before + place.name)
                 if place.part is not None:
@@ -238,7 +238,7 @@ class _Sources:
     def _compare(self, file_tensor: Stored, proof: WeightsProof) -> float:
         """Count a tensor in the proof, and return its largest difference from the files."""
         inner = inner_name(file_tensor.name, self.start)
-        place = self.places.place(file_tensor.name, file_tensor.entry.shape)
+        place = self.places.find(file_tensor.name, file_tensor.entry.shape)
         known = place.part.parameter if place.part else place.name
         named = inner if known is None else self.before + known
         group = self.groups.get(named, [named])

@@ -1,1 +1,1 @@
-"""Base models: how they are loaded, what identifies them, and why one cannot be loaded."""
+"""Base models: load them, identify them, and explain why one cannot be loaded."""

@@ -1,8 +1,9 @@
-"""What of a base decides the computation besides its tensors: config.json and the tokenizer.
+"""Record and compare the facts of a base that affect its outputs besides its tensors.
 
-The same weights answer otherwise with 6 attention heads instead of 12, another `rope_theta`, two
-ids exchanged in tokenizer.json, or another chat template. So these are kept in `computation.json`
-beside the adapter, and in the state of a run, and compared before either is used.
+The same weights give other outputs with 6 attention heads instead of 12, another `rope_theta`, two
+swapped ids in tokenizer.json, or another chat template. So the facts of config.json and of the
+tokenizer are saved in `computation.json` next to the adapter, and in the state of a run, and
+compared before either is used.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from lora_cli.files import write_json
 from lora_cli.format_version import FORMAT
 from lora_cli.models.base_model import load_config, load_tokenizer
 from lora_cli.models.find_base import source_of
-from lora_cli.models.image_processor import NOT_COMPUTING as NO_PIXEL
+from lora_cli.models.image_processor import NOT_COMPUTING as NO_PIXEL_KEYS
 from lora_cli.models.image_processor import PROCESSOR_FILE
 from lora_cli.models.load_errors import explained
 from lora_cli.recipe import (
@@ -32,7 +33,7 @@ from lora_cli.recipe import (
 )
 
 OVERRIDE = "model.allow_other_base"
-# keys of config.json that no output depends on; the labels are the recipe's
+# keys of config.json that do not affect outputs; the labels come from the recipe
 NOT_COMPUTING = {
     "architectures", "attn_implementation", "auto_map", "dtype", "finetuning_task",
     "gradient_checkpointing", "id2label", "label2id", "name_or_path", "num_labels",
@@ -41,12 +42,12 @@ NOT_COMPUTING = {
     "transformers_version", "use_cache",
 }  # fmt: skip
 TOKENIZER_CONFIG = "tokenizer_config.json"
-SHOWN = 4  # keys in a message
-BIG = 10**9  # tokenizers write 1e30 for: no limit
+MAX_SHOWN = 4  # keys in a message
+NO_LIMIT = 10**9  # tokenizers without a limit have 1e30
 
 
 def base_facts(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Return the computing keys of a configuration, and hashes of the tokenizer."""
+    """Return the keys of a configuration that affect outputs, and the facts of the tokenizer."""
     return {"config": config_facts(config), **facts_of(tokenizer)}
 
 
@@ -56,38 +57,38 @@ def facts_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 def config_facts(config: PretrainedConfig) -> dict[str, Any]:
-    """Return the keys of a configuration that its model computes with, flat: `vision.layers`."""
+    """Return the keys of a configuration that affect outputs, flattened: `vision.layers`."""
     return flat_config(config.to_dict())
 
 
 def flat_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the same of a configuration as a dictionary."""
-    return _computing(json.loads(json.dumps(config, default=str)))
+    """Return `config_facts` of a configuration that is a dictionary."""
+    return _computing_keys(json.loads(json.dumps(config, default=str)))
 
 
-def _computing(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _computing_keys(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in tree.items():
         if key in NOT_COMPUTING or key.startswith("_"):
             continue
         if isinstance(value, dict):
-            result |= _computing(value, f"{prefix}{key}.")
+            result |= _computing_keys(value, f"{prefix}{key}.")
         else:
             result[prefix + key] = value
     return result
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a hash of all that decides which ids a text becomes, but for the chat template."""
+    """Return a hash of everything that affects tokenization, except the chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     state: Any = sorted(tokenizer.get_vocab().items())
     if backend is not None:
         state = json.loads(backend.to_str())
-        for key in ("truncation", "padding"):  # as its last texts were cut; not how the next are
+        for key in ("truncation", "padding"):  # state of the last call
             state.pop(key, None)
     special = {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())}
-    longest = min(int(tokenizer.model_max_length), BIG)
-    text = json.dumps([state, special, longest], sort_keys=True, default=str)
+    max_length = min(int(tokenizer.model_max_length), NO_LIMIT)
+    text = json.dumps([state, special, max_length], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
@@ -100,9 +101,9 @@ def write_computation(folder: Path, recipe: Recipe, facts: dict[str, Any]) -> No
     """Write `computation.json` into a folder.
 
     Args:
-        folder: Of an adapter or a checkpoint.
-        recipe: With the labels that were learned.
-        facts: What `base_facts` returned.
+        folder: The folder of an adapter or a checkpoint.
+        recipe: The recipe, with the labels that were learned.
+        facts: The result of `base_facts`.
     """
     value = {"format": FORMAT, "recipe": computing_values(recipe), "base": facts}
     write_json(folder / COMPUTATION_FILE, value)
@@ -114,13 +115,13 @@ def save_tokenizer(
     recipe: Recipe,
     facts: dict[str, Any] | None = None,
 ) -> None:
-    """Write the tokenizer that was trained with, and its chat template, into a folder.
+    """Write the tokenizer of a training, and its chat template, into a folder.
 
-    What is read back may have another hash (another class, a key that is written out): `facts` get
-    that of the copy too, as `tokenizer_copy`.
+    The hash of the copy may differ when it is read back (another class, a default value that is
+    written out), so it is added to `facts` as `tokenizer_copy`.
     """
     if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
-        # how it cut its last texts is no part of it, and differs where they came from the cache
+        # the settings of its last call would be saved too; without a call, if rows were cached
         backend.no_truncation()
         backend.no_padding()
     tokenizer.save_pretrained(folder)
@@ -131,15 +132,15 @@ def save_tokenizer(
 def trained_tokenizer(folder: Path, recipe: Recipe) -> PreTrainedTokenizerBase:
     """Return the tokenizer that an adapter was trained with: the base's, or the adapter's own copy.
 
-    The chat template is set to the one of the training, whichever the base has now. Beside an
-    adapter of another tool, the copy is all that tells of its training.
+    The chat template is set to that of the training. For an adapter of another tool, its own copy
+    is the only information on its training.
 
     Args:
-        folder: The adapter's.
+        folder: The adapter's folder.
         recipe: Names the base.
 
     Raises:
-        IntegrityError: If the base has another tokenizer now, and the adapter no copy of its own.
+        IntegrityError: If the base has another tokenizer now, and the adapter has no copy.
     """
     trained = read_computation(folder)
     if trained is None and (folder / RECIPE_FILE).is_file():
@@ -149,9 +150,9 @@ def trained_tokenizer(folder: Path, recipe: Recipe) -> PreTrainedTokenizerBase:
         )
         return load_tokenizer(recipe)
     if trained is None:
-        return _of_another_tool(folder, recipe)
+        return _external_tokenizer(folder, recipe)
     facts = trained["base"]
-    known = {facts["tokenizer"], facts.get("tokenizer_copy")}  # a whole model is its own base
+    known = {facts["tokenizer"], facts.get("tokenizer_copy")}  # a full model is its own base
     try:
         tokenizer = load_tokenizer(recipe)
     except LoraError:
@@ -173,37 +174,37 @@ def trained_tokenizer(folder: Path, recipe: Recipe) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _of_another_tool(folder: Path, recipe: Recipe) -> PreTrainedTokenizerBase:
-    """Return the tokenizer for an adapter of another tool: the one beside it, if there is one."""
-    of_base = load_tokenizer(recipe)
+def _external_tokenizer(folder: Path, recipe: Recipe) -> PreTrainedTokenizerBase:
+    """Return the tokenizer for an adapter of another tool: its own, if it has one."""
+    base_tokenizer = load_tokenizer(recipe)
     if not (folder / TOKENIZER_CONFIG).is_file():
-        return of_base
-    own = _beside(folder, recipe)
-    if not (differing := tokenizer_differences(own, facts_of(of_base))):
-        return of_base
+        return base_tokenizer
+    own_tokenizer = _adapter_tokenizer(folder, recipe)
+    if not (differing := tokenizer_differences(own_tokenizer, facts_of(base_tokenizer))):
+        return base_tokenizer
     what = f"{folder} has a tokenizer of its own ({differing} than in `{recipe.model.name}`)"
     n_rows = getattr(load_config(recipe).get_text_config(), "vocab_size", None)
-    if n_rows is not None and len(own) > max(n_rows, len(of_base)):
-        # nor has the adapter, or loading it will say so
+    if n_rows is not None and len(own_tokenizer) > max(n_rows, len(base_tokenizer)):
+        # neither has the adapter: otherwise loading it would report the mismatch
         warn(f"{what}: the base has no rows for all of its tokens, so that of the base is used")
-        return of_base
+        return base_tokenizer
     warn(f"{what}: it is used")
-    if own.chat_template is None:
-        own.chat_template = of_base.chat_template
-    return own
+    if own_tokenizer.chat_template is None:
+        own_tokenizer.chat_template = base_tokenizer.chat_template
+    return own_tokenizer
 
 
 def warn_of_own_tokenizer(folder: Path, facts: dict[str, Any], recipe: Recipe) -> None:
-    """Warn where an adapter of another tool is trained further with another tokenizer than its own.
+    """Warn if training continues an adapter of another tool with a tokenizer that is not its own.
 
     Args:
-        folder: The adapter's.
-        facts: What `base_facts` returned of the base; of one without a tokenizer, it has no such.
+        folder: The adapter's folder.
+        facts: The result of `base_facts` for the base; without `tokenizer` if it has none.
         recipe: Names the base.
     """
     if "tokenizer" not in facts or not (folder / TOKENIZER_CONFIG).is_file():
         return
-    if differing := tokenizer_differences(_beside(folder, recipe), facts):
+    if differing := tokenizer_differences(_adapter_tokenizer(folder, recipe), facts):
         warn(
             f"{folder} has a tokenizer of its own ({differing} than in `{recipe.model.name}`): it "
             "is trained with that of the base; `model.add_tokens` names new tokens, "
@@ -211,8 +212,8 @@ def warn_of_own_tokenizer(folder: Path, facts: dict[str, Any], recipe: Recipe) -
         )
 
 
-def _beside(folder: Path, recipe: Recipe) -> PreTrainedTokenizerBase:
-    """Return the tokenizer beside an adapter of another tool.
+def _adapter_tokenizer(folder: Path, recipe: Recipe) -> PreTrainedTokenizerBase:
+    """Return the tokenizer in the folder of an adapter of another tool.
 
     Raises:
         LoraError: If it cannot be read.
@@ -224,40 +225,47 @@ def _beside(folder: Path, recipe: Recipe) -> PreTrainedTokenizerBase:
         raise LoraError(error.problems[0].what, str(folder), hint) from error
 
 
-def tokenizer_differences(own: PreTrainedTokenizerBase, facts: dict[str, Any]) -> str:
-    """Return in words how a tokenizer differs from the one that facts were made of, if it does."""
-    found = []
-    if tokenizer_hash(own) != facts["tokenizer"]:
-        found.append("its tokens are others")
-    if own.chat_template is not None and _template(own) != facts["chat_template"]:
-        found.append("its chat template is another")
-    return ", and ".join(found)
+def tokenizer_differences(tokenizer: PreTrainedTokenizerBase, facts: dict[str, Any]) -> str:
+    """Describe how a tokenizer differs from the one that the facts describe; "" if it does not."""
+    differences = []
+    if tokenizer_hash(tokenizer) != facts["tokenizer"]:
+        differences.append("its tokens are others")
+    if tokenizer.chat_template is not None and _template(tokenizer) != facts["chat_template"]:
+        differences.append("its chat template is another")
+    return ", and ".join(differences)
 
 
 def warn_of_own_processor(folder: Path, recipe: Recipe) -> None:
-    """Warn where another tool's adapter was trained with other pictures or sounds than the base's.
+    """Warn if another tool's adapter has other preprocessing of images or audio than the base.
 
     Args:
-        folder: The adapter's.
+        folder: The adapter's folder.
         recipe: Names the base, whose processor is used.
     """
     if not (folder / PROCESSOR_FILE).is_file():
         return
-    where = source_of(recipe)
-    found = cached_file(
-        where["pretrained_model_name_or_path"],
+    source = source_of(recipe)
+    base_file = cached_file(
+        source["pretrained_model_name_or_path"],
         PROCESSOR_FILE,
-        revision=where["revision"],
+        revision=source["revision"],
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
     )
-    own, ours = _values(folder / PROCESSOR_FILE), _values(Path(found)) if found else {}
-    # a key that only one has may be another version's
-    differing = [k for k in sorted(own.keys() & ours.keys() - NO_PIXEL) if own[k] != ours[k]]
+    own_values, base_values = (
+        _values(folder / PROCESSOR_FILE),
+        _values(Path(base_file)) if base_file else {},
+    )
+    # keys that only one has may come from another version
+    differing = [
+        k
+        for k in sorted(own_values.keys() & base_values.keys() - NO_PIXEL_KEYS)
+        if own_values[k] != base_values[k]
+    ]
     if differing:
-        named = ", ".join(f"`{key}`" for key in differing[:SHOWN])
+        keys = ", ".join(f"`{key}`" for key in differing[:MAX_SHOWN])
         warn(
-            f"{folder / PROCESSOR_FILE} has another {named} than `{recipe.model.name}`, which is "
+            f"{folder / PROCESSOR_FILE} has another {keys} than `{recipe.model.name}`, which is "
             "used: if the adapter was trained so, give the base these values"
         )
 
@@ -271,7 +279,7 @@ def _values(file: Path) -> dict[str, Any]:
 
 
 def read_tokenizer(folder: Path, recipe: Recipe) -> PreTrainedTokenizerBase:
-    """Return the tokenizer that lies beside an adapter."""
+    """Return the tokenizer in an adapter's folder."""
     with explained(recipe, "adapter's own tokenizer"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             str(folder), trust_remote_code=recipe.model.trust_remote_code
@@ -280,7 +288,7 @@ def read_tokenizer(folder: Path, recipe: Recipe) -> PreTrainedTokenizerBase:
 
 
 def _own_copy(folder: Path, recipe: Recipe, known: set[Any]) -> PreTrainedTokenizerBase:
-    """Return the tokenizer that lies beside an adapter, if it is the one of the training."""
+    """Return the tokenizer in an adapter's folder, if it is the one of the training."""
     hint = f"give the base its old tokenizer files back, or train again; {folder} holds no copy"
     what = f"the tokenizer of `{recipe.model.name}` is not the one that {folder} was trained with"
     if (folder / TOKENIZER_CONFIG).is_file():
@@ -300,26 +308,26 @@ def require_facts(
     with_tokenizer: bool = False,
     with_template: bool = False,
 ) -> None:
-    """Reject a base whose config.json, or whose tokenizer, is not the one of the training.
+    """Reject a base whose config.json or tokenizer is not the one of the training.
 
     Args:
-        trained: What `base_facts` returned when it was trained; None where nothing was kept.
-        now: The same of the base as it is.
+        trained: The result of `base_facts` at the time of training; None if it was not saved.
+        now: The result of `base_facts` for the base as it is now.
         recipe: Names the base, and may allow another.
-        what: What was trained: `the adapter out/`.
-        with_tokenizer: The tokenizer counts too, since it is not taken from elsewhere.
-        with_template: The chat template counts too, likewise.
+        what: The thing that was trained, for messages: `the adapter out/`.
+        with_tokenizer: Compare the tokenizer too, if it comes from the base.
+        with_template: Compare the chat template too, if it comes from the base.
 
     Raises:
         IntegrityError: With the first key that differs, unless `model.allow_other_base` is set.
     """
     if trained is None:
         return
-    then, ours = trained["config"], now["config"]
-    # another version of transformers may know other keys
-    differing = [key for key in sorted(then.keys() & ours.keys()) if then[key] != ours[key]]
+    before, config = trained["config"], now["config"]
+    # other versions of transformers may have other keys
+    differing = [key for key in sorted(before.keys() & config.keys()) if before[key] != config[key]]
     texts = [
-        f"`{key}` in config.json is {json.dumps(ours[key])}, and was {json.dumps(then[key])}"
+        f"`{key}` in config.json is {json.dumps(config[key])}, and was {json.dumps(before[key])}"
         for key in differing
     ]
     known = (trained.get("tokenizer"), trained.get("tokenizer_copy"))
@@ -331,8 +339,8 @@ def require_facts(
         texts.append("the chat template is another")
     if not texts:
         return
-    more = f", and {len(texts) - 1} more" if texts[1:] else ""
-    text = f"`{recipe.model.name}` is not as it was when {what} was trained: {texts[0]}{more}"
+    others = f", and {len(texts) - 1} more" if texts[1:] else ""
+    text = f"`{recipe.model.name}` is not as it was when {what} was trained: {texts[0]}{others}"
     if recipe.model.allow_other_base:
         warn(f"{text}; `{OVERRIDE}` allows it")
         return

@@ -31,18 +31,18 @@ from lora_cli.recipe import Recipe
 from lora_cli.tensorfile import read_header
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-CHUNKS = "chunk_size_feed_forward"  # the positions that a feed-forward layer computes at once
-WHOLE = "config.json and the weights do not belong together: copy or download both again"
+CHUNK_SIZE_KEY = "chunk_size_feed_forward"  # positions that a feed-forward layer computes at once
+MISMATCH_HINT = "config.json and the weights do not belong together: copy or download both again"
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-NUMBER = re.compile(r"\.\d+\.")  # of a layer, in the name of a tensor
+LAYER_NUMBER = re.compile(r"\.\d+\.")  # in the name of a tensor
 
 
 def mixed_precision(recipe: Recipe) -> str:
     """Return the precision that Accelerate's autocast should use: `no`, `fp16` or `bf16`.
 
-    A base that is stored in bf16 computes in bf16 without autocast, which would convert to float32
-    and back at every normalisation: that makes small models a third slower. fp16 needs it, since
-    normalisations would overflow.
+    A base that is stored in bf16 computes in bf16 without autocast. Autocast would convert to
+    float32 and back at every normalisation, which makes small models a third slower. fp16 needs
+    autocast, since normalisations would overflow.
     """
     precision = recipe.train.precision
     native = recipe.adapter.type != "full" and storage_dtype(recipe) == torch.bfloat16
@@ -59,9 +59,9 @@ def storage_dtype(recipe: Recipe) -> torch.dtype:
 
 
 def config_as_written(recipe: Recipe) -> dict[str, Any]:
-    """Return the content of the base's config.json as it is written."""
-    written: dict[str, Any] = PretrainedConfig.get_config_dict(**source_of(recipe))[0]
-    return written
+    """Return the content of the base's config.json, without defaults."""
+    config: dict[str, Any] = PretrainedConfig.get_config_dict(**source_of(recipe))[0]
+    return config
 
 
 def load_config(recipe: Recipe, **changes: Any) -> PretrainedConfig:
@@ -75,9 +75,9 @@ def load_config(recipe: Recipe, **changes: Any) -> PretrainedConfig:
         config: PretrainedConfig = AutoConfig.from_pretrained(**source_of(recipe), **changes)
         check_config(config, recipe)
     for part in (config, config.get_text_config()):
-        if getattr(part, CHUNKS, None):
-            # it changes no result, but raises an error for lengths that it does not divide
-            setattr(part, CHUNKS, 0)
+        if getattr(part, CHUNK_SIZE_KEY, None):
+            # chunking changes no result, but fails for lengths that are not a multiple of its size
+            setattr(part, CHUNK_SIZE_KEY, 0)
     return config
 
 
@@ -96,7 +96,7 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 
 
 def build_empty(auto_class: Any, recipe: Recipe, config: PretrainedConfig) -> nn.Module:
-    """Return the model on the meta device: with all names and shapes, but without weights."""
+    """Return the model on the meta device: all names and shapes, but no weights."""
     require_kind(auto_class, config, recipe)
     with explained(recipe, "architecture"), torch.device("meta"):
         model: nn.Module = auto_class.from_config(
@@ -118,15 +118,16 @@ def load_pretrained(
 
     Args:
         auto_class: The transformers class for the task.
-        recipe: Its `model` section names the base and how it is stored.
+        recipe: The `model` section names the base and its storage format.
         config: The configuration, with the task's changes.
         device: The device for the weights.
-        dtype: The dtype to store them in, instead of the recipe's; `auto` is the checkpoint's.
-        has_head: Whether the task adds a head, whose parameters the checkpoint need not have.
+        dtype: The dtype to store the weights in, instead of the recipe's; `auto` keeps that of the
+            checkpoint.
+        has_head: Whether the task adds a head, whose parameters may be missing in the checkpoint.
 
     Returns:
-        The model, in eval mode, and the names of parameters that the checkpoint does not have, or
-        has in another shape. Their values are drawn at random from torch's global generator.
+        The model, in eval mode, and the names of parameters that are missing in the checkpoint or
+        have another shape there. These are initialised from torch's global random generator.
 
     Raises:
         LoraError: If the checkpoint does not fit the model.
@@ -140,36 +141,39 @@ def load_pretrained(
         read_header(file)
     check_generation_config(auto_class, config, recipe)
     if recipe.model.quantization is not None:
-        options |= _quantizing(auto_class, recipe, config, device, has_head)
+        options |= _quantization_options(auto_class, recipe, config, device, has_head)
     with explained(recipe, "weights", lambda _: build_empty(auto_class, recipe, config)):
         model, info = auto_class.from_pretrained(
             **source_of(recipe),
             config=config,
             output_loading_info=True,
             use_safetensors=True,
-            ignore_mismatched_sizes=True,  # of a head; all others are rejected below
+            ignore_mismatched_sizes=True,  # only allowed for a head; others are rejected below
             **options,
         )
     mismatched = {entry[0] for entry in info["mismatched_keys"]}
     parameters = {name for name, _ in model.named_parameters()}
     if recipe.model.quantization is not None:
-        model.hf_quantizer.remove_quantization_config(model)  # the base's own config has none
+        model.hf_quantizer.remove_quantization_config(
+            model
+        )  # so that a saved config matches the base's
     missing = (set(info["missing_keys"]) | mismatched) & parameters
     _reject_misfits(model, mismatched, missing, recipe, has_head)
-    _name_unused_layers(info["unexpected_keys"], parameters, recipe)
-    avoid_wrong_attention(model)
+    _warn_of_unused_layers(info["unexpected_keys"], parameters, recipe)
+    disable_wrong_attention(model)
     return model.to(device), missing
 
 
-def _name_unused_layers(
+def _warn_of_unused_layers(
     unused: Collection[str], parameters: Collection[str], recipe: Recipe
 ) -> None:
-    """Warn where the checkpoint has more layers than config.json says.
+    """Warn if the checkpoint has more layers than config.json says.
 
-    What heads of another task have, or layers of another kind, is left out as in transformers.
+    Unused tensors of other heads, or of other kinds of layers, cause no warning, as in
+    transformers.
     """
-    first = {NUMBER.sub(".0.", name, count=1) for name in parameters}
-    layers = sorted(name for name in unused if NUMBER.sub(".0.", name, count=1) in first)
+    patterns = {LAYER_NUMBER.sub(".0.", name, count=1) for name in parameters}
+    layers = sorted(name for name in unused if LAYER_NUMBER.sub(".0.", name, count=1) in patterns)
     if layers:
         warn(
             f"the checkpoint of `{recipe.model.name}` has more layers than config.json says: "
@@ -177,29 +181,29 @@ def _name_unused_layers(
         )
 
 
-def avoid_wrong_attention(model: nn.Module) -> None:
-    """Do not let torch use its memory-efficient attention on a GPU where its outputs are wrong.
+def disable_wrong_attention(model: nn.Module) -> None:
+    """Disable torch's memory-efficient attention for models for which its outputs are wrong.
 
-    They are wrong where heads of more than 128 numbers share one key, as in Gemma 3 270M: in
-    float32 with and without a mask, in bfloat16 with one (torch 2.11 on an H200, compared with
-    float64). With a copy of the key for each head, or with 128 numbers, they are right.
+    They are wrong on a GPU if all heads share one key and have a head dimension above 128, as in
+    Gemma 3 270M: in float32 with and without a mask, in bfloat16 with a mask (torch 2.11 on an
+    H200, compared with float64). With a key for each head, or a dimension of 128, they are right.
     """
     for layer in model.modules():
-        heads_of_key = getattr(layer, "num_key_value_groups", 1)  # transformers' names
+        heads_per_key = getattr(layer, "num_key_value_groups", 1)  # transformers' names
         width = getattr(layer, "head_dim", 0)
         config: Any = getattr(layer, "config", None)
-        if heads_of_key > 1 and width > 128 and heads_of_key == config.num_attention_heads:
+        if heads_per_key > 1 and width > 128 and heads_per_key == config.num_attention_heads:
             torch.backends.cuda.enable_mem_efficient_sdp(False)
 
 
-def _quantizing(
+def _quantization_options(
     auto_class: Any,
     recipe: Recipe,
     config: PretrainedConfig,
     device: torch.device,
     has_head: bool,
 ) -> dict[str, Any]:
-    """Return the options that let `from_pretrained` quantise the weights while it reads them.
+    """Return the options with which `from_pretrained` quantises the weights as it reads them.
 
     Raises:
         LoraError: If bitsandbytes is missing.
@@ -213,16 +217,16 @@ def _quantizing(
             "pip install 'lora-cli[quantization]'",
         )
     if kind == "fp8" and (recipe.train.precision == "fp32" or not has_fp8_products(device)):
-        why = "this device does not multiply in fp8"
+        reason = "this device does not multiply in fp8"
         if has_fp8_products(device):
-            why = "`train.precision: fp32` rounds nothing to fp8"
-        warn(f"`quantization: fp8`: {why}, so the weights are dequantised for each product")
+            reason = "`train.precision: fp32` rounds nothing to fp8"
+        warn(f"`quantization: fp8`: {reason}, so the weights are dequantised for each product")
     from lora_cli.models.quantize_on_load import QuantizeOnLoad
 
     heads = new_modules(build_empty(auto_class, recipe, config)) if has_head else []
-    # a pooler is new, and so not quantised, if the checkpoint has none
-    kept = [*heads, "pooler", *recipe.adapter.train_modules]
-    return {"quantization_config": QuantizeOnLoad(kind, kept), "device_map": {"": device}}
+    # a pooler that is missing in the checkpoint is new, and so not quantised
+    unquantized = [*heads, "pooler", *recipe.adapter.train_modules]
+    return {"quantization_config": QuantizeOnLoad(kind, unquantized), "device_map": {"": device}}
 
 
 def _reject_misfits(
@@ -234,30 +238,30 @@ def _reject_misfits(
     for name in sorted(mismatched):
         if not name.startswith(heads):
             what = f"`{name}` of the checkpoint has another shape than config.json says"
-            raise LoraError(what, at, WHOLE)
-    # checkpoints of language models lack the pooler that a classifier reads: it is new too
+            raise LoraError(what, at, MISMATCH_HINT)
+    # checkpoints of language models lack a classifier's pooler, which is new too
     absent = sorted(
         name for name in missing if not name.startswith(heads) and ".pooler." not in f".{name}"
     )
     if absent:
-        more = f", nor for {len(absent) - 1} others" if len(absent) > 1 else ""
-        what = f"the checkpoint holds no weights for `{absent[0]}`{more}"
-        saved, wanted = getattr(model.config, "architectures", None) or [], type(model).__name__
-        if saved and wanted not in saved and not has_head:
-            what += f": it is one of {saved[0]}, and `{recipe.task.type}` needs {wanted}"
+        others = f", nor for {len(absent) - 1} others" if len(absent) > 1 else ""
+        what = f"the checkpoint holds no weights for `{absent[0]}`{others}"
+        saved, needed = getattr(model.config, "architectures", None) or [], type(model).__name__
+        if saved and needed not in saved and not has_head:
+            what += f": it is one of {saved[0]}, and `{recipe.task.type}` needs {needed}"
             raise LoraError(what, at, recipe.task.suitable_models)
-        raise LoraError(what, at, WHOLE)
+        raise LoraError(what, at, MISMATCH_HINT)
 
 
 def new_modules(model: nn.Module, missing: Collection[str] = ()) -> list[str]:
     """Return the names of the modules that the task adds to the pretrained model.
 
-    They are the children outside the pretrained part (`classifier`, `score`), and modules inside it
-    for which the checkpoint has no weights.
+    These are the children outside the pretrained part (`classifier`, `score`), and modules inside
+    it that are missing in the checkpoint.
 
     Args:
         model: The model.
-        missing: The names of parameters that the checkpoint does not have.
+        missing: The names of parameters that are missing in the checkpoint.
     """
     prefix = getattr(model, "base_model_prefix", "")
     heads = [

@@ -1,7 +1,7 @@
 """A base of several models, such as the autoencoder, text encoder and U-Net of a diffusion model.
 
-In a checkpoint each is a folder of its own. Here they are one module, whose tensors have the name
-of their part before their own: `unet.down_blocks.0.…`.
+In a checkpoint, each model has its own folder. Here they are the parts of one module, and names of
+tensors start with the name of the part: `unet.down_blocks.0.…`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-SUPPORTS = (  # what transformers and diffusers call it
+CHECKPOINTING_ATTRIBUTES = (  # in transformers and in diffusers
     "supports_gradient_checkpointing",
     "_supports_gradient_checkpointing",
 )
@@ -22,11 +22,10 @@ class Bundle(nn.Module):
     """Several models as one module.
 
     Args:
-        parts: The models by name, which is also that of their folder in the checkpoint. Each has
-            `save_pretrained`, as those of transformers and diffusers.
-        frozen: Names of parts that are used as they are: they get no adapter, and stay in eval
-            mode.
-        save_rest: Writes into a folder what a checkpoint has besides its models.
+        parts: The models by name, which is also the name of their folder in the checkpoint. Each
+            has `save_pretrained`, like models of transformers and diffusers.
+        frozen: Names of parts that get no adapter and stay in eval mode.
+        save_rest: Writes the other files of the checkpoint into a folder.
     """
 
     def __init__(
@@ -49,7 +48,7 @@ class Bundle(nn.Module):
         return dict(self.named_children())
 
     def train(self, mode: bool = True) -> Bundle:
-        """Put the parts that are not frozen into training mode, or all into eval mode."""
+        """Put the trained parts into training mode, or all parts into eval mode."""
         super().train(mode)
         for name in self.frozen:
             self.get_submodule(name).eval()
@@ -57,52 +56,55 @@ class Bundle(nn.Module):
 
     @property
     def supports_gradient_checkpointing(self) -> bool:
-        """Whether every part that is trained can recompute its activations."""
-        return all(any(getattr(part, name, False) for name in SUPPORTS) for part in self._own())
+        """Whether every trained part can recompute its activations."""
+        return all(
+            any(getattr(part, name, False) for name in CHECKPOINTING_ATTRIBUTES)
+            for part in self._trained_parts()
+        )
 
     def gradient_checkpointing_enable(self, options: dict[str, Any]) -> None:
-        """Let the parts that are trained recompute their activations."""
-        for part in self._own():
+        """Let the trained parts recompute their activations."""
+        for part in self._trained_parts():
             enable: Any = getattr(part, "gradient_checkpointing_enable", None)
             if enable is not None:
                 enable(options)
                 continue
-            # of diffusers, which takes no options, and checkpoints without reentrance
+            # diffusers takes no options; its checkpointing is not reentrant
             enable = getattr(part, "enable_gradient_checkpointing")  # noqa: B009 - of a Module
             enable()
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write each part into a folder of its name, and what belongs to them."""
+        """Write each part into a subfolder, and the other files of the checkpoint."""
         for name, part in self.parts.items():
             save: Any = getattr(part, "save_pretrained")  # noqa: B009 - of a Module
             save(folder / name)
         if self.save_rest is not None:
             self.save_rest(folder)
 
-    def _own(self) -> Iterator[nn.Module]:
+    def _trained_parts(self) -> Iterator[nn.Module]:
         return (part for name, part in self.parts.items() if name not in self.frozen)
 
 
 def part_names(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of a base's parts; none for a base that is one model."""
+    """Return the names of a base's parts; none if the base is a single model."""
     return tuple(model.parts) if isinstance(model, Bundle) else ()
 
 
-UNUSED = "modules_without_use"
+UNUSED_ATTRIBUTE = "modules_without_use"
 
 
-def leave_frozen(model: nn.Module, names: Collection[str]) -> nn.Module:
-    """Let modules of a model that no output of the task comes from stay as they are.
+def mark_frozen(model: nn.Module, names: Collection[str]) -> nn.Module:
+    """Mark children of a model that do not affect the task's output, so that they stay frozen.
 
     Args:
         model: The model, which is returned.
-        names: Names of its children; it need not have them.
+        names: Names of the children; names that the model does not have are ignored.
     """
-    setattr(model, UNUSED, tuple(names))
+    setattr(model, UNUSED_ATTRIBUTE, tuple(names))
     return model
 
 
 def is_frozen(model: nn.Module, name: str) -> bool:
-    """Return whether a module or a parameter belongs to a part that is used as it is."""
-    frozen = model.frozen if isinstance(model, Bundle) else getattr(model, UNUSED, ())
+    """Return whether a module or a parameter belongs to a part that stays frozen."""
+    frozen = model.frozen if isinstance(model, Bundle) else getattr(model, UNUSED_ATTRIBUTE, ())
     return name.partition(".")[0] in frozen

@@ -1,4 +1,4 @@
-"""What the configurations of YOLOS and DETR say, which name the same things otherwise."""
+"""Read the configurations of YOLOS and DETR, which have different names for the same things."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ NO_TIMM = (
 
 
 def require_detector(auto_class: Any, config: PretrainedConfig, recipe: Recipe) -> None:
-    """Check that a model finds objects, and can be trained here.
+    """Check that a model detects objects and can be trained.
 
     Raises:
-        LoraError: If it is of another architecture, or needs a package that is not used.
+        LoraError: If it has another architecture, or needs torchvision.
     """
     at = recipe.at("model.name")
     require_kind(auto_class, config, recipe)
@@ -29,8 +29,8 @@ def require_detector(auto_class: Any, config: PretrainedConfig, recipe: Recipe) 
         what = f"a {config.model_type} model cannot be used for `{recipe.task.type}`"
         raise LoraError(what, at, recipe.task.suitable_models)
     backbone = getattr(config, "backbone_config", None)
-    of_timm = getattr(backbone, "model_type", None) == "timm_backbone"
-    if of_timm or getattr(config, "use_timm_backbone", False):
+    is_timm = getattr(backbone, "model_type", None) == "timm_backbone"
+    if is_timm or getattr(config, "use_timm_backbone", False):
         what = f"the backbone of `{recipe.model.name}` is one of timm, which needs torchvision"
         raise LoraError(what, at, NO_TIMM)
     if config.model_type == "yolos" and getattr(config, "auxiliary_loss", False):
@@ -38,12 +38,12 @@ def require_detector(auto_class: Any, config: PretrainedConfig, recipe: Recipe) 
         raise LoraError(what, at, "set it to false in the model's config.json")
 
 
-def most_objects(config: PretrainedConfig) -> int:
-    """Return how many objects a model can find in a picture."""
+def max_objects(config: PretrainedConfig) -> int:
+    """Return the maximum number of objects that a model can detect in an image."""
     is_yolos = config.model_type == "yolos"
     return int(config.num_detection_tokens if is_yolos else config.num_queries)
 
 
 def reads_mask(config: PretrainedConfig) -> bool:
-    """Return whether a model is given which pixels are filled up."""
+    """Return whether a model takes a mask of padded pixels as an input."""
     return bool(config.model_type == "detr")

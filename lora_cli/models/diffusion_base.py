@@ -1,10 +1,10 @@
-"""Base models that draw: the parts of a diffusers pipeline, and how they are put together again.
+"""Load text-to-image base models: the parts of a diffusers pipeline, and the pipeline itself.
 
-    model_index.json                 which parts there are, and the class of each
+    model_index.json                 the parts, and the class of each
     unet/  vae/  text_encoder/       models with weights
-    tokenizer/  scheduler/           what has none
+    tokenizer/  scheduler/           parts without weights
 
-Other families have other parts: a second and a third text encoder, a transformer for the U-Net.
+Other families have other parts: a second and third text encoder, a transformer instead of a U-Net.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from lora_cli.models.stored_tensors import DTYPES, FLOATS
 from lora_cli.recipe import Recipe
 from lora_cli.tensorfile import read_header
 
-FAMILIES: dict[str, type[Family]] = {  # by the class of their pipeline in diffusers
+FAMILIES: dict[str, type[Family]] = {  # by the class name of the pipeline in diffusers
     "StableDiffusionPipeline": StableDiffusion,
     "StableDiffusionXLPipeline": StableDiffusionXL,
     "StableDiffusion3Pipeline": StableDiffusion3,
@@ -52,7 +52,7 @@ def require_diffusers(recipe: Recipe) -> None:
     """Check that diffusers is installed.
 
     Raises:
-        LoraError: If it is not.
+        LoraError: If it is not installed.
     """
     if importlib.util.find_spec("diffusers") is None:
         what = f"`{recipe.task.type}` needs the Python package `diffusers`, which is not installed"
@@ -61,7 +61,7 @@ def require_diffusers(recipe: Recipe) -> None:
 
 @contextmanager
 def quiet_diffusers() -> Iterator[None]:
-    """Let diffusers warn of nothing within the context: what matters is said otherwise."""
+    """Silence the warnings of diffusers within the context."""
     from diffusers.utils import logging
 
     level = logging.get_verbosity()
@@ -73,14 +73,14 @@ def quiet_diffusers() -> Iterator[None]:
 
 
 class DiffusionBase:
-    """What the recipe's base is made of; no weights are read before `load`.
+    """The parts of the recipe's base; no weights are read before `load`.
 
     Args:
-        recipe: Its `model` section names the base.
-        without_optional: Leave out the parts that bases of its family may lack.
+        recipe: The `model` section names the base.
+        without_optional: Leave out the optional parts of the base's family.
 
     Raises:
-        LoraError: If the base is no pipeline that can be trained, or its parts do not fit together.
+        LoraError: If the base is not a supported pipeline, or its parts do not fit together.
     """
 
     def __init__(self, recipe: Recipe, without_optional: bool = False) -> None:
@@ -106,10 +106,10 @@ class DiffusionBase:
         name = self.recipe.model.name
         with explained(self.recipe, "configuration"):
             local = Path(self.where) / PIPELINE
-            found: str | None = str(local) if local.is_file() else None
+            file: str | None = str(local) if local.is_file() else None
             if not Path(self.where).is_dir():
-                found = cached_file(self.where, PIPELINE, revision=self.recipe.model.revision)
-            index = None if found is None else json.loads(Path(found).read_text(encoding="utf-8"))
+                file = cached_file(self.where, PIPELINE, revision=self.recipe.model.revision)
+            index = None if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
         kind = index.get("_class_name") if isinstance(index, dict) else None
         if kind in FAMILIES:
             assert isinstance(index, dict)
@@ -120,7 +120,7 @@ class DiffusionBase:
         raise LoraError(what, self.at, self.recipe.task.suitable_models)
 
     def _check_classes(self, family: type[Family]) -> None:
-        """Reject parts that are missing, or that compute in another way."""
+        """Reject missing parts, and parts of an unsupported class."""
         for part in (*self.models, *self.tokenizer_names, SCHEDULER):
             kind = self.class_name(part)
             if kind is None:
@@ -132,14 +132,14 @@ class DiffusionBase:
                 raise LoraError(what, self.at, self.recipe.task.suitable_models)
 
     def _check_keys(self) -> None:
-        """Reject keys of the recipe that would change nothing."""
+        """Reject keys of the recipe that would have no effect."""
         for key in ("quantization", "attention"):
             if getattr(self.recipe.model, key) is not None:
                 what = f"`model.{key}` is not for a base of several parts"
                 raise LoraError(what, self.recipe.at(f"model.{key}"), "leave it out")
 
     def class_name(self, part: str) -> str | None:
-        """Return the name of a part's class, as `model_index.json` has it, if it is there."""
+        """Return the name of a part's class in `model_index.json`, if it has the part."""
         value = self.index.get(part)
         return value[1] if isinstance(value, list) and len(value) == 2 else None
 
@@ -152,40 +152,42 @@ class DiffusionBase:
             import transformers
 
             library = transformers if part in self.text_encoders else diffusers
-            found = getattr(library, name, None)
+            cls = getattr(library, name, None)
         if part == SCHEDULER and not (
-            isinstance(found, type) and issubclass(found, diffusers.SchedulerMixin)
+            isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin)
         ):
             what = f"the scheduler of `{self.recipe.model.name}` is a {name}, which diffusers lacks"
             version = self.index.get("_diffusers_version", "another")
             hint = f"the model was made with version {version} of diffusers: install that"
             raise LoraError(what, self.at, hint)
-        return found
+        return cls
 
     def _config(self, part: str) -> dict[str, Any]:
         """Return the configuration of a part, with its defaults."""
         from diffusers import ConfigMixin
 
-        kind, place = self._class(part), self._place(part)
+        kind, location = self._class(part), self._location(part)
         with explained(self.recipe, f"configuration of its part `{part}`"):
             if issubclass(kind, ConfigMixin):
-                read: dict[str, Any] = kind.load_config(self.where, **place)
-                return {**self._defaults(kind), **read}
-            plain: dict[str, Any] = kind.config_class.from_pretrained(self.where, **place).to_dict()
+                values: dict[str, Any] = kind.load_config(self.where, **location)
+                return {**self._defaults(kind), **values}
+            plain: dict[str, Any] = kind.config_class.from_pretrained(
+                self.where, **location
+            ).to_dict()
             return plain
 
     def _defaults(self, kind: Any) -> dict[str, Any]:
-        """Return the values of the keys that a configuration of diffusers may leave out."""
+        """Return the default values of a class's configuration in diffusers."""
         import inspect
 
         parameters = inspect.signature(kind.__init__).parameters.values()
         return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
 
-    def _place(self, part: str) -> dict[str, Any]:
+    def _location(self, part: str) -> dict[str, Any]:
         return {"subfolder": part, "revision": self.recipe.model.revision}
 
     def _check_configs(self) -> None:
-        """Reject parts that do not fit together, and what is trained in another way."""
+        """Reject parts that do not fit together, or need another way of training."""
         if problems := self.family.mismatches():
             what = f"`{self.recipe.model.name}` cannot be trained: {'; '.join(problems)}"
             raise LoraError(what, self.at, self.recipe.task.suitable_models)
@@ -199,29 +201,29 @@ class DiffusionBase:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """The keys of all configurations that decide the computation, flat: `unet.sample_size`."""
-        found: dict[str, Any] = {}
+        """The keys of all configurations that affect outputs, flattened: `unet.sample_size`."""
+        all_facts: dict[str, Any] = {}
         for part, config in self.configs.items():
-            found |= {f"{part}.{key}": value for key, value in flat_config(config).items()}
-        return found
+            all_facts |= {f"{part}.{key}": value for key, value in flat_config(config).items()}
+        return all_facts
 
     def tokenizers(self) -> list[Any]:
         """Return the tokenizer of each text encoder."""
-        found = []
+        result = []
         for name in self.tokenizer_names:
             kind = self.family.classes.get(name, ("CLIPTokenizer",))[0]
             with explained(self.recipe, f"tokenizer, its part `{name}`,"):
                 import transformers
 
-                read = getattr(transformers, kind).from_pretrained
-                found.append(read(self.where, **self._place(name)))
-            if len(found[-1]) <= len(set(found[-1].all_special_tokens)):
+                from_pretrained = getattr(transformers, kind).from_pretrained
+                result.append(from_pretrained(self.where, **self._location(name)))
+            if len(result[-1]) <= len(set(result[-1].all_special_tokens)):
                 what = f"the part `{name}` of `{self.recipe.model.name}` knows no words"
                 raise LoraError(what, self.at, "its files are missing: download the model again")
-        return found
+        return result
 
     def scheduler(self) -> Any:
-        """Return the base's own scheduler, which leads from noise to a picture."""
+        """Return the base's own scheduler, for sampling."""
         with explained(self.recipe, "scheduler"):
             return self._class(SCHEDULER).from_config(self.configs[SCHEDULER])
 
@@ -238,22 +240,22 @@ class DiffusionBase:
     def load(
         self, device: torch.device, dtype: torch.dtype | str | None, frozen: Sequence[str]
     ) -> Bundle:
-        """Return all parts with their weights.
+        """Load all parts with their weights.
 
         Args:
-            device: Where they go.
-            dtype: How they are kept; None: as the recipe says, but for the autoencoder, which is
-                kept in float32, as it overflows in fp16; `auto`: as each part is stored.
-            frozen: Names of the parts that are used as they are.
+            device: The device for the weights.
+            dtype: The dtype of the weights. None: the recipe's, except for the autoencoder, which
+                overflows in fp16 and is kept in float32. `auto`: the dtype stored for each part.
+            frozen: Names of the parts that stay frozen.
         """
         parts = {}
         for name in self.models:
-            own = torch.float32 if name == VAE else storage_dtype(self.recipe)
+            part_dtype = torch.float32 if name == VAE else storage_dtype(self.recipe)
             if isinstance(dtype, torch.dtype):
-                own = dtype
+                part_dtype = dtype
             elif dtype == "auto":
-                own = self._stored_dtype(name)
-            parts[name] = self._load_part(name, own).to(device)
+                part_dtype = self._stored_dtype(name)
+            parts[name] = self._load_part(name, part_dtype).to(device)
         return Bundle(parts, frozen, self.save_rest)
 
     def _stored_dtype(self, part: str) -> torch.dtype:
@@ -267,45 +269,47 @@ class DiffusionBase:
         key = "dtype" if part in self.text_encoders else "torch_dtype"
         with explained(self.recipe, f"weights of its part `{part}`"), quiet_diffusers():
             model, info = kind.from_pretrained(
-                self.where, **self._place(part), use_safetensors=True, output_loading_info=True,
+                self.where, **self._location(part), use_safetensors=True, output_loading_info=True,
                 **{key: dtype},
             )  # fmt: skip
-        wrong = [*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])]
-        if wrong:
-            what = f"the checkpoint of the part `{part}` holds no weights for `{sorted(wrong)[0]}`"
+        unloaded = [*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])]
+        if unloaded:
+            what = (
+                f"the checkpoint of the part `{part}` holds no weights for `{sorted(unloaded)[0]}`"
+            )
             raise LoraError(what, self.at, "config.json and the weights do not belong together")
         if part not in self.text_encoders:
-            model.register_to_config(_name_or_path="")  # a path of this machine
+            model.register_to_config(_name_or_path="")  # otherwise a local path would be saved
         loaded: nn.Module = model
         return loaded
 
     def empty(self, frozen: Sequence[str]) -> Bundle:
-        """Return all parts on the meta device: every name and shape, no weights."""
+        """Return all parts on the meta device: all names and shapes, but no weights."""
         parts = {}
         for name in self.models:
             kind = self._class(name)
             with explained(self.recipe, f"architecture of its part `{name}`"), torch.device("meta"):
                 if name in self.text_encoders:
-                    config = kind.config_class.from_pretrained(self.where, **self._place(name))
+                    config = kind.config_class.from_pretrained(self.where, **self._location(name))
                     parts[name] = kind(config)
                 else:
                     parts[name] = kind.from_config(self.configs[name])
         return Bundle(parts, frozen, self.save_rest)
 
     def save_rest(self, folder: Path) -> None:
-        """Write what a pipeline has besides its models, so that diffusers reads the folder."""
-        named = {key: value for key, value in self.index.items() if key.startswith("_")}
+        """Write the files of a pipeline besides its models, so that diffusers can load it."""
+        index = {key: value for key, value in self.index.items() if key.startswith("_")}
         for part in (*self.models, *self.tokenizer_names, SCHEDULER):
-            named[part] = self.index[part]
+            index[part] = self.index[part]
         for part in self.left_out:
-            named[part] = [None, None]
+            index[part] = [None, None]
         for part in ("safety_checker", "feature_extractor", "image_encoder"):
             if part in self.index:
-                named[part] = [None, None]  # they are not trained, and are the base's own
+                index[part] = [None, None]  # not trained, and not copied
         options = {k: v for k, v in self.index.items() if not isinstance(v, list)}
-        if "safety_checker" in named:
+        if "safety_checker" in index:
             options["requires_safety_checker"] = False
-        text = json.dumps({**named, **options}, indent=2)
+        text = json.dumps({**index, **options}, indent=2)
         (folder / PIPELINE).write_text(f"{text}\n", encoding="utf-8")
         self.scheduler().save_pretrained(folder / SCHEDULER)
         for name, tokenizer in zip(self.tokenizer_names, self.tokenizers(), strict=True):
@@ -313,12 +317,12 @@ class DiffusionBase:
 
     @property
     def left_out(self) -> list[str]:
-        """The parts that pipelines of this family may have, and that are not there or not used."""
-        lacking = [name for name in self.family.encoders if name not in self.text_encoders]
-        return [*lacking, *map(tokenizer_of, lacking)]
+        """The optional parts of this family that the base lacks, or that are not used."""
+        absent = [name for name in self.family.encoders if name not in self.text_encoders]
+        return [*absent, *map(tokenizer_of, absent)]
 
     def build_pipeline(self, model: Bundle, tokenizers: Sequence[Any]) -> Any:
-        """Return the pipeline of diffusers around the parts of a model, which may be adapted."""
+        """Build the pipeline of diffusers from the parts of a model, which may be adapted."""
         import diffusers
 
         parts: dict[str, Any] = {**model.parts, SCHEDULER: self.scheduler()}

@@ -1,7 +1,7 @@
-"""Kinds of models that draw: which parts each has, and how these compute together.
+"""Families of text-to-image models: the parts of each, and how they work together.
 
-A family of models is one class: Stable Diffusion and Stable Diffusion XL here, others in modules of
-their own. `FAMILIES` of `diffusion_base` lists all of them.
+Each family is a class: Stable Diffusion and Stable Diffusion XL here, others in their own modules.
+`FAMILIES` in `diffusion_base` lists all of them.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ Config = dict[str, Any]
 
 @dataclass(frozen=True)
 class Conditions:
-    """What a denoiser reads besides noisy latents.
+    """The conditioning inputs of a denoiser.
 
     Args:
-        texts: What `Family.texts` returns, without None.
-        sizes: Of the pictures (B, 6), if the model reads them.
-        guidance: How far away from an empty text it is to draw, if it reads that.
+        texts: The result of `Family.texts`, without None.
+        sizes: The original size, crop and target size of each image (B, 6), if the model uses them.
+        guidance: The guidance scale, if the model takes it as an input.
     """
 
     texts: Sequence[Tensor]
@@ -36,107 +36,108 @@ class Conditions:
 
 
 class Family(ABC):
-    """How the parts of one base compute together.
+    """The computation of a base of several parts.
 
     Args:
-        text_encoders: Those of the class's text encoders that the base has.
-        configs: The configuration of each of its parts.
+        text_encoders: The text encoders that the base has, out of `encoders`.
+        configs: The configuration of each part of the base.
     """
 
     name: ClassVar[str]
-    """As people call it."""
+    """The name for messages."""
     denoiser: ClassVar[str]
-    """The part that takes noise away, which is trained."""
+    """The U-Net or transformer, which is trained."""
     classes: ClassVar[Mapping[str, tuple[str, ...]]]
-    """Of each part, the classes that are known to compute as this tool computes."""
+    """The supported classes of each part."""
     encoders: ClassVar[tuple[str, ...]]
-    """The parts that read a text."""
+    """The text encoders."""
     optional: ClassVar[tuple[str, ...]] = ()
-    """Those of them that a base may lack."""
+    """The text encoders that a base may lack."""
     never_adapted: ClassVar[tuple[str, ...]] = ()
-    """Those of them that stay as they are when text encoders are trained."""
+    """The text encoders that stay frozen even if text encoders are trained."""
     noise_scheduler: ClassVar[str] = "DDPMScheduler"
-    """Adds noise in training, as in diffusers' training scripts."""
-    learns_flow: ClassVar[bool] = False
-    """It learns the way from a picture to noise (flow matching), and not the noise."""
+    """The class that adds noise in training, as in diffusers' training scripts."""
+    uses_flow_matching: ClassVar[bool] = False
+    """Whether the denoiser is trained by flow matching, and not to predict the noise."""
     has_sizes: ClassVar[bool] = False
-    """It reads the sizes of a picture, as Stable Diffusion XL."""
+    """Whether the denoiser is conditioned on the sizes of an image, as in Stable Diffusion XL."""
 
     def __init__(self, text_encoders: Sequence[str], configs: Mapping[str, Config]) -> None:
         self.text_encoders, self.configs = tuple(text_encoders), configs
 
     @abstractmethod
     def mismatches(self) -> list[str]:
-        """Return why the parts do not fit together, or are trained in another way."""
+        """Return reasons why the parts do not fit together, or need another way of training."""
 
     @property
     def pixels_per_latent(self) -> int:
-        """Pixels of a side that become one of the latents' side."""
+        """The factor by which the autoencoder downsamples height and width."""
         return int(2 ** (len(self.configs[VAE]["block_out_channels"]) - 1))
 
     @property
     def divisor(self) -> int:
-        """What the sides of pictures have to be multiples of, as diffusers draws them."""
+        """Height and width of images have to be multiples of this number, as in diffusers."""
         return math.lcm(8, self.pixels_per_latent)
 
     @property
     def longest_side(self) -> int | None:
-        """The longest side of a picture that the model can read, in pixels; None: any."""
+        """The maximum side of an image, in pixels; None if there is no limit."""
         return None
 
     @property
     def usual_side(self) -> int | None:
-        """The side of the pictures that it was trained for, in pixels, if it says so."""
+        """The side of the images that the base was trained on, in pixels, if it is known."""
         side = self.configs[self.denoiser].get("sample_size")
         return side * self.pixels_per_latent if isinstance(side, int) else None
 
     @property
-    def usual_drawing(self) -> dict[str, float]:
-        """The `steps` and the `guidance_scale` of diffusers' pipeline, where others are better.
+    def sampling_defaults(self) -> dict[str, float]:
+        """The `steps` and `guidance_scale` of diffusers' pipeline, if the recipe's defaults differ.
 
-        Empty: those that a recipe has by default, which are usual for Stable Diffusion 1 and 2.
+        Empty for Stable Diffusion 1 and 2, which the recipe's defaults are made for.
         """
         return {}
 
     def token_limit(self, encoder: str, tokenizer: Any) -> int:
-        """Return how many tokens of a text a text encoder reads."""
+        """Return the maximum number of tokens for a text encoder."""
         return int(tokenizer.model_max_length)
 
     @abstractmethod
     def texts(
         self, parts: Mapping[str, nn.Module], ids: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor | None]:
-        """Return what the text encoders make of texts.
+        """Encode texts with all text encoders.
 
         Args:
             parts: The text encoders by name.
-            ids: The tokens for each of them (N, T).
+            ids: The token ids for each text encoder (N, T).
 
         Returns:
-            An embedding of each token (N, L, D), and of a whole text (N, P) if the model reads it.
+            The embeddings of the tokens (N, L, D), and the pooled embeddings (N, P), or None if
+            the denoiser does not use them.
         """
 
     @property
     def reads_guidance(self) -> bool:
-        """Whether the denoiser reads how far away from an empty text it is to draw."""
+        """Whether the denoiser takes the guidance scale as an input (guidance distillation)."""
         return False
 
     @property
     def has_negative_prompt(self) -> bool:
-        """Whether a negative prompt changes what is drawn."""
+        """Whether a negative prompt has an effect."""
         return True
 
-    def drawn_latents(self, drawn: Tensor, side: int) -> Tensor:
-        """Return what the pipeline has drawn as latents (B, C, h, w).
+    def unpack_latents(self, output: Tensor, side: int) -> Tensor:
+        """Return the output of the pipeline as latents (B, C, h, w).
 
         Args:
-            drawn: As the pipeline returns it.
-            side: Of the pictures, in pixels.
+            output: The latents in the pipeline's own layout.
+            side: The height and width of the images, in pixels.
         """
-        return drawn
+        return output
 
-    def odd_scheduler(self) -> list[str]:
-        """Return with what a scheduler of flow matching would draw in another way."""
+    def scheduler_problems(self) -> list[str]:
+        """Return unsupported settings of a flow matching scheduler."""
         return [
             f"its scheduler has `{key}`, with which it draws in another way"
             for key in ("invert_sigmas", "stochastic_sampling")
@@ -145,19 +146,19 @@ class Family(ABC):
 
     @abstractmethod
     def denoised(
-        self, denoiser: nn.Module, noisy: Tensor, times: Tensor, given: Conditions
+        self, denoiser: nn.Module, noisy: Tensor, times: Tensor, conditions: Conditions
     ) -> Tensor:
-        """Return what the denoiser says of noisy latents (B, C, h, w).
+        """Return the denoiser's prediction for noisy latents, shape (B, C, h, w).
 
         Args:
-            denoiser: The part.
-            noisy: (B, C, h, w).
-            times: How much noise there is in each, in the scheduler's unit (B,).
-            given: What it reads besides.
+            denoiser: The denoiser.
+            noisy: The noisy latents (B, C, h, w).
+            times: The timesteps, in the scheduler's unit (B,).
+            conditions: The conditioning inputs.
         """
 
     def pipeline_options(self, index: Config) -> Config:
-        """Return what diffusers' pipeline is made of besides the parts.
+        """Return the arguments of diffusers' pipeline besides the parts.
 
         Args:
             index: The content of the base's `model_index.json`.
@@ -166,19 +167,19 @@ class Family(ABC):
 
 
 def tokenizer_of(encoder: str) -> str:
-    """Return the part that turns texts into what a text encoder reads."""
+    """Return the name of a text encoder's tokenizer."""
     return encoder.replace("text_encoder", "tokenizer")
 
 
 def latents_differ(denoiser: str, reads: int, makes: int, more: str = "") -> list[str]:
-    """Return that a denoiser reads other latents than the autoencoder makes, if it does."""
+    """Return a problem if the denoiser and the autoencoder have different numbers of channels."""
     if reads == makes:
         return []
     return [f"its {denoiser} reads {reads} channels{more}, and its autoencoder makes {makes}"]
 
 
 class StableDiffusion(Family):
-    """Stable Diffusion 1 and 2: a U-Net, and one text encoder."""
+    """Stable Diffusion 1 and 2, with a U-Net and one text encoder."""
 
     name = "Stable Diffusion"
     denoiser = UNET
@@ -190,7 +191,7 @@ class StableDiffusion(Family):
     }
 
     def mismatches(self) -> list[str]:
-        """Return why the parts do not fit together, or are trained in another way."""
+        """Return reasons why the parts do not fit together, or need another way of training."""
         unet, kinds = self.configs[UNET], {9: "fills in parts of pictures", 8: "changes pictures"}
         kind = kinds.get(unet["in_channels"])
         more = f" (it {kind})" if kind else ""
@@ -198,10 +199,10 @@ class StableDiffusion(Family):
         problems = latents_differ("U-Net", unet["in_channels"], channels, more)
         widths = [self.configs[name]["hidden_size"] for name in self.text_encoders]
         if unet["cross_attention_dim"] != sum(widths):
-            found = " and ".join(map(str, widths))
+            text_widths = " and ".join(map(str, widths))
             problems.append(
                 f"its U-Net reads texts of {unet['cross_attention_dim']} numbers a token, and "
-                f"its text encoders make {found}"
+                f"its text encoders make {text_widths}"
             )
         has_sizes = unet["addition_embed_type"] == "text_time"
         if has_sizes != self.has_sizes or unet["class_embed_type"] is not None:
@@ -215,30 +216,30 @@ class StableDiffusion(Family):
     def texts(
         self, parts: Mapping[str, nn.Module], ids: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor | None]:
-        """Return what the text encoder makes of texts."""
+        """Return the last hidden states of the text encoder."""
         return parts["text_encoder"](ids[0])[0], None
 
     def denoised(
-        self, denoiser: nn.Module, noisy: Tensor, times: Tensor, given: Conditions
+        self, denoiser: nn.Module, noisy: Tensor, times: Tensor, conditions: Conditions
     ) -> Tensor:
-        """Return what the U-Net says of noisy latents."""
-        more = {}
-        if given.sizes is not None:
-            asked = {"text_embeds": given.texts[1], "time_ids": given.sizes}
-            more = {"added_cond_kwargs": asked}
-        found: Tensor = denoiser(
-            noisy, times, encoder_hidden_states=given.texts[0], return_dict=False, **more
+        """Return the U-Net's prediction for noisy latents."""
+        options = {}
+        if conditions.sizes is not None:
+            added = {"text_embeds": conditions.texts[1], "time_ids": conditions.sizes}
+            options = {"added_cond_kwargs": added}
+        prediction: Tensor = denoiser(
+            noisy, times, encoder_hidden_states=conditions.texts[0], return_dict=False, **options
         )[0]
-        return found
+        return prediction
 
     def pipeline_options(self, index: Config) -> Config:
-        """Leave out the filter of what is drawn."""
+        """Return the arguments that disable the safety checker."""
         options = {"safety_checker": None, "feature_extractor": None}
         return {**options, "requires_safety_checker": False}
 
 
 class StableDiffusionXL(StableDiffusion):
-    """Stable Diffusion XL: two text encoders, and the sizes of a picture."""
+    """Stable Diffusion XL, with two text encoders, and conditioned on the sizes of an image."""
 
     name = "Stable Diffusion XL"
     encoders = ("text_encoder", "text_encoder_2")
@@ -249,19 +250,19 @@ class StableDiffusionXL(StableDiffusion):
     has_sizes = True
 
     @property
-    def usual_drawing(self) -> dict[str, float]:
-        """The guidance of diffusers' pipeline; in so many steps a recipe draws by default."""
+    def sampling_defaults(self) -> dict[str, float]:
+        """The guidance scale of diffusers' pipeline; its steps equal the recipe's default."""
         return {"guidance_scale": 5.0}
 
     def texts(
         self, parts: Mapping[str, nn.Module], ids: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor | None]:
-        """Return what the text encoders make of texts, side by side, and of a whole one."""
-        states, (_, whole) = clip_texts(parts, self.encoders, ids)
-        return states, whole
+        """Return the joined hidden states of both encoders, and the second's pooled output."""
+        states, (_, pooled) = clip_texts(parts, self.encoders, ids)
+        return states, pooled
 
     def pipeline_options(self, index: Config) -> Config:
-        """Draw without a watermark, which is not a part of the model."""
+        """Return the arguments for a pipeline that adds no watermark."""
         known = index.get("force_zeros_for_empty_prompt", True)
         return {"force_zeros_for_empty_prompt": known, "add_watermarker": False}
 
@@ -269,18 +270,20 @@ class StableDiffusionXL(StableDiffusion):
 def clip_texts(
     parts: Mapping[str, nn.Module], names: Collection[str], ids: Sequence[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
-    """Return what text encoders make of texts before their last layer, and each of a whole text.
+    """Encode texts with CLIP encoders, as the pipelines of SDXL and Stable Diffusion 3 do.
 
     Args:
         parts: The text encoders by name.
-        names: Those that are asked.
-        ids: The tokens for each of them (N, T).
+        names: The names of the CLIP encoders to use.
+        ids: The token ids for each of them (N, T).
 
     Returns:
-        Their embeddings of each token side by side (N, T, D), and each one's first output (N, P).
+        The hidden states before the last layer, concatenated over the encoders (N, T, D), and the
+        first output of each encoder (its pooled embeddings, (N, P), if it has a projection).
     """
     outputs = [
-        parts[name](own, output_hidden_states=True) for name, own in zip(names, ids, strict=False)
+        parts[name](encoder_ids, output_hidden_states=True)
+        for name, encoder_ids in zip(names, ids, strict=False)
     ]
     states = torch.cat([output.hidden_states[-2] for output in outputs], -1)
     return states, [output[0] for output in outputs]

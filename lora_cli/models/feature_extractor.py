@@ -1,4 +1,4 @@
-"""The feature extractor that a base comes with: how samples become what a model of speech reads."""
+"""Load and check the feature extractor of a speech model, which makes features from samples."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def load_feature_extractor(recipe: Recipe) -> Any:
         return AutoFeatureExtractor.from_pretrained(**source_of(recipe))
 
 
-def require_frames_of(extractor: Any, config: PretrainedConfig, recipe: Recipe) -> None:
-    """Reject a feature extractor that computes something else than a Whisper model reads.
+def require_whisper_features(extractor: Any, config: PretrainedConfig, recipe: Recipe) -> None:
+    """Reject a feature extractor whose spectrograms do not fit a Whisper model.
 
     Args:
         extractor: The feature extractor.
-        config: Of the model.
+        config: The configuration of the model.
         recipe: Names the base.
 
     Raises:
@@ -48,12 +48,12 @@ def require_frames_of(extractor: Any, config: PretrainedConfig, recipe: Recipe) 
         raise LoraError(what, recipe.at("model.name"), f"{hint}together")
 
 
-def require_bands_of(extractor: Any, config: PretrainedConfig, recipe: Recipe) -> None:
-    """Reject a feature extractor that makes other spectrograms than a SpeechT5 model writes.
+def require_speecht5_features(extractor: Any, config: PretrainedConfig, recipe: Recipe) -> None:
+    """Reject a feature extractor whose spectrograms differ from those of a SpeechT5 model.
 
     Args:
         extractor: The feature extractor.
-        config: Of the model.
+        config: The configuration of the model.
         recipe: Names the base.
 
     Raises:
@@ -70,8 +70,8 @@ def require_bands_of(extractor: Any, config: PretrainedConfig, recipe: Recipe) -
 
 
 def features_of(extractor: Any, samples: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return what a model reads of samples (bands, frames), filled with silence to full length."""
+    """Return the input features of samples (bands, frames), padded with silence to full length."""
     rate = extractor.sampling_rate
-    # float32 throughout: its own stft on a CPU gives the same bits every time
-    found = extractor(samples, sampling_rate=rate, return_tensors="np")["input_features"]
-    return np.ascontiguousarray(found[0], dtype=np.float32)
+    # in numpy, not torch: its STFT on a CPU is bitwise reproducible
+    features = extractor(samples, sampling_rate=rate, return_tensors="np")["input_features"]
+    return np.ascontiguousarray(features[0], dtype=np.float32)

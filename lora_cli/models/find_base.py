@@ -1,4 +1,4 @@
-"""Where a base model is: on the Hub, in a local folder, or inside an installed Python package."""
+"""Find a base model: on the Hub, in a local folder, or inside an installed Python package."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from lora_cli.models.load_errors import explained
 from lora_cli.recipe import Recipe
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-IN_DIFFUSERS = "diffusion_pytorch_model.safetensors"  # the name of WEIGHTS in diffusers
+DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"  # diffusers' name for WEIGHTS
 PIPELINE = "model_index.json"  # a diffusers pipeline has it instead of config.json
-LOCAL = "a local folder is written from where the recipe lies, or from `/`"
+LOCAL_HINT = "a local folder is written from where the recipe lies, or from `/`"
 
 
 def locate(name: str, at: str = "model.name") -> str:
-    """Return what transformers should load: a local folder, or the Hub id as it is.
+    """Return the local folder of a model, or the Hub id unchanged, for transformers to load.
 
     Args:
         name: A Hub id, a folder, or `package:NAME/FOLDER`.
@@ -30,7 +30,7 @@ def locate(name: str, at: str = "model.name") -> str:
 
     Raises:
         LoraError: If the package or the folder does not exist, or contains no model.
-        IntegrityError: If a file of the folder is a link to a place outside it.
+        IntegrityError: If a file of the folder is a link to a target outside it.
     """
     folder = Path(name)
     if name.startswith("package:"):
@@ -38,7 +38,7 @@ def locate(name: str, at: str = "model.name") -> str:
         if ".." in PurePosixPath(inside).parts or PurePosixPath(inside).is_absolute():
             what = f"`{inside}` is not inside the package `{package}`"
             raise LoraError(what, at, "write `package:NAME/FOLDER`, or name the folder itself")
-        # only a top-level package: to find one inside another, Python would run the outer one
+        # only a top-level package: finding a nested one would execute the outer one's code
         is_word = re.fullmatch(r"[\w-]+", package)
         spec = importlib.util.find_spec(package.replace("-", "_")) if is_word else None
         if spec is None or not spec.submodule_search_locations:
@@ -54,7 +54,7 @@ def locate(name: str, at: str = "model.name") -> str:
         siblings = [str(other) for other in folder.parent.glob("*/")]
         close = nearest(str(folder), siblings)
         raise LoraError(
-            f"there is no folder {folder}", at, f"did you mean `{close}`?" if close else LOCAL
+            f"there is no folder {folder}", at, f"did you mean `{close}`?" if close else LOCAL_HINT
         )
     if not name.startswith("package:"):
         reject_links_outside(folder)
@@ -70,11 +70,11 @@ def locate(name: str, at: str = "model.name") -> str:
 def checkpoint_files(recipe: Recipe, part: str = "") -> list[Path]:
     """Return the safetensors files of the recipe's base.
 
-    The list is empty for a model on the Hub without such files, of which transformers finds a
+    The list is empty for a model on the Hub without such files, for which transformers loads a
     converted copy.
 
     Args:
-        recipe: Its `model` section names the base.
+        recipe: The `model` section names the base.
         part: The subfolder of one part, if the base has several.
 
     Raises:
@@ -82,23 +82,23 @@ def checkpoint_files(recipe: Recipe, part: str = "") -> list[Path]:
         IntegrityError: If the index names a file that is missing or outside the folder.
     """
     at = recipe.at("model.name")
-    where = locate(recipe.model.name, at)
+    source = locate(recipe.model.name, at)
 
     def find(name: str) -> Path | None:
-        found = cached_file(
-            where,
+        file = cached_file(
+            source,
             name,
             revision=recipe.model.revision,
             subfolder=part,
             _raise_exceptions_for_missing_entries=False,
         )
-        return None if found is None else Path(found)
+        return None if file is None else Path(file)
 
     with explained(recipe, "weights"):
-        names = (WEIGHTS, IN_DIFFUSERS) if part else (WEIGHTS,)
+        names = (WEIGHTS, DIFFUSERS_WEIGHTS) if part else (WEIGHTS,)
         for weights in names:
-            if (whole := find(weights)) is not None:
-                return [whole]
+            if (single := find(weights)) is not None:
+                return [single]
             if (index := find(f"{weights}{INDEX.removeprefix(WEIGHTS)}")) is not None:
                 shards = {name: find(name) for name in sorted(shard_names(index))}
                 for name, file in shards.items():
@@ -106,12 +106,12 @@ def checkpoint_files(recipe: Recipe, part: str = "") -> list[Path]:
                         what = f"the index of the weights names `{name}`, which is missing"
                         raise IntegrityError(what, str(index), "download the model again")
                 return [file for file in shards.values() if file is not None]
-    if Path(where).is_dir():
+    if Path(source).is_dir():
         hint = "convert its weights where you trust them: a pickle can run code when it is read"
-        if others := sorted(file.name for file in (Path(where) / part).glob("*.safetensors")):
+        if others := sorted(file.name for file in (Path(source) / part).glob("*.safetensors")):
             hint = f"it has `{others[0]}`; if these are its weights, as of a variant (fp16), give "
             hint += f"it the name `{names[-1]}`"
-        raise LoraError(f"{Path(where) / part} has no {' or '.join(names)}", at, hint)
+        raise LoraError(f"{Path(source) / part} has no {' or '.join(names)}", at, hint)
     return []
 
 
@@ -127,8 +127,10 @@ def shard_names(index: Path) -> set[str]:
         what = "the index of the weights cannot be read"
         raise IntegrityError(what, str(index), "download the model again") from error
     for name in names:
-        plain = isinstance(name, str) and PurePosixPath(name).name == name and "\\" not in name
-        if not plain or name in ("", ".."):
+        is_file_name = (
+            isinstance(name, str) and PurePosixPath(name).name == name and "\\" not in name
+        )
+        if not is_file_name or name in ("", ".."):
             what = f"the index of the weights names a file outside its folder: {name!r}"
             raise IntegrityError(what, str(index), "do not use this folder: ask who made it")
     return names

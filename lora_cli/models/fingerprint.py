@@ -1,19 +1,18 @@
-"""Which base an adapter belongs to: a fingerprint of the checkpoint's own tensors.
+"""Identify the base of an adapter by a fingerprint of the checkpoint's tensors.
 
-An adapter loads onto any base of the same shapes, and on a wrong one it answers nonsense. So the
-hash of every pretrained tensor is kept beside the adapter, in `base.json`:
+An adapter can be loaded onto any base with the same shapes, and on a wrong one its outputs are
+nonsense. So the hash of every pretrained tensor is saved next to the adapter, in `base.json`:
 
     {"name": "roberta-large", "revision": "main", "fingerprint": "…", "earlier": [],
      "tensors": {"encoder.layer.0.attention.self.query.weight": "…", …}}
 
-A tensor's hash (xxh3, 128 bits) is over its dtype, its shape and its bytes as the checkpoint has
-them: how the weights are divided among files does not matter, nor the dtype that they are loaded
-in. Names are those inside the pretrained model: `BertModel` saves `encoder.…`, and the
-`BertForMaskedLM` around it `bert.encoder.…`. Of tied tensors, of which a checkpoint may hold one or
-both, each has the hash of the one that is stored. Heads that the task creates do not count:
-the adapter holds them.
+A tensor's hash (xxh3, 128 bits) covers its dtype, shape and bytes in the checkpoint. It depends
+neither on how the weights are split into files, nor on the dtype in which they are loaded. Names
+are relative to the pretrained model: `BertModel` saves `encoder.…`, and `BertForMaskedLM`
+`bert.encoder.…`. A checkpoint may contain one or both of two tied tensors; both get the hash of the
+stored one. Heads that the task creates are excluded, as they are part of the adapter.
 
-The hash tells mistakes, not forgery: who can forge a base can write another `base.json` too.
+The hashes detect mistakes, not forgery: anyone who can forge a base can also replace `base.json`.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ from lora_cli.recipe import Recipe
 from lora_cli.tensorfile import TensorEntry, read_header
 
 BASE_FILE = "base.json"
-CHUNK = 2**24  # bytes that a thread reads at once
+CHUNK = 2**24  # bytes that a thread reads at a time
 OVERRIDE = "model.allow_other_base"
 
 
@@ -64,32 +63,32 @@ class Fingerprint:
 
     @property
     def total(self) -> str:
-        """One hash for all of it."""
+        """One hash over all tensors."""
         lines = "".join(f"{name} {self.tensors[name]}\n" for name in sorted(self.tensors))
         return hashlib.sha256(lines.encode()).hexdigest()[:32]
 
     def differing(self, other: Fingerprint, in_adapter: Collection[str] = ()) -> list[str]:
-        """Return the names of tensors that another base has otherwise, not at all, or besides.
+        """Return the names of tensors that are different, missing or additional in another base.
 
         Args:
-            other: Of the other base.
-            in_adapter: Names of tensors that the adapter holds in full. What only the other base
-                has is no difference then: it was new when the adapter was trained (as the pooler
-                that masked language models lack).
+            other: The fingerprint of the other base.
+            in_adapter: Names of tensors that the adapter contains in full. They may be added to
+                the other base: they were new when the adapter was trained, such as the pooler,
+                which masked language models lack.
         """
-        ours, theirs = self.tensors, other.tensors
-        besides = [
+        own, others = self.tensors, other.tensors
+        additional = [
             name
-            for name in theirs.keys() - ours.keys()
+            for name in others.keys() - own.keys()
             if not any(h == name or h.endswith(f".{name}") for h in in_adapter)
         ]
-        return [*(name for name, h in ours.items() if theirs.get(name) != h), *sorted(besides)]
+        return [*(name for name, h in own.items() if others.get(name) != h), *sorted(additional)]
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What a report says of the base."""
-        named = {"name": self.name, "revision": self.revision, "fingerprint": self.total}
-        return {**named, "earlier": list(self.earlier)}
+        """The facts on the base for a report."""
+        facts_of_base = {"name": self.name, "revision": self.revision, "fingerprint": self.total}
+        return {**facts_of_base, "earlier": list(self.earlier)}
 
     def write(self, folder: Path) -> None:
         """Write `base.json` into a folder."""
@@ -111,22 +110,22 @@ def read_fingerprint(folder: Path) -> Fingerprint | None:
         earlier = tuple(
             {key: str(base[key]) for key in ("name", "fingerprint")} for base in value["earlier"]
         )
-        found = Fingerprint(str(value["name"]), str(value["revision"]), tensors, earlier)
-        if found.total != value["fingerprint"] or not tensors:
+        fingerprint = Fingerprint(str(value["name"]), str(value["revision"]), tensors, earlier)
+        if fingerprint.total != value["fingerprint"] or not tensors:
             raise ValueError("its hashes do not add up")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         hint = "restore it from a backup or train again"
         raise IntegrityError("the base's fingerprint cannot be read", str(file), hint) from error
-    return found
+    return fingerprint
 
 
 def fingerprint_of(recipe: Recipe, model: nn.Module, new: Collection[str]) -> Fingerprint | None:
     """Return the fingerprint of the recipe's base; None if it can have none.
 
     Args:
-        recipe: Its `model` section names the checkpoint.
-        model: The model that was loaded from it, before anything is attached: says which tensors
-            count.
+        recipe: The `model` section names the checkpoint.
+        model: The model that was loaded from it, before adapters are attached. Its names define
+            which tensors count.
         new: Names of the modules that the task created.
 
     Raises:
@@ -142,17 +141,17 @@ def fingerprint_of(recipe: Recipe, model: nn.Module, new: Collection[str]) -> Fi
             where = f"`{recipe.model.name}`" + (f", in its folder `{part}`," if part else "")
             warn(f"{where} has no safetensors files of its own, so no fingerprint is kept")
             return None
-        before = f"{part}." if part else ""
-        in_part = [name.removeprefix(before) for name in new if name.startswith(before)]
-        hashes = _pretrained_hashes(files, module, in_part)
-        tensors |= {f"{before}{name}": h for name, h in hashes.items()}
+        prefix = f"{part}." if part else ""
+        new_in_part = [name.removeprefix(prefix) for name in new if name.startswith(prefix)]
+        hashes = _pretrained_hashes(files, module, new_in_part)
+        tensors |= {f"{prefix}{name}": h for name, h in hashes.items()}
     return Fingerprint(recipe.model.name, recipe.model.revision, dict(sorted(tensors.items())))
 
 
 def _pretrained_hashes(
     files: Sequence[Path], model: nn.Module, new: Collection[str]
 ) -> dict[str, str]:
-    """Return the hashes of the tensors of a checkpoint that a model has, by their inner names."""
+    """Return the hashes of a checkpoint's tensors that the model has, by their inner names."""
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     stored: dict[str, str] = {}
     for file in files:
@@ -165,36 +164,38 @@ def _pretrained_hashes(
         if any(name.startswith(heads) for name in names):
             continue
         inner = [inner_name(name, prefix) for name in names]
-        found = next((stored[name] for name in inner if name in stored), None)
-        converted |= found is None
-        if found is not None:
-            tensors |= dict.fromkeys(inner, found)
-    if converted:  # transformers names or joins them otherwise: then all that is stored counts
+        hash_value = next((stored[name] for name in inner if name in stored), None)
+        converted |= hash_value is None
+        if hash_value is not None:
+            tensors |= dict.fromkeys(inner, hash_value)
+    if converted:  # transformers renames or joins tensors: count everything that is stored
         tensors |= stored
     return tensors
 
 
 def inner_name(name: str, prefix: str) -> str:
-    """Return a tensor's name inside the pretrained model; early BERTs had other words."""
-    name = re.sub(r"LayerNorm\.(gamma|beta)$", _modern, name)
+    """Return a tensor's name inside the pretrained model, with the old names of BERT replaced."""
+    name = re.sub(r"LayerNorm\.(gamma|beta)$", _replace_old_name, name)
     return name.removeprefix(prefix) if len(prefix) > 1 else name
 
 
-def _modern(old: re.Match[str]) -> str:
+def _replace_old_name(old: re.Match[str]) -> str:
     return f"LayerNorm.{'weight' if old[1] == 'gamma' else 'bias'}"
 
 
 def _tied_names(model: nn.Module) -> Iterator[list[str]]:
-    """Yield the names of each tensor that a checkpoint would hold, of tied ones all together.
+    """Yield all names of each tensor that a checkpoint would contain; tied tensors have several.
 
-    Integer buffers (positions, masks) are no weights, and some versions of a library save them.
+    Integer buffers (positions, masks) are skipped, as only some versions of a library save them.
     """
     groups: dict[int, list[str]] = {}
     layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     for name, tensor in model.state_dict(keep_vars=True).items():
         module, _, last = name.rpartition(".")
-        is_code = module in layers and last == "weight"  # its scales are in no checkpoint
-        if is_code or (tensor.is_floating_point() and (module not in layers or last == "bias")):
+        is_quantized = module in layers and last == "weight"  # its scales are not in the checkpoint
+        if is_quantized or (
+            tensor.is_floating_point() and (module not in layers or last == "bias")
+        ):
             groups.setdefault(id(tensor), []).append(name)
     yield from groups.values()
 
@@ -210,7 +211,7 @@ def file_hashes(file: Path) -> dict[str, str]:
 
 @functools.lru_cache(maxsize=256)
 def _file_hashes(file: Path, *_stamp: int) -> dict[str, str]:
-    """Hash a file's tensors, several at once: xxhash and reading let go of Python's lock."""
+    """Hash a file's tensors in parallel threads: xxhash and reading release the GIL."""
     entries = read_header(file)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         hashes = pool.map(functools.partial(_tensor_hash, file), entries.values())
@@ -219,17 +220,17 @@ def _file_hashes(file: Path, *_stamp: int) -> dict[str, str]:
 
 def _tensor_hash(file: Path, entry: TensorEntry) -> str:
     state = xxhash.xxh3_128(f"{entry.dtype} {list(entry.shape)} ".encode())
-    left = entry.end - entry.start
-    buffer = memoryview(bytearray(min(CHUNK, left)))
+    remaining = entry.end - entry.start
+    buffer = memoryview(bytearray(min(CHUNK, remaining)))
     with file.open("rb", buffering=0) as handle:
         handle.seek(entry.start)
-        while left:
-            count = handle.readinto(buffer[: min(CHUNK, left)])
+        while remaining:
+            count = handle.readinto(buffer[: min(CHUNK, remaining)])
             if not count:
                 what, hint = "the file became shorter while it was read", "download it again"
                 raise IntegrityError(what, str(file), hint)
             state.update(buffer[:count])
-            left -= count
+            remaining -= count
     return state.hexdigest()
 
 
@@ -243,21 +244,21 @@ def require_base(
     what: str,
     in_adapter: Collection[str] = (),
 ) -> Fingerprint | None:
-    """Reject a base that is not the one that something was trained on.
+    """Reject a base that is not the one that an adapter or checkpoint was trained on.
 
     Args:
-        trained_on: The fingerprint that is kept beside it; None if another tool made it.
+        trained_on: The fingerprint saved with the adapter; None if another tool made it.
         base: The fingerprint of the recipe's base.
         recipe: Names the base, and may allow another.
-        what: What was trained: `the adapter out/`.
-        in_adapter: Names of the tensors that it holds in full.
+        what: The thing that was trained, for messages: `the adapter out/`.
+        in_adapter: Names of the tensors that the adapter contains in full.
 
     Returns:
-        What to keep beside what is made on the base: its fingerprint, which remembers the other
-        base if that was allowed.
+        The fingerprint to save with results on this base. If the base differs and that was allowed,
+        it also records the earlier base.
 
     Raises:
-        IntegrityError: If the base is another, and `model.allow_other_base` is not set.
+        IntegrityError: If the base differs, and `model.allow_other_base` is not set.
     """
     unknown = "whether this is its base could not be verified"
     if base is None:
@@ -267,10 +268,10 @@ def require_base(
     if trained_on is None:
         warn(f"{what} has no {BASE_FILE}: {unknown}")
         return base
-    others = trained_on.differing(base, in_adapter)
-    if not others:
+    differing = trained_on.differing(base, in_adapter)
+    if not differing:
         return replace(base, earlier=trained_on.earlier)
-    text = f"`{base.name}` is not the base that {what} was trained on: {_first_of(others, base)}"
+    text = f"`{base.name}` is not the base that {what} was trained on: {_describe(differing, base)}"
     if recipe.model.allow_other_base:
         warn(f"{text}; `{OVERRIDE}` allows it")
         other = {"name": trained_on.name, "fingerprint": trained_on.total}
@@ -284,8 +285,10 @@ def require_base(
     )
 
 
-def _first_of(others: list[str], base: Fingerprint) -> str:
-    """Say which tensors differ."""
-    how = "differs" if others[0] in base.tensors else "is missing"
-    more = f", and {len(others) - 1} more of {len(base.tensors)} tensors" if others[1:] else ""
-    return f"`{others[0]}` {how}{more}"
+def _describe(differing: list[str], base: Fingerprint) -> str:
+    """Describe which tensors differ, for a message."""
+    state = "differs" if differing[0] in base.tensors else "is missing"
+    rest = (
+        f", and {len(differing) - 1} more of {len(base.tensors)} tensors" if differing[1:] else ""
+    )
+    return f"`{differing[0]}` {state}{rest}"

@@ -41,7 +41,7 @@ class StableDiffusion3(Family):
     optional = (T5,)
     never_adapted = (T5,)
     noise_scheduler = "FlowMatchEulerDiscreteScheduler"
-    learns_flow = True
+    uses_flow_matching = True
     classes: ClassVar[Mapping[str, tuple[str, ...]]] = {
         TRANSFORMER: ("SD3Transformer2DModel",),
         VAE: ("AutoencoderKL",),
@@ -52,7 +52,7 @@ class StableDiffusion3(Family):
     }
 
     @property
-    def usual_drawing(self) -> dict[str, float]:
+    def sampling_defaults(self) -> dict[str, float]:
         """The steps and the guidance of diffusers' pipeline."""
         return {"steps": 28, "guidance_scale": 7.0}
 
@@ -80,7 +80,7 @@ class StableDiffusion3(Family):
                 f"its transformer reads {transformer['pooled_projection_dim']} numbers of a whole "
                 f"text, and its CLIP encoders make {whole}"
             )
-        return problems + self.odd_scheduler()
+        return problems + self.scheduler_problems()
 
     @property
     def divisor(self) -> int:

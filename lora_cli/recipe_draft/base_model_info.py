@@ -170,7 +170,7 @@ def _drawing(name: str, folder: Path, pipeline: str) -> Base:
     parameters = sum(p.numel() for p in base.empty(()).parameters())
     return Base(
         name, can_write=False, shape=Shape(parameters), model_type=pipeline, draws=True,
-        picture_side=base.family.usual_side, drawing=base.family.usual_drawing,
+        picture_side=base.family.usual_side, drawing=base.family.sampling_defaults,
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from lora_cli.errors import Problem, counted
 from lora_cli.metrics import MetricContext
 from lora_cli.models.base_facts import config_facts
 from lora_cli.models.base_model import load_config
-from lora_cli.models.detectors import most_objects, reads_mask, require_detector
+from lora_cli.models.detectors import max_objects, reads_mask, require_detector
 from lora_cli.models.image_processor import output_size, processor_hash, save_processor
 from lora_cli.models.picture_canvas import load_canvas_processor, on_canvas
 from lora_cli.recipe import ObjectDetectionSpec, Recipe
@@ -263,7 +263,7 @@ class ObjectDetection(PictureTask):
     @property
     def n_queries(self) -> int:
         """How many objects the model can find in a picture."""
-        return most_objects(self.config)
+        return max_objects(self.config)
 
     @property
     def matching_costs(self) -> MatchingCosts:

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from lora_cli.adapters.attach import lora_layers
 from lora_cli.data.recordings import Samples
 from lora_cli.errors import LoraError, counted
-from lora_cli.models.feature_extractor import features_of, require_frames_of
+from lora_cli.models.feature_extractor import features_of, require_whisper_features
 from lora_cli.recipe import Recipe
 from lora_cli.recipe.spec import GenerationSpec
 from lora_cli.tasks.contract import Task
@@ -64,7 +64,7 @@ class SpeechRecognition(RecordingTask, WritingTask):
             what = f"`{self.recipe.model.name}` writes tokens of its own, and takes no `letters`"
             raise LoraError(what, self.recipe.at("task.letters"), "leave it out")
         super().load_processor()
-        require_frames_of(self.extractor, self.config, self.recipe)
+        require_whisper_features(self.extractor, self.config, self.recipe)
         self.pad = int(self.config.pad_token_id)
         self.has_languages = is_multilingual(self.recipe, int(self.config.vocab_size))
         self.begin = prompt_tokens(self.spec, self.tokenizer, self.has_languages, self.recipe)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModel
 
 from lora_cli.errors import LoraError, Problem, counted
-from lora_cli.models.bundle import leave_frozen
+from lora_cli.models.bundle import mark_frozen
 from lora_cli.models.sentence_transformer import write_embedding_files
 from lora_cli.recipe import Recipe, TextEmbeddingSpec
 from lora_cli.tasks.embeddings.embedding_losses import NEGATIVE, POSITIVE, embedding_losses
@@ -113,12 +113,12 @@ class TextEmbedding(EmbeddingRows):
         """Return the base model; there is no head."""
         model, _ = super().load_model(device, dtype)
         self.drawn = frozenset()  # a pooler that the checkpoint lacks takes no part
-        return leave_frozen(model, [UNUSED]), []
+        return mark_frozen(model, [UNUSED]), []
 
     def empty_model(self) -> tuple[nn.Module, list[str]]:
         """Return the same without weights."""
         model, _ = super().empty_model()
-        return leave_frozen(model, [UNUSED]), []
+        return mark_frozen(model, [UNUSED]), []
 
     def save_processor(self, folder: Path, facts: dict[str, Any] | None = None) -> None:
         """Write the tokenizer, and what sentence-transformers reads, into a folder."""

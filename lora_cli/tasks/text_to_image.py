@@ -79,7 +79,7 @@ class TextToImage(CaptionedPictures):
         self.tokenizers = self.base.tokenizers()
         check_keys(self.recipe, self.spec, self.base.family)
         scheduler = self.base.noise_scheduler()
-        if self.base.family.learns_flow:
+        if self.base.family.uses_flow_matching:
             self.noise = FlowNoise(scheduler, self.spec.flow)
         else:
             self.noise = DiffusionNoise(scheduler, self.spec.snr_gamma)
@@ -91,7 +91,7 @@ class TextToImage(CaptionedPictures):
             part = self.base.left_out[0]
             self.notes.append(f"the base has no `{part}`: zeros stand in its place, in drawing too")
 
-        drawing, usual = self.recipe.evaluate.drawing, self.base.family.usual_drawing
+        drawing, usual = self.recipe.evaluate.drawing, self.base.family.sampling_defaults
         if self.base.family.reads_guidance and "guidance_scale" not in drawing.model_fields_set:
             self.notes.append(
                 f"pictures are drawn with `guidance_scale: {drawing.guidance_scale}`, and usual "
@@ -356,7 +356,7 @@ class TextToImage(CaptionedPictures):
     def _image_generator(self, model: nn.Module) -> ImageGenerator:
         assert isinstance(model, Bundle)
         pipeline = self.base.build_pipeline(model, self.tokenizers)
-        settings, latents_of = self.recipe.evaluate.drawing, self.base.family.drawn_latents
+        settings, latents_of = self.recipe.evaluate.drawing, self.base.family.unpack_latents
         return ImageGenerator(pipeline, settings, self.spec.resolution, latents_of)
 
     def complete_data(self, device: torch.device) -> None:

@@ -10,7 +10,7 @@ import torch
 from closeness import assert_close
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-from lora_cli.models.base_model import avoid_wrong_attention
+from lora_cli.models.base_model import disable_wrong_attention
 from lora_cli.recipe.spec import GenerationSpec
 from lora_cli.tasks.generation.text_generation import _answered_together, _continue
 
@@ -30,7 +30,7 @@ def gemma() -> Iterator[Gemma3ForCausalLM]:
         max_position_embeddings=512, pad_token_id=0, eos_token_id=1, bos_token_id=2,
     )  # fmt: skip
     model: Gemma3ForCausalLM = tiny.enliven(Gemma3ForCausalLM(config)).eval()
-    avoid_wrong_attention(model)
+    disable_wrong_attention(model)
     yield model
     torch.backends.cuda.enable_mem_efficient_sdp(True)
 

@@ -21,7 +21,7 @@ def check_keys(recipe: Recipe, spec: TextToImageSpec, family: Family) -> None:
     at = recipe.at
     ignored: dict[str, Any] = {}
     what, hint = f"has no meaning for {family.name}", "leave it out"
-    if family.learns_flow:
+    if family.uses_flow_matching:
         ignored = {"snr_gamma": spec.snr_gamma, "noise_offset": spec.noise_offset}
         what += ", which learns by flow matching"
         hint += "; `task.flow` says how steps are drawn and weighted"

@@ -26,7 +26,7 @@ from lora_cli.data.recordings import (
     require_audio_packages,
 )
 from lora_cli.errors import LoraError, counted
-from lora_cli.models.feature_extractor import load_feature_extractor, require_bands_of
+from lora_cli.models.feature_extractor import load_feature_extractor, require_speecht5_features
 from lora_cli.models.image_processor import processor_hash
 from lora_cli.models.vocoder import vocoder_config
 from lora_cli.recipe import Recipe, TextToSpeechSpec
@@ -87,7 +87,7 @@ class SpokenTexts(TextTask):
         require_audio_packages()
         super().load_processor()
         self.extractor = load_feature_extractor(self.recipe)
-        require_bands_of(self.extractor, self.config, self.recipe)
+        require_speecht5_features(self.extractor, self.config, self.recipe)
         if self.spec.vocoder is not None:
             vocoder_config(self.recipe, self.spec.vocoder, self.n_bands, self.rate)
         self.fixed_speaker = self._read_speaker()
