@@ -310,7 +310,7 @@ def test_multilingual_models_without_a_generation_config(tmp_path: Path) -> None
     ("kind", "decoder", "message"),
     [
         ("wav2vec2-bert", None, r"\(WhisperTokenizer\) is not one of letters"),
-        ("llama", None, r"is no model of speech that can be trained here \(llama\)"),
+        ("llama", None, r"is not a speech model that can be trained here \(llama\)"),
         (
             "wav2vec2",
             "attention",
@@ -843,7 +843,7 @@ def test_init_rejects_unsuitable_data(tmp_path: Path) -> None:
         draft_recipe(tmp_path / "texts.csv", str(base), target)
     lines = [f"speech/train/{i}.wav,{i},{i}\n" for i in range(3)]
     (tmp_path / "odd.csv").write_text("".join(["audio,one,two\n", *lines]))
-    with pytest.raises(LoraError, match="no column is by its name what is said"):
+    with pytest.raises(LoraError, match="no column has the name of a transcript column"):
         draft_recipe(tmp_path / "odd.csv", str(base), target)
 
 

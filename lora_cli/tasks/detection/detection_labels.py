@@ -51,10 +51,10 @@ class DetectionLabels:
         """
         column, has_any = self.spec.objects_column, False
         for row in rows:
-            marks = crowd_flags_in(row.get(column))
-            if not all(marks):
+            flags = crowd_flags_in(row.get(column))
+            if not all(flags):
                 return
-            has_any = has_any or bool(marks)
+            has_any = has_any or bool(flags)
         what, hint = "no row of the train split has an object", "is it the right column, "
         hint += "`task.objects_column`?"
         if has_any:

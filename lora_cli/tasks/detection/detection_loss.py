@@ -66,19 +66,19 @@ def detection_losses(
         costs: The weights of the matching cost and of "no object".
     """
     logits, predicted_boxes = outputs.logits.float(), outputs.boxes.float()
-    n_layers, n_pictures, n_queries = logits.shape[:3]
+    n_layers, n_images, n_queries = logits.shape[:3]
     no_object = logits.shape[-1] - 1
     queries = assign(Detections(logits, predicted_boxes), labels, boxes, counts, costs)
     device = logits.device
     # the object that each query is matched to; objects without a query write to an extra column
-    objects = torch.full((n_layers, n_pictures, n_queries + 1), labels.shape[1])
+    objects = torch.full((n_layers, n_images, n_queries + 1), labels.shape[1])
     object_indices = torch.arange(labels.shape[1]).expand_as(queries)
     objects.scatter_(-1, queries.where(queries >= 0, n_queries), object_indices)
     objects = _to_device(objects[..., :-1], device)
     is_matched = _to_device((queries >= 0).float(), device)
     queries = _to_device(queries.clamp(min=0), device)
 
-    no_object_column = labels.new_full((n_pictures, 1), no_object)
+    no_object_column = labels.new_full((n_images, 1), no_object)
     target_classes = (
         torch.cat([labels, no_object_column], 1).expand(n_layers, -1, -1).gather(-1, objects)
     )

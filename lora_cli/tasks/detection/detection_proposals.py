@@ -50,20 +50,16 @@ def _propose_task(table: Table, base: BaseFacts, column: str) -> Proposal:
         keys["image_column"], reasons["image_column"] = image, "the pictures"
     if column != "objects":
         keys["objects_column"], reasons["objects_column"] = column, "a list of boxes and labels"
-    objects_and_sizes = [
+    samples = [
         (row[column], size) for row in table.rows[:SAMPLE] if (size := _image_size(row.get(image)))
     ]
-    if objects_and_sizes:
-        box_format = next(
-            (box_format for box_format in BOX_FORMATS if _fits(objects_and_sizes, box_format)),
-            BOX_FORMATS[0],
-        )
-        if box_format != BOX_FORMATS[0]:
-            keys["box_format"], reasons["box_format"] = (
-                box_format,
-                "read so, all boxes lie in their pictures",
-            )
-        longest = max(max(size) for _, size in objects_and_sizes)
+    if samples:
+        default = BOX_FORMATS[0]
+        box_format = next((form for form in BOX_FORMATS if _fits(samples, form)), default)
+        if box_format != default:
+            keys["box_format"] = box_format
+            reasons["box_format"] = "read so, all boxes lie in their pictures"
+        longest = max(max(size) for _, size in samples)
         keys["image_size"] = min(MAX_IMAGE_SIZE, -(-longest // SIZE_MULTIPLE) * SIZE_MULTIPLE)
         reasons["image_size"] = f"the largest picture has {longest:,} pixels a side; more is slower"
     left_out = {name: "not needed" for name in names if name != image}
@@ -97,9 +93,9 @@ def _image_size(value: Any) -> tuple[int, int] | None:
     return None if facts is None or facts.error else (facts.width, facts.height)
 
 
-def _fits(objects_and_sizes: Sequence[tuple[Any, tuple[int, int]]], box_format: str) -> bool:
+def _fits(samples: Sequence[tuple[Any, tuple[int, int]]], box_format: str) -> bool:
     """Return whether all boxes lie inside their images when read in a given format."""
-    for value, size in objects_and_sizes:
+    for value, size in samples:
         try:
             read_objects(value, size, box_format)
         except BoxError:

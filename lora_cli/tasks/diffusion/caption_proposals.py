@@ -40,7 +40,7 @@ def _propose_task(table: Table, base: BaseFacts) -> Proposal:
         hint = "write what `a.png` shows into `a.txt`, or list all in metadata.csv: file_name,text"
         raise LoraError(what, place, f"{hint}; or write a recipe with one `task.caption` for all")
     if caption is None:
-        what = "no column is by its name what the pictures show"
+        what = "no column has the name of a caption column"
         raise LoraError(what, place, f"name it: `--text COLUMN`; {listed}")
     keys = {"type": "text_to_image", "image_column": image, "caption_column": caption}
     reasons = {

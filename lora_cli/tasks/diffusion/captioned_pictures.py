@@ -161,13 +161,13 @@ class CaptionedPictures(CaptionRows):
             if key in examples[0]:
                 inputs[key] = torch.stack([example[key] for example in examples])
         self._add_captions(inputs, examples)
-        n_pictures = inputs["steps"].shape[1]
+        n_images = inputs["steps"].shape[1]
         ones = torch.ones(len(examples))
         items = {MAIN: ones}
         if self.spec.prior is not None:
-            items[PRIOR] = ones if n_pictures > 1 else torch.zeros(len(examples))
+            items[PRIOR] = ones if n_images > 1 else torch.zeros(len(examples))
         rows = [example["row"] for example in examples]
-        return Batch(inputs, {}, items, len(examples) * n_pictures, rows)
+        return Batch(inputs, {}, items, len(examples) * n_images, rows)
 
     def _add_captions(self, inputs: dict[str, Tensor], examples: Sequence[Example]) -> None:
         """Add the captions' token ids unless they are cached, and those of the empty caption."""

@@ -48,7 +48,7 @@ def require_decoder(recipe: Recipe, decoder: Decoder) -> None:
         what = f"`{name}` ({kind}) does not write by `{decoder}`"
         hint = f"leave `decoder` out, or set it to `{expected}`"
         raise LoraError(what, recipe.at("task.decoder"), hint)
-    what = f"`{name}` is no model of speech that can be trained here ({kind})"
+    what = f"`{name}` is not a speech model that can be trained here ({kind})"
     if kind in MODEL_FOR_CTC_MAPPING_NAMES:
         what = f"`{name}` ({kind}) writes by CTC in a way of its own, which is not supported"
     raise LoraError(what, recipe.at("model.name"), recipe.task.suitable_models)

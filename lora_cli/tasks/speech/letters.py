@@ -74,9 +74,10 @@ class Letters:
         }
 
     def tokens_of(self, text: str) -> list[int]:
-        """Return the token ids of a transcript, without unknown characters if none stands for them.
+        """Return the token ids of a transcript.
 
-        Rows with unknown characters are rejected before, if there is no `unknown_id`.
+        Unknown characters become `unknown_id`. Without one they are skipped, but rows that have
+        such characters are rejected beforehand.
         """
         ids = (self.ids.get(character, self.unknown_id) for character in self.normalise(text))
         return [token for token in ids if token is not None]

@@ -32,13 +32,13 @@ def odd_recordings(name: str, rows: Rows, examples: Any) -> str | None:
         "is_clipped": "clipped: its loudest samples were cut off at full scale",
         "is_too_loud": "far beyond full scale, as if its numbers had not been scaled",
     }.items():
-        rows_found = [int(example["row"]) for example in examples if example[key]]
-        if rows_found:
-            is_one = len(set(rows_found)) == 1
+        row_indices = [int(example["row"]) for example in examples if example[key]]
+        if row_indices:
+            is_one = len(set(row_indices)) == 1
             verb = "is" if is_one else "are"
             text = defect if is_one else defect.replace("its", "their")
-            count = counted(len(set(rows_found)), f"{name} recording")
-            warnings.append(f"{count} {verb} {text} (the first: {rows.place(rows_found[0])})")
+            count = counted(len(set(row_indices)), f"{name} recording")
+            warnings.append(f"{count} {verb} {text} (the first: {rows.place(row_indices[0])})")
     return "; ".join(warnings) or None
 
 

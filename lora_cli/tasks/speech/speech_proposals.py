@@ -38,7 +38,7 @@ def _propose_task(table: Table, base: BaseFacts) -> Proposal:
     others = [name for name in names if name not in (audio, speaker)]
     text = table.text or text_column_of(others, table.media is not None)
     if text is None:
-        what = "no column is by its name what is said"
+        what = "no column has the name of a transcript column"
         hint = f"name it: `--text COLUMN`; {listed}"
         if table.media is not None:
             what = f"the recordings of {place} have no texts next to them"

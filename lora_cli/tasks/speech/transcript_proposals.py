@@ -58,7 +58,7 @@ def _propose_task(table: Table, base: BaseFacts) -> Proposal:
         hint = "write what is said in `a.wav` into `a.txt`, or list all in metadata.csv: "
         raise LoraError(what, place, f"{hint}file_name,text")
     if text is None:
-        what = "no column is by its name what is said"
+        what = "no column has the name of a transcript column"
         raise LoraError(what, place, f"name it: `--text COLUMN`; {listed}")
     keys = {"type": "speech_recognition", "audio_column": audio, "text_column": text}
     reasons = {
