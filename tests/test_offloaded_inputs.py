@@ -29,7 +29,7 @@ class Bench:
 
     def _to_host(self, x: Tensor) -> Any:
         self.out.append(x.clone())
-        return offloaded_inputs._OnHost(x.clone(), None)
+        return offloaded_inputs._Offloaded(x.clone(), None)
 
     def _to_device(self, kept: Any) -> Tensor:
         self.back.append(kept.host)

@@ -21,8 +21,7 @@ from lora_cli.files import write_json
 from lora_cli.format_version import FORMAT
 from lora_cli.models.base_model import load_config, load_tokenizer
 from lora_cli.models.find_base import source_of
-from lora_cli.models.image_processor import NOT_COMPUTING as NO_PIXEL_KEYS
-from lora_cli.models.image_processor import PROCESSOR_FILE
+from lora_cli.models.image_processor import NO_PIXEL_KEYS, PROCESSOR_FILE
 from lora_cli.models.load_errors import explained
 from lora_cli.recipe import (
     COMPUTATION_FILE,

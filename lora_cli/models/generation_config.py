@@ -17,17 +17,17 @@ def check_generation_config(auto_class: Any, config: PretrainedConfig, recipe: R
     """Reject a generation_config.json that transformers cannot use; a model may have none.
 
     Raises:
-        LoraError: With what is wrong in it.
+        LoraError: With the reason.
     """
     mapping = auto_class._model_mapping
     if type(config) not in mapping or not mapping[type(config)].can_generate():
         return
     source, file = source_of(recipe), "generation_config.json"
     try:
-        own = GenerationConfig.from_pretrained(
+        generation_config = GenerationConfig.from_pretrained(
             source["pretrained_model_name_or_path"], revision=source["revision"]
         )
-        _check_stop_ids(own.eos_token_id, config, recipe, file)
+        _check_stop_ids(generation_config.eos_token_id, config, recipe, file)
         return
     except LoraError:
         raise
@@ -44,16 +44,16 @@ def check_generation_config(auto_class: Any, config: PretrainedConfig, recipe: R
 
 
 def _check_stop_ids(ids: Any, config: PretrainedConfig, recipe: Recipe, file: str) -> None:
-    """Reject end-of-text tokens that the model does not have.
+    """Reject ids of end-of-text tokens that are not in the model's vocabulary.
 
     Args:
-        ids: The value of `eos_token_id`: an id, several, or None.
-        config: Has the number of tokens of the model.
+        ids: The value of `eos_token_id`: an id, a list of ids, or None.
+        config: The configuration, with the size of the vocabulary.
         recipe: Names the model.
-        file: The file of the model that has the value.
+        file: The file of the model that contains the value.
 
     Raises:
-        LoraError: With the first id that is not one of a token.
+        LoraError: With the first id that is not in the vocabulary.
     """
     count = getattr(config.get_text_config(decoder=True), "vocab_size", None)
     for token in ids if isinstance(ids, list | tuple) else [ids]:

@@ -1,4 +1,4 @@
-"""Gradient checkpointing: activations are computed again in the backward pass, to save memory."""
+"""Gradient checkpointing: recompute activations in the backward pass, to save memory."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from lora_cli.unexpected_errors import own_words
 
 
 def require_gradient_checkpointing(model: nn.Module, recipe: Recipe) -> None:
-    """Reject an architecture that has no gradient checkpointing.
+    """Reject an architecture that does not support gradient checkpointing.
 
     Raises:
-        LoraError: If it has none.
+        LoraError: If it does not support it.
     """
     if not getattr(model, "supports_gradient_checkpointing", False):
         raise LoraError(
@@ -28,20 +28,20 @@ def require_gradient_checkpointing(model: nn.Module, recipe: Recipe) -> None:
 
 
 def enable_gradient_checkpointing(
-    model: nn.Module, recipe: Recipe, how: Literal[True, "offload"]
+    model: nn.Module, recipe: Recipe, mode: Literal[True, "offload"]
 ) -> None:
-    """Let the backward pass recompute the activations, which saves memory.
+    """Enable gradient checkpointing for a model.
 
     Args:
-        model: A model that is on its device.
-        recipe: For the message of the error.
-        how: With "offload", the inputs of the layers wait in the host's memory.
+        model: The model, on its device.
+        recipe: The recipe, for error messages.
+        mode: With "offload", the inputs of the layers are kept in host memory.
 
     Raises:
-        LoraError: If the architecture cannot do that.
+        LoraError: If the architecture does not support it.
     """
     require_gradient_checkpointing(model, recipe)
-    # the second is the name in older versions of transformers
+    # the second name is for older versions of transformers
     names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
     enable: Any = next(getattr(model, name) for name in names if hasattr(model, name))
     try:
@@ -50,5 +50,5 @@ def enable_gradient_checkpointing(
         what = f"{type(model).__name__} cannot do gradient checkpointing: {own_words(error)}"
         hint = "set `train.gradient_checkpointing: false`"
         raise LoraError(what, recipe.at("train.gradient_checkpointing"), hint) from error
-    if how == "offload":
+    if mode == "offload":
         offload_inputs(model)

@@ -1,7 +1,7 @@
-"""The processor that a base comes with: how a picture becomes a tensor, by Pillow alone.
+"""Load the image processor of a base, which turns an image into a tensor, with Pillow.
 
-Transformers has two back ends that give different pixels, and takes torchvision's where it happens
-to be installed. Here it is always Pillow's, so that no package decides a number.
+transformers has two back ends that give different pixels, and prefers torchvision's if it is
+installed. Here it is always Pillow's, so that results do not depend on installed packages.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from lora_cli.models.load_errors import explained
 from lora_cli.recipe import Recipe
 from lora_cli.unexpected_errors import own_words
 
-# what of a configuration decides no pixel
-NOT_COMPUTING = {"image_processor_type", "feature_extractor_type", "processor_class", "auto_map"}
+# keys of a configuration that do not affect pixels
+NO_PIXEL_KEYS = {"image_processor_type", "feature_extractor_type", "processor_class", "auto_map"}
 PROCESSOR_FILE = "preprocessor_config.json"
 
 
 def load_image_processor(recipe: Recipe) -> Any:
-    """Return the base's processor of pictures, with the Pillow back end.
+    """Return the base's image processor, with the Pillow back end.
 
     Raises:
         LoraError: If the base has none, or none that works without torchvision.
@@ -33,8 +33,8 @@ def load_image_processor(recipe: Recipe) -> Any:
     from transformers import AutoImageProcessor
     from transformers.models.auto import image_processing_auto
 
-    known = hasattr(image_processing_auto, "_resolve_backend")
-    options: dict[str, Any] = {"backend": "pil"} if known else {"use_fast": False}
+    has_backend = hasattr(image_processing_auto, "_resolve_backend")
+    options: dict[str, Any] = {"backend": "pil"} if has_backend else {"use_fast": False}
     with explained(recipe, "image processor"):
         processor = AutoImageProcessor.from_pretrained(**source_of(recipe), **options)
     if getattr(processor, "backend", "pil") != "pil" or getattr(processor, "is_fast", False):
@@ -45,22 +45,22 @@ def load_image_processor(recipe: Recipe) -> Any:
 
 
 def processor_hash(processor: Any) -> str:
-    """Return a hash of all that decides which tensor a picture becomes."""
-    plain = json.loads(json.dumps(processor.to_dict(), default=str))
-    kept = {k: v for k, v in plain.items() if k not in NOT_COMPUTING and v is not None}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:32]
+    """Return a hash of all settings that affect pixels."""
+    config = json.loads(json.dumps(processor.to_dict(), default=str))
+    relevant = {k: v for k, v in config.items() if k not in NO_PIXEL_KEYS and v is not None}
+    return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def output_size(processor: Any, channels: int, recipe: Recipe) -> tuple[int, int]:
-    """Return the height and width of the tensors that a processor makes of any picture.
+    """Return the height and width of a processor's outputs, which must be the same for all images.
 
     Args:
         processor: The processor.
-        channels: Of the pictures.
+        channels: The number of channels of the images.
         recipe: Names the model.
 
     Raises:
-        LoraError: If it fails, or if the size depends on the picture's.
+        LoraError: If the processor fails, or its output size depends on the image.
     """
     from PIL import Image
 
@@ -69,7 +69,7 @@ def output_size(processor: Any, channels: int, recipe: Recipe) -> tuple[int, int
         image = Image.new("RGB" if channels == 3 else "L", size)
         try:
             sizes.add(tuple(pixels_of(processor, image).shape))
-        except Exception as error:  # whatever its configuration leads to
+        except Exception as error:  # a wrong configuration may raise anything
             what = f"the image processor of `{recipe.model.name}` fails: {own_words(error)}"
             raise LoraError(what, at, f"correct {PROCESSOR_FILE} in the model's folder") from error
     if len(sizes) > 1:
@@ -85,9 +85,9 @@ def output_size(processor: Any, channels: int, recipe: Recipe) -> tuple[int, int
 
 
 def pixels_of(processor: Any, image: Any, **options: Any) -> np.ndarray[Any, Any]:
-    """Return the pixels (C, H, W) that a model reads of a picture, float32."""
-    made = processor(image, return_tensors="np", **options)["pixel_values"]
-    return np.ascontiguousarray(made[0], dtype=np.float32)
+    """Return the pixel values of an image for the model (C, H, W), float32."""
+    output = processor(image, return_tensors="np", **options)["pixel_values"]
+    return np.ascontiguousarray(output[0], dtype=np.float32)
 
 
 def save_processor(processor: Any, folder: Path) -> None:

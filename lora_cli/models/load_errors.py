@@ -1,8 +1,8 @@
-"""Why a model or its tokenizer cannot be loaded: one sentence, its place, and what to do.
+"""Explain why a model or its tokenizer cannot be loaded: a reason, a location, and a hint.
 
-Model files come from anywhere, and libraries raise any kind of exception over a damaged one (a
-`KeyError` for an unknown activation, a `ZeroDivisionError` for no attention heads). Whatever is
-raised while files of a model are read becomes a `LoraError` here.
+Libraries raise all kinds of exceptions for damaged model files (a `KeyError` for an unknown
+activation, a `ZeroDivisionError` for no attention heads). Every exception that is raised while a
+model's files are read is converted to a `LoraError` here.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from lora_cli.unexpected_errors import own_words
 
 CONFIG_FILE = "config.json"
 REPAIR = "correct config.json, or download it again"
-# keys of which every architecture needs a positive whole number, if it has the key at all
+# keys that must be positive integers, in every architecture that has them
 SIZES = re.compile(
     r"hidden_size|d_model|n_embd|embed_dim|intermediate_size|vocab_size|max_position_embeddings|"
     r"n_positions|(num_|n_|encoder_|decoder_)?(attention_|hidden_|key_value_)?(heads?|layers?)|"
@@ -36,14 +36,14 @@ SIZES = re.compile(
     r"(encoder|decoder)_(layers|attention_heads|ffn_dim)"
 )
 ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "ff_activation")
-# keys of a config.json, and the most that is built: ten times what any published model has
-MOST = {
+# keys of a config.json, and the largest accepted value: ten times that of any published model
+MAX_VALUES = {
     r"(layers?|blocks?|experts?|heads?|stages?|depths?|groups|repeats?)$": 10_000,
     r"(size|dim|dims|embd|inner|ctx|model|ff|kv|rank|channels?|positions?|embeddings?|length|"
     r"features|state|labels?)$": 100_000_000,
 }
-MOST_LAYERS = 2000  # the deepest known models have about 200; building each takes time
-PACKAGES = {  # names of packages as errors write them, and as pip installs them
+MAX_LAYERS = 2000  # the deepest known models have about 200; each takes time to build
+PACKAGES = {  # names of packages in error messages, and for pip
     "sentencepiece": "sentencepiece", "protobuf": "protobuf", "tiktoken": "tiktoken",
     "timm": "timm", "sacremoses": "sacremoses", "mamba_ssm": "mamba-ssm", "einops": "einops",
     "causal_conv1d": "causal-conv1d", "rjieba": "rjieba", "fugashi": "fugashi",
@@ -56,24 +56,24 @@ OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "alloc_failed")
 def explained(
     recipe: Recipe, what: str, find_cause: Callable[[Exception], object] | None = None
 ) -> Iterator[None]:
-    """Turn whatever is raised while a part of the model is loaded into a `LoraError`.
+    """Convert any exception that is raised while a part of the model is loaded to a `LoraError`.
 
     Args:
         recipe: Names the model.
         what: The part: `configuration`, `tokenizer`, `architecture` or `weights`.
-        find_cause: Called with an error that is neither about a file nor about a package. It
-            raises a `LoraError` if it finds the cause in something that is loaded before.
+        find_cause: Called with an error that concerns neither a file nor a package. Raises a
+            `LoraError` if the cause is in something that was loaded before.
     """
     level = transformers_logging.get_verbosity()
-    if level != transformers_logging.ERROR:  # to set it walks through all loggers
+    if level != transformers_logging.ERROR:  # setting it is slow, as it walks through all loggers
         transformers_logging.set_verbosity_error()
     try:
         yield
     except LoraError:
         raise
     except Exception as error:
-        if (place := place_error(error)) is not None:
-            raise place from error
+        if (location_error := place_error(error)) is not None:
+            raise location_error from error
         if _is_resource(error):
             raise
         if find_cause is not None and not isinstance(error, OSError | ImportError):
@@ -85,35 +85,35 @@ def explained(
 
 
 def place_error(error: BaseException) -> ResourceError | None:
-    """Return what to say if the Hub's cache is full, or may not be written to, else None."""
+    """Return the error for a Hub cache that is full or cannot be read or written, or None."""
     cause: BaseException | None = error
     while cause is not None:
-        number = cause.errno if isinstance(cause, OSError) else None
-        if number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+        error_number = cause.errno if isinstance(cause, OSError) else None
+        if error_number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
             from huggingface_hub import constants
 
-            place = str(getattr(cause, "filename", None) or constants.HF_HUB_CACHE)
-            reason = os.strerror(number).lower()
+            path = str(getattr(cause, "filename", None) or constants.HF_HUB_CACHE)
+            reason = os.strerror(error_number).lower()
             what = f"a file of the model cannot be read or stored: {reason}"
             hint = "make room, let the place be read and written, or name another: `HF_HOME=DIR`"
-            return ResourceError(what, place, hint)
+            return ResourceError(what, path, hint)
         cause = cause.__cause__ or cause.__context__
     return None
 
 
 def _is_resource(error: Exception) -> bool:
-    """Return whether memory is full, which is nothing that the model's files did."""
+    """Return whether memory is full, which is not the fault of the model's files."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return any(words in str(error).lower() for words in OUT_OF_MEMORY)
 
 
 def _load_error(recipe: Recipe, what: str, error: Exception) -> LoraError:
-    """Return what to say of an error that a library raised while it loaded a part of the model."""
+    """Return the `LoraError` for an exception that a library raised while loading a part."""
     name, text = recipe.model.name, str(error)
     at = recipe.at("model.name")
-    known = isinstance(error, OSError | ValueError | ImportError)
-    reason = text.strip().splitlines()[0] if known and text.strip() else own_words(error)
+    is_readable = isinstance(error, OSError | ValueError | ImportError)
+    reason = text.strip().splitlines()[0] if is_readable and text.strip() else own_words(error)
     is_local = Path(name).is_absolute() or name.startswith("package:")
     if is_local and (pointers := [f for f in sorted(Path(name).glob("*.*")) if is_pointer(f)]):
         reason, hint = f"{pointers[0].name} is {POINTS}", FETCH
@@ -126,8 +126,8 @@ def _load_error(recipe: Recipe, what: str, error: Exception) -> LoraError:
     elif "does not recognize this architecture" in text:
         reason = reason.partition(" This could be")[0]
         hint = "is `model_type` in config.json right? A newer transformers may know it"
-    elif found := re.search(r"field '(\w+)'[\s\S]*?(expected .*)", text):
-        reason = f"`{found[1]}` in {CONFIG_FILE}: {found[2].splitlines()[0]}"
+    elif match := re.search(r"field '(\w+)'[\s\S]*?(expected .*)", text):
+        reason = f"`{match[1]}` in {CONFIG_FILE}: {match[2].splitlines()[0]}"
         hint = REPAIR
     elif "Class validation error for validator" in text:
         reason, hint = f"{CONFIG_FILE}: {_reason(error)}", REPAIR
@@ -147,27 +147,27 @@ def _load_error(recipe: Recipe, what: str, error: Exception) -> LoraError:
 
 
 def _missing_package(error: Exception) -> str | None:
-    """Return the package that an error asks for, if it does."""
+    """Return the package that is missing according to an error, or None."""
     text = str(error)
     if isinstance(error, ModuleNotFoundError) and error.name:
-        top = error.name.partition(".")[0]
-        return PACKAGES.get(top, top)
+        package = error.name.partition(".")[0]
+        return PACKAGES.get(package, package)
     asks = r"(?i)not (?:be )?(?:found|installed|available)|is required|requires|need to install"
     if not isinstance(error, ImportError | ValueError) or not re.search(
         asks + "|pip install", text
     ):
         return None
-    named = re.search(r"pip install (?:-\S+ )*['\"`]?([A-Za-z][\w-]+)", text)
+    match = re.search(r"pip install (?:-\S+ )*['\"`]?([A-Za-z][\w-]+)", text)
     known = next((pip for word, pip in PACKAGES.items() if word in text.lower()), None)
-    if known is None and named and named[1].lower() != "transformers":
-        return named[1]
+    if known is None and match and match[1].lower() != "transformers":
+        return match[1]
     return known
 
 
 def require_kind(auto_class: Any, config: PretrainedConfig, recipe: Recipe) -> None:
-    """Reject an architecture that the task has no use for.
+    """Reject an architecture that the task does not support.
 
-    (Transformers would import every architecture that it has, to list them in its error.)
+    (transformers' own check imports all of its architectures, to list them in its error.)
 
     Raises:
         LoraError: If the architecture is none of those that `auto_class` can build.
@@ -181,19 +181,19 @@ def require_kind(auto_class: Any, config: PretrainedConfig, recipe: Recipe) -> N
 
 
 def check_config(config: PretrainedConfig, recipe: Recipe) -> None:
-    """Check what every architecture needs: positive sizes, and activations that there are.
+    """Check the requirements of every architecture: positive sizes, and known activations.
 
     Raises:
-        LoraError: With every key of config.json that no model can be built from.
+        LoraError: With every key of config.json whose value is invalid.
     """
-    if (found := _too_large(config.to_dict())) is not None:
-        name, count, limit = found
+    if (too_large := _too_large(config.to_dict())) is not None:
+        name, count, limit = too_large
         what = f"{CONFIG_FILE} says `{name}: {count:,}`, and no model has more than {limit:,}"
         hint = "copy or download the model again, or ask who made it"
         raise LoraError(what, recipe.at("model.name"), hint)
     problems = []
     parts = {id(c): c for c in (config, config.get_text_config())}.values()
-    # what a class has by default is right for it: -1 layers, or an activation of its own
+    # defaults of a class are valid for it: -1 layers, or an activation of its own
     values = {
         key: value
         for part in parts
@@ -203,14 +203,14 @@ def check_config(config: PretrainedConfig, recipe: Recipe) -> None:
     at = recipe.at("model.name")
     for key, value in values.items():
         if SIZES.fullmatch(key) and isinstance(value, int | float) and not _is_size(value, key):
-            most = f", {MOST_LAYERS} at most" if "layer" in key and value > 0 else ""
-            what = f"`{key}` in {CONFIG_FILE} is {value}: it is a positive whole number{most}"
+            at_most = f", {MAX_LAYERS} at most" if "layer" in key and value > 0 else ""
+            what = f"`{key}` in {CONFIG_FILE} is {value}: it is a positive whole number{at_most}"
             problems.append(Problem(what, at, REPAIR))
         elif key in ACTIVATIONS and isinstance(value, str) and not _is_activation(value):
             close = nearest(value, ACT2FN)
-            meant = f"did you mean `{close}`? " if close else ""
+            suggestion = f"did you mean `{close}`? " if close else ""
             what = f"`{key}` in {CONFIG_FILE} is `{value}`, which is no activation"
-            problems.append(Problem(what, at, f"{meant}{REPAIR}"))
+            problems.append(Problem(what, at, f"{suggestion}{REPAIR}"))
     if (method := _quantized_by(config)) is not None:
         what = f"the weights of `{recipe.model.name}` are stored quantised, by {method}"
         hint = (
@@ -223,18 +223,18 @@ def check_config(config: PretrainedConfig, recipe: Recipe) -> None:
 
 
 def reject_wrong_keys(values: dict[str, Any], error: Exception, recipe: Recipe) -> None:
-    """Name the keys of a config.json from which transformers cannot make a configuration.
+    """Find the keys of a config.json for which transformers cannot build a configuration.
 
-    A key is the cause if the configuration can be made without it. (The libraries' own errors
+    A key is the cause if the configuration can be built without it. (The libraries' own errors
     rarely name it: `'list' object has no attribute 'items'`.)
 
     Args:
-        values: What config.json holds.
-        error: What transformers raised.
+        values: The content of config.json.
+        error: The exception that transformers raised.
         recipe: Names the model.
 
     Raises:
-        LoraError: With every such key. Nothing is raised if there is none.
+        LoraError: With every such key; nothing is raised if there is none.
     """
     at, reason = recipe.at("model.name"), _reason(error)
     problems = []
@@ -250,55 +250,55 @@ def reject_wrong_keys(values: dict[str, Any], error: Exception, recipe: Recipe) 
 def _makes_config(values: dict[str, Any]) -> bool:
     try:
         AutoConfig.for_model(**values)
-    except Exception:  # of a library, about any value
+    except Exception:  # libraries raise anything
         return False
     return True
 
 
 def _reason(error: Exception) -> str:
-    """Return in one line why a configuration was rejected, without the key where that is named."""
+    """Return the reason why a configuration was rejected, in one line and without the key."""
     text = str(error)
-    if found := re.search(r"(?i)field '\w+'[\s\S]*?(expected .*)", text):
-        return found[1].splitlines()[0].partition(" (value: ")[0]
-    if found := re.search(r"Class validation error for validator '\w+':\s*(.+)", text):
-        return found[1]
+    if match := re.search(r"(?i)field '\w+'[\s\S]*?(expected .*)", text):
+        return match[1].splitlines()[0].partition(" (value: ")[0]
+    if match := re.search(r"Class validation error for validator '\w+':\s*(.+)", text):
+        return match[1]
     return own_words(error)
 
 
 def _too_large(values: Any, key: str = "") -> tuple[str, int, int] | None:
-    """Return the first count or size that would take forever, or all memory: key, value, most."""
+    """Return the first count or size that would take too much time or memory: key, value, limit."""
     if isinstance(values, dict):
         inside = [(str(name), value) for name, value in values.items()]
     elif isinstance(values, list | tuple):
         inside = [(key, value) for value in values]
     else:
-        whole = isinstance(values, int) and not isinstance(values, bool)
-        limits = (most for pattern, most in MOST.items() if re.search(pattern, key))
-        most = next(limits, None) if whole else None
-        return (key, values, most) if most is not None and abs(values) > most else None
-    return next((found for name, value in inside if (found := _too_large(value, name))), None)
+        is_integer = isinstance(values, int) and not isinstance(values, bool)
+        limits = (limit for pattern, limit in MAX_VALUES.items() if re.search(pattern, key))
+        limit = next(limits, None) if is_integer else None
+        return (key, values, limit) if limit is not None and abs(values) > limit else None
+    return next((over for name, value in inside if (over := _too_large(value, name))), None)
 
 
 def _quantized_by(config: PretrainedConfig) -> str | None:
-    """Return which method quantised a checkpoint (GPTQ, AWQ, …), or None if none did."""
-    found = getattr(config, "quantization_config", None) or getattr(
+    """Return the method that a checkpoint was quantised with (GPTQ, AWQ, …), or None."""
+    quantization = getattr(config, "quantization_config", None) or getattr(
         config.get_text_config(), "quantization_config", None
     )
-    if found is None:
+    if quantization is None:
         return None
-    values = found if isinstance(found, dict) else vars(found)
-    named = values.get("quant_method", "a method that it does not name")
-    return str(getattr(named, "value", named))
+    values = quantization if isinstance(quantization, dict) else vars(quantization)
+    method = values.get("quant_method", "a method that it does not name")
+    return str(getattr(method, "value", method))
 
 
 def _is_size(value: Any, key: str) -> bool:
     if isinstance(value, bool) or value != int(value):
         return False
     if key in ("max_position_embeddings", "n_positions") and value == -1:
-        return True  # DeBERTa's word for: no absolute positions
-    return value > 0 and ("layer" not in key or value <= MOST_LAYERS)
+        return True  # in DeBERTa: no absolute positions
+    return value > 0 and ("layer" not in key or value <= MAX_LAYERS)
 
 
 def _is_activation(value: str) -> bool:
-    own = {"gelu_accurate", "gelu-approximate", "geglu", "reglu", "glu", "identity", "none"}
-    return value in ACT2FN or value in own
+    names = {"gelu_accurate", "gelu-approximate", "geglu", "reglu", "glu", "identity", "none"}
+    return value in ACT2FN or value in names

@@ -1,8 +1,8 @@
-"""Gradient checkpointing whose layers' inputs wait in the memory of the host.
+"""Offload the inputs of layers to host memory, for gradient checkpointing.
 
-With gradient checkpointing, the inputs of all layers are most of what a long row keeps on the GPU.
-Here each of them is copied to the host while the GPU computes the layer, and back while it computes
-the gradients of the layer above. The numbers stay the same.
+With gradient checkpointing, the inputs of all layers take most of the GPU memory for long rows.
+Here, each input is copied to the host while the GPU computes the layer, and back while it computes
+the gradients of the layer above. The values do not change.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ Function = Callable[..., Any]
 
 
 @dataclass(eq=False)
-class _OnHost:
-    """A layer's input on the host, and its copy on the GPU once the backward pass needs it."""
+class _Offloaded:
+    """A layer's input in host memory, and its copy on the GPU when the backward pass needs it."""
 
     host: Tensor
-    below: weakref.ref[_OnHost] | None
+    below: weakref.ref[_Offloaded] | None
     """The input of the layer below, whose gradients are computed next."""
     device: Tensor | None = None
     arrived: torch.cuda.Event | None = None
 
 
 class OffloadedInputs:
-    """Keeps inputs of layers on the host between the forward and the backward pass."""
+    """Keeps the inputs of layers on the host between the forward and the backward pass."""
 
     def __init__(self) -> None:
-        self.stream: Any = None  # that of the copies
-        self.last: weakref.ref[_OnHost] | None = None
+        self.stream: Any = None  # the CUDA stream for copies
+        self.last: weakref.ref[_Offloaded] | None = None
 
     def wrap(self, function: Function, position: int = 0) -> Function:
-        """Return the function with one of its inputs saved on the host, if autograd saves it.
+        """Wrap a function so that one of its inputs is saved on the host, if autograd saves it.
 
         Args:
-            function: It computes a layer.
-            position: That of the input among its arguments.
+            function: Computes a layer.
+            position: The position of the input among the arguments.
         """
 
         def call(*arguments: Any, **named: Any) -> Any:
@@ -53,80 +53,82 @@ class OffloadedInputs:
         return call
 
     def saved_on_host(self, x: Any) -> AbstractContextManager[Any]:
-        """Return a context in which autograd saves a tensor on the host, if it saves it."""
+        """Return a context in which autograd saves the tensor x on the host, if it saves it."""
         if not isinstance(x, Tensor) or not x.is_cuda:
             return nullcontext()
 
-        # not x itself, which autograd would keep on the GPU together with the function
-        wanted = _place(x)
+        # the closure must not refer to x, or autograd would keep it on the GPU
+        identity = _identity(x)
 
-        def pack(saved: Tensor) -> Tensor | _OnHost:
-            return self._to_host(saved) if _place(saved) == wanted else saved
+        def pack(saved: Tensor) -> Tensor | _Offloaded:
+            return self._to_host(saved) if _identity(saved) == identity else saved
 
-        def unpack(saved: Tensor | _OnHost) -> Tensor:
+        def unpack(saved: Tensor | _Offloaded) -> Tensor:
             return saved if isinstance(saved, Tensor) else self._to_device(saved)
 
         return saved_tensors_hooks(pack, unpack)
 
-    def _to_host(self, x: Tensor) -> _OnHost:
+    def _to_host(self, x: Tensor) -> _Offloaded:
         if self.stream is None:
             self.stream = torch.cuda.Stream(x.device)  # type: ignore[no-untyped-call]
         host = torch.empty_like(x, device="cpu", pin_memory=True)
         self.stream.wait_stream(torch.cuda.current_stream(x.device))
         with torch.cuda.stream(self.stream):
             host.copy_(x, non_blocking=True)
-        x.record_stream(self.stream)  # its memory is used again only when it has been copied
-        kept = _OnHost(host, self.last)
-        self.last = weakref.ref(kept)
-        return kept
+        x.record_stream(self.stream)  # its memory is only reused after the copy
+        offloaded = _Offloaded(host, self.last)
+        self.last = weakref.ref(offloaded)
+        return offloaded
 
-    def _to_device(self, kept: _OnHost) -> Tensor:
-        self.last = None  # the backward pass has begun: what is kept from now on is of another step
-        self._fetch(kept)
-        below = kept.below() if kept.below else None
+    def _to_device(self, offloaded: _Offloaded) -> Tensor:
+        self.last = None  # the backward pass has begun: later inputs belong to another step
+        self._fetch(offloaded)
+        below = offloaded.below() if offloaded.below else None
         if below is not None:
             self._fetch(below)
-        assert kept.device is not None
-        assert kept.arrived is not None
-        torch.cuda.current_stream(kept.device.device).wait_event(kept.arrived)
-        found, kept.device = kept.device, None
-        return found
+        assert offloaded.device is not None
+        assert offloaded.arrived is not None
+        torch.cuda.current_stream(offloaded.device.device).wait_event(offloaded.arrived)
+        device_copy, offloaded.device = offloaded.device, None
+        return device_copy
 
-    def _fetch(self, kept: _OnHost) -> None:
-        """Begin to copy an input back, unless that has begun."""
-        if kept.device is not None:
+    def _fetch(self, offloaded: _Offloaded) -> None:
+        """Start to copy an input back to the GPU, unless that was started before."""
+        if offloaded.device is not None:
             return
-        kept.device = torch.empty_like(kept.host, device=self.stream.device, pin_memory=False)
+        offloaded.device = torch.empty_like(
+            offloaded.host, device=self.stream.device, pin_memory=False
+        )
         self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
         with torch.cuda.stream(self.stream):
-            kept.device.copy_(kept.host, non_blocking=True)
-        kept.device.record_stream(self.stream)
-        kept.arrived = self.stream.record_event()
+            offloaded.device.copy_(offloaded.host, non_blocking=True)
+        offloaded.device.record_stream(self.stream)
+        offloaded.arrived = self.stream.record_event()
 
 
-def _place(tensor: Tensor) -> tuple[Any, ...]:
-    """Return the address, shape, strides and dtype of a tensor, which tell it from others."""
+def _identity(tensor: Tensor) -> tuple[Any, ...]:
+    """Return the address, shape, strides and dtype of a tensor, which identify it."""
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 class OffloadingCheckpoint:
-    """Computes a layer as torch's checkpointing function does, with its input on the host."""
+    """Computes a layer like torch's checkpointing function, but keeps its input on the host."""
 
     def __init__(self, checkpoint: Function) -> None:
         self.inputs = OffloadedInputs()
         self.call = self.inputs.wrap(checkpoint, position=1)
 
     def __call__(self, layer: Function, *arguments: Any, **named: Any) -> Any:
-        """Return what the layer computes; it is called again in the backward pass."""
+        """Return the output of the layer; it is called again in the backward pass."""
         return self.call(layer, *arguments, **named)
 
 
 def offload_inputs(model: nn.Module) -> None:
     """Let the layers of a model with gradient checkpointing keep their inputs on the host."""
-    name = "_gradient_checkpointing_func"  # transformers' and diffusers' name for it
-    found: dict[Function, OffloadingCheckpoint] = {}
+    name = "_gradient_checkpointing_func"  # the attribute in transformers and diffusers
+    wrapped: dict[Function, OffloadingCheckpoint] = {}
     for module in model.modules():
         checkpoint: Function | None = getattr(module, name, None)
         if checkpoint is not None and not isinstance(checkpoint, OffloadingCheckpoint):
-            found.setdefault(checkpoint, OffloadingCheckpoint(checkpoint))
-            setattr(module, name, found[checkpoint])
+            wrapped.setdefault(checkpoint, OffloadingCheckpoint(checkpoint))
+            setattr(module, name, wrapped[checkpoint])

@@ -1,8 +1,8 @@
-"""Writes how a model turns its positions under the names that other readers look for.
+"""Add the older names of rotary embedding settings to a saved config.json.
 
-transformers 5 saves `rope_parameters` in config.json. transformers 4, mlx-lm and others read
-`rope_theta` and `rope_scaling`, as most published models have them, and without these they compute
-with values of their own, without a word. So a saved model has both.
+transformers 5 saves `rope_parameters`. transformers 4, mlx-lm and others read `rope_theta` and
+`rope_scaling`, as in most published models, and silently use default values if these are missing.
+So a saved model has both.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from lora_cli.files import write_json
 
 
 def add_older_names(folder: Path, base: dict[str, Any]) -> None:
-    """Add the older names to config.json of a folder that `save_pretrained` wrote.
+    """Add the older names to the config.json of a folder that `save_pretrained` wrote.
 
     Args:
-        folder: The saved model.
-        base: What config.json of its base model says, whose names are kept; may be empty.
+        folder: The folder of the saved model.
+        base: The config.json of its base model, whose names are kept; may be empty.
     """
     file = folder / "config.json"
     if file.exists():  # a model of several parts has none
@@ -36,7 +36,7 @@ def _with_older_names(saved: dict[str, Any], base: dict[str, Any]) -> dict[str, 
     if "torch_dtype" in base and "dtype" in saved:
         result["torch_dtype"] = saved["dtype"]
     rope = saved.get("rope_parameters") or {}
-    if "rope_theta" in rope:  # else each kind of layer has its own, which older names do not say
+    if "rope_theta" in rope:  # otherwise kinds of layers differ, which has no older name
         result.setdefault("rope_theta", rope["rope_theta"])
         if rope.get("rope_type", "default") != "default":
             scaling = {key: value for key, value in rope.items() if key != "rope_theta"}

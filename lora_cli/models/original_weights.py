@@ -1,4 +1,4 @@
-"""The weights that a quantised base was made from, read one at a time from its checkpoint."""
+"""Read the original weights of a quantised base from its checkpoint, one at a time."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class OriginalWeights:
     """Reads weights of a checkpoint by the names of a model's modules.
 
     Args:
-        recipe: Its `model` section names the checkpoint.
-        model: What was loaded from it, with layers of an adapter around some modules or without.
+        recipe: The `model` section names the checkpoint.
+        model: The model that was loaded from it; may have adapter layers.
     """
 
     def __init__(self, recipe: Recipe, model: nn.Module) -> None:
@@ -36,19 +36,19 @@ class OriginalWeights:
         """Return the weight (out, in) of a quantised module in float32, on its device.
 
         Raises:
-            IntegrityError: If the checkpoint's weight of this name does not have the module's
-                codes: then transformers has renamed, joined or changed it while it was read.
+            IntegrityError: If quantising the checkpoint's weight of this name does not give the
+                module's codes, because transformers renamed, joined or changed it while loading.
         """
         module = self.model.get_submodule(name)
         base = getattr(module, "base", module)
         assert isinstance(base, QuantizedLinear)
-        found = self.stored.get(inner_name(f"{name}.weight", self.prefix))
-        if found is not None:
-            file, stored_name = found
+        stored = self.stored.get(inner_name(f"{name}.weight", self.prefix))
+        if stored is not None:
+            file, stored_name = stored
             with safe_open(file, framework="pt") as tensors:
                 weight: Tensor = tensors.get_tensor(stored_name)
             weight = weight.T if base.transposed else weight
-            # quantised again, as it was loaded, it must have the same codes
+            # quantising it again, as when it was loaded, must give the same codes
             weight = weight.to(base.weight.device, storage_dtype(self.recipe))
             if torch.equal(quantized(weight, base.kind)["weight"], base.weight):
                 return weight.float()

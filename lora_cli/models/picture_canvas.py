@@ -1,8 +1,8 @@
-"""Pictures of any shape in tensors of one size, for models that find objects.
+"""Pad images of any shape to tensors of one size, for object detection.
 
-A processor of YOLOS or DETR keeps a picture's shape, and fills a batch up to its largest picture.
-What the model says of a picture would then depend on the others of its batch, as YOLOS sees the
-filling. Here all pictures are filled up to one size, whichever batch they are in.
+The processors of YOLOS and DETR keep the aspect ratio of an image, and pad a batch to its largest
+image. YOLOS does not mask the padding, so its outputs for an image would depend on the other images
+of the batch. Here all images are padded to one size, whichever batch they are in.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ Canvas = dict[str, Any]
 
 
 def load_canvas_processor(recipe: Recipe, image_size: int | None) -> Any:
-    """Return the base's processor of pictures, which fills all of them up to one size.
+    """Return the base's image processor, configured to pad all images to one size.
 
     Args:
         recipe: Names the base.
-        image_size: Pixels of the longer side; None leaves it to the processor.
+        image_size: The longer side in pixels; None uses the processor's setting.
 
     Raises:
-        LoraError: If the base has no processor that can do so.
+        LoraError: If the base has no processor that can do this.
     """
     processor = load_image_processor(recipe)
-    given = processor.to_dict()
-    if not hasattr(processor, "post_process_object_detection") or "size" not in given:
+    config = processor.to_dict()
+    if not hasattr(processor, "post_process_object_detection") or "size" not in config:
         what = f"the image processor of `{recipe.model.name}` does not find objects"
         raise LoraError(what, recipe.at("model.name"), recipe.task.suitable_models)
-    canvas = _canvas(dict(given["size"] or {}), given.get("pad_size"), image_size)
+    canvas = _canvas(dict(config["size"] or {}), config.get("pad_size"), image_size)
     if canvas is None:
         what = f"the image processor of `{recipe.model.name}` does not say how large pictures are"
         raise LoraError(what, recipe.at("model.name"), "set it: `--set task.image_size=640`")
-    return type(processor).from_dict({**given, **canvas, "do_resize": True})
+    return type(processor).from_dict({**config, **canvas, "do_resize": True})
 
 
 def _canvas(size: Canvas, pad_size: Canvas | None, image_size: int | None) -> Canvas | None:
-    """Return what of a processor's configuration gives all pictures one size."""
+    """Return settings with which a processor gives all images one size, or None."""
     size = {name: value for name, value in size.items() if value}
     if image_size is not None:
         square = {"height": image_size, "width": image_size}
@@ -61,9 +61,9 @@ def _canvas(size: Canvas, pad_size: Canvas | None, image_size: int | None) -> Ca
 
 
 def on_canvas(processor: Any, image: Any) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Return the pixels (C, H, W) of a picture, float32, and which of them it fills (H, W)."""
-    made = processor(image, return_tensors="np")
-    pixels = np.ascontiguousarray(made["pixel_values"][0], dtype=np.float32)
-    mask = made.get(MASK)
+    """Return the pixel values (C, H, W) of an image, float32, and the mask of its area (H, W)."""
+    output = processor(image, return_tensors="np")
+    pixels = np.ascontiguousarray(output["pixel_values"][0], dtype=np.float32)
+    mask = output.get(MASK)
     filled = np.ones(pixels.shape[-2:], dtype=np.int64) if mask is None else mask[0]
     return pixels, np.ascontiguousarray(filled, dtype=np.int64)

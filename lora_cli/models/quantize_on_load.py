@@ -1,11 +1,11 @@
-"""Load a base whose linear layers are quantised while they are read.
+"""Load a base and quantise its linear layers while their weights are read.
 
-transformers reads a checkpoint tensor by tensor, straight to the device, and lets a quantizer
-replace each on the way, so a full-precision copy of the whole model never exists. It knows a
-quantizer by its name; this one puts `QuantizedLinear` in the place of linear layers.
+transformers reads a checkpoint tensor by tensor, directly to the device, and lets a quantizer
+convert each one, so a full-precision copy of the whole model never exists. Quantizers are
+registered by name; this one replaces linear layers by `QuantizedLinear`.
 
-Embeddings, normalisations, the output layer of a language model, whatever is tied to it, and every
-module that is trained in full keep their numbers.
+Embeddings, normalisations, the output layer of a language model and tensors tied to it, and all
+modules that are trained in full are not quantised.
 """
 
 from __future__ import annotations
@@ -30,55 +30,59 @@ METHOD = "lora_cli"
 
 
 class QuantizeOnLoad(QuantizationConfigMixin):  # type: ignore[misc]  # it has no types
-    """What to pass to `from_pretrained` as `quantization_config`.
+    """The `quantization_config` argument for `from_pretrained`.
 
     Args:
-        kind: How weights are kept.
-        kept: Names of modules whose weights keep their numbers.
+        kind: The format of the weights.
+        unquantized: Names of modules that are not quantised.
     """
 
-    def __init__(self, kind: Format, kept: Collection[str] = ()) -> None:
+    def __init__(self, kind: Format, unquantized: Collection[str] = ()) -> None:
         _register()
         self.quant_method: Any = METHOD
-        self.kind, self.kept = kind, list(kept)
+        self.kind, self.unquantized = kind, list(unquantized)
 
 
-def quantize_linears(model: nn.Module, kind: Format, kept: Collection[str]) -> None:
-    """Put layers without weights in the place of the linear layers of a model on `meta`.
+def quantize_linears(model: nn.Module, kind: Format, unquantized: Collection[str]) -> None:
+    """Replace the linear layers of a model on the meta device by quantised layers without weights.
 
     Args:
-        model: Changed in place.
-        kind: How weights are kept.
-        kept: Names of modules that stay as they are, with all that is in them.
+        model: The model, changed in place.
+        kind: The format of the weights.
+        unquantized: Names of modules that are not replaced, including their submodules.
     """
     for name, module in list(model.named_modules()):
-        # no subclass of a linear layer, which may compute something else
-        is_kept = any(f".{top}." in f".{name}." for top in kept)
-        if is_kept or type(module) not in (nn.Linear, Conv1D):
+        # subclasses of linear layers may compute something else
+        is_excluded = any(f".{module_name}." in f".{name}." for module_name in unquantized)
+        if is_excluded or type(module) not in (nn.Linear, Conv1D):
             continue
         transposed = isinstance(module, Conv1D)
         n_out, n_in = module.weight.T.shape if transposed else module.weight.shape
         layer = QuantizedLinear(n_in, n_out, module.bias, kind, transposed, module.weight.device)
-        # until it is read: some versions of transformers cast what they read to the dtype of what
-        # stands here, and every weight cast to the dtype of codes would be 0
+        # a placeholder until the weight is read: some versions of transformers cast weights to the
+        # dtype of this parameter, and casting them to the dtype of the codes would give zeros
         layer.weight = nn.Parameter(module.weight.detach(), requires_grad=False)
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, layer)
 
 
 class _Quantizer(HfQuantizer):  # type: ignore[misc]  # transformers has no types
-    """Called by `from_pretrained`, before, while and after it reads the weights."""
+    """Called by `from_pretrained` before, while and after it reads the weights."""
 
     requires_calibration = False
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         config = self.quantization_config
-        kept = [*get_keys_to_not_convert(model), *(model._keep_in_fp32_modules or ()), *config.kept]
-        quantize_linears(model, config.kind, kept)
+        unquantized = [
+            *get_keys_to_not_convert(model),
+            *(model._keep_in_fp32_modules or ()),
+            *config.unquantized,
+        ]
+        quantize_linears(model, config.kind, unquantized)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         for module in model.modules():
-            if isinstance(module, QuantizedLinear):  # transformers takes scales for weights
+            if isinstance(module, QuantizedLinear):  # transformers would train the scales
                 module.requires_grad_(False)
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: Any) -> bool:
@@ -86,7 +90,7 @@ class _Quantizer(HfQuantizer):  # type: ignore[misc]  # transformers has no type
         return name == "weight" and isinstance(model.get_submodule(module), QuantizedLinear)
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: Any) -> float:
-        """Return the bytes that a number takes: transformers sets aside as much for all of them."""
+        """Return the bytes per weight, by which transformers preallocates memory."""
         if not self.param_needs_quantization(model, param_name):
             return float(param.element_size())
         layer: Any = model.get_submodule(param_name.rpartition(".")[0])
@@ -106,7 +110,7 @@ class _Quantizer(HfQuantizer):  # type: ignore[misc]  # transformers has no type
 
 
 class _Quantize(ConversionOps):  # type: ignore[misc]  # transformers has no types
-    """Turns the weight that was read into the tensors that it is kept in."""
+    """Converts a weight that was read to its quantised tensors."""
 
     def convert(self, input_dict: dict[str, Any], **options: Any) -> dict[str, torch.Tensor]:
         result: dict[str, torch.Tensor] = {}
@@ -115,8 +119,8 @@ class _Quantize(ConversionOps):  # type: ignore[misc]  # transformers has no typ
             module = name.removesuffix(".weight")
             layer = options["model"].get_submodule(module)
             weight = weight.T if layer.transposed else weight
-            found = quantized(weight, layer.kind)
-            result |= {f"{module}.{key}": tensor for key, tensor in found.items()}
+            tensors = quantized(weight, layer.kind)
+            result |= {f"{module}.{key}": tensor for key, tensor in tensors.items()}
         return result
 
 

@@ -1,23 +1,23 @@
-"""A frozen linear layer whose weights are kept in 4 or 8 bits.
+"""A frozen linear layer whose weights are quantised to 4 or 8 bits.
 
 `nf4`, the 4-bit format of QLoRA (Dettmers et al. 2023, https://arxiv.org/abs/2305.14314): every
-block of 64 weights is divided by its largest absolute value, and each quotient becomes the nearest
-of 16 numbers, the quantiles of a normal distribution. The blocks' largest values are kept in 8 bits
-themselves, in blocks of 256 ("double quantisation"). That is 4.13 bits a weight.
+block of 64 weights is divided by its largest absolute value, and each quotient is rounded to the
+nearest of 16 values, the quantiles of a normal distribution. The scales of the blocks are quantised
+to 8 bits themselves, in blocks of 256 ("double quantisation"). This takes 4.13 bits per weight.
 
-`int8`: every row (the weights of an output) is divided by its largest absolute value, and rounded
-to one of 255 steps. That is 8 bits a weight.
+`int8`: every row (the weights of one output) is divided by its largest absolute value, and rounded
+to one of 255 steps. This takes 8 bits per weight.
 
-`fp8`: every row is scaled so that its largest absolute value becomes 448, and rounded to a number
-of 8 bits, 4 of them the exponent (e4m3: Micikevicius et al. 2022, https://arxiv.org/abs/2209.05433).
+`fp8`: every row is scaled so that its largest absolute value becomes 448, and rounded to an 8-bit
+float with a 4-bit exponent (e4m3: Micikevicius et al. 2022, https://arxiv.org/abs/2209.05433).
 
-In `nf4` and `int8`, weights are turned back into numbers for each product, so activations are never
-rounded. GPUs since Ada and Hopper multiply `fp8` numbers as they are, twice as fast as those of 16
-bits: there the rows of activations and of gradients are scaled and rounded like those of weights.
-Elsewhere, and in float32, `fp8` weights are turned back into numbers too.
+`nf4` and `int8` weights are dequantised for each product, so activations are never rounded. GPUs
+since Ada and Hopper can multiply `fp8` matrices directly, twice as fast as 16-bit ones: there, the
+rows of activations and gradients are scaled and rounded like those of weights. On other devices,
+and in float32, `fp8` weights are dequantised too.
 
-Nothing but the codes is kept for the backward pass. Codes and scales are ordinary tensors, which
-can be moved, hashed, saved and sharded; bitsandbytes supplies the functions for `nf4`.
+Only the codes are saved for the backward pass. Codes and scales are ordinary tensors, which can be
+moved, hashed, saved and sharded; bitsandbytes supplies the functions for `nf4`.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ TABLES = ("mean_scale", "codes", "codes_of_scales")  # too small to be sharded
 
 
 class QuantizedLinear(nn.Linear):
-    """y = W x + b, with W (out, in) kept as codes.
+    """y = W x + b, with W (out, in) stored as codes.
 
     Args:
         in_features: Size of the input.
         out_features: Size of the output.
-        bias: Of the layer, (out,), or None.
-        kind: How the weights are kept.
-        transposed: Whether it stands for transformers' `Conv1D`, which stores (in, out).
-        device: Where the codes are; on `meta` until they are loaded.
+        bias: The bias (out,), or None.
+        kind: The format of the weights.
+        transposed: Whether the layer replaces transformers' `Conv1D`, which stores (in, out).
+        device: The device of the codes; `meta` until they are loaded.
     """
 
     weight: nn.Parameter
-    """Codes, which are not trained: (out * in / 2, 1) of two 4-bit codes each, or (out, in) of
-    8-bit codes; `fp8` ones are the bits of torch's numbers, as integers, which no `.to()` casts."""
+    """The frozen codes: (out * in / 2, 1) with two 4-bit codes each, or (out, in) 8-bit codes.
+    `fp8` values are viewed as uint8, so that `.to(dtype)` does not cast them."""
     scales: nn.Parameter
     scales_of_scales: nn.Parameter
     mean_scale: Tensor
@@ -67,7 +67,7 @@ class QuantizedLinear(nn.Linear):
         transposed: bool = False,
         device: torch.device | str | None = None,
     ) -> None:
-        nn.Module.__init__(self)  # that of `nn.Linear` would make and draw a weight
+        nn.Module.__init__(self)  # `nn.Linear.__init__` would initialise a weight
         self.in_features, self.out_features = in_features, out_features
         self.kind, self.transposed = kind, transposed
         self.register_parameter("bias", bias)
@@ -82,7 +82,7 @@ class QuantizedLinear(nn.Linear):
     def stored(
         in_features: int, out_features: int, kind: Format
     ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Return the shape and the dtype of every tensor that a weight is kept in."""
+        """Return the shape and dtype of every tensor of a quantised weight."""
         if kind != "nf4":
             dtype = torch.int8 if kind == "int8" else torch.uint8
             return {
@@ -101,20 +101,20 @@ class QuantizedLinear(nn.Linear):
 
     @torch.no_grad()
     def set_weight(self, weight: Tensor) -> None:
-        """Quantise a weight (out, in), or (in, out) of a `Conv1D`, and keep its codes."""
+        """Quantise a weight (out, in), or (in, out) of a `Conv1D`, and store its codes."""
         for name, tensor in quantized(weight.T if self.transposed else weight, self.kind).items():
-            own = tensor if name in TABLES else nn.Parameter(tensor, requires_grad=False)
-            setattr(self, name, own)
+            value = tensor if name in TABLES else nn.Parameter(tensor, requires_grad=False)
+            setattr(self, name, value)
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return the weight (out, in) that the codes stand for."""
+        """Return the dequantised weight (out, in)."""
         if self.kind == "int8":
             return (self.weight.to(torch.float32) * (self.scales / INT8_STEPS)[:, None]).to(dtype)
         if self.kind == "fp8":
             return (self.weight.view(FP8).to(torch.float32) * self.scales[:, None]).to(dtype)
         from bitsandbytes import functional
 
-        n_codes = 2 * len(self.weight)  # one more than there are numbers, if their count is odd
+        n_codes = 2 * len(self.weight)  # one more than weights, if their count is odd
         state = functional.QuantState(
             absmax=self.scales,
             # in one row: on CPUs with AVX-512, bitsandbytes 0.50 starts a new block with each row
@@ -145,17 +145,17 @@ class QuantizedLinear(nn.Linear):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def multiplies_fp8(self, x: Tensor) -> bool:
-        """Return whether the device can multiply inputs by the codes as they are."""
+        """Return whether the device can multiply inputs by the fp8 codes directly."""
         sizes_fit = self.in_features % SIZE_UNIT == self.out_features % SIZE_UNIT == 0
         return sizes_fit and _compute_dtype(x) != torch.float32 and has_fp8_products(x.device)
 
     def extra_repr(self) -> str:
-        """Return what `print(model)` shows of the layer."""
+        """Return the text for `print(model)`."""
         return f"{self.in_features}, {self.out_features}, {self.kind}"
 
 
 def quantized(weight: Tensor, kind: Format) -> dict[str, Tensor]:
-    """Return the tensors in which a weight (out, in) is kept, on its device."""
+    """Quantise a weight (out, in); return the tensors of `QuantizedLinear`, on its device."""
     weight = weight.contiguous()
     if kind == "int8":
         scales = weight.float().abs().amax(dim=1)
@@ -163,8 +163,8 @@ def quantized(weight: Tensor, kind: Format) -> dict[str, Tensor]:
         codes = (weight.float() * steps[:, None]).round().to(torch.int8)
         return {"weight": codes, "scales": scales}
     if kind == "fp8":
-        numbers, scales = fp8_rows(weight, None)
-        return {"weight": numbers.view(torch.uint8), "scales": scales}
+        rounded, scales = fp8_rows(weight, None)
+        return {"weight": rounded.view(torch.uint8), "scales": scales}
     from bitsandbytes import functional
 
     packed, state = functional.quantize_4bit(
@@ -181,7 +181,7 @@ def quantized(weight: Tensor, kind: Format) -> dict[str, Tensor]:
 
 
 class _Product(torch.autograd.Function):
-    """W x, which keeps neither x nor W for the backward pass: that computes W again, and W^T dy."""
+    """W x; saves neither x nor W for the backward pass, which dequantises W again for W^T dy."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:
@@ -195,6 +195,6 @@ class _Product(torch.autograd.Function):
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype that a product with x has."""
+    """Return the dtype of a product with x."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

@@ -1,11 +1,11 @@
-"""What sentence-transformers keeps beside a model: how vectors of tokens become one of a text.
+"""Read and write the files of sentence-transformers, which define the embedding of a text.
 
-    modules.json                        the steps: the transformer, the pooling, the normalisation
-    1_Pooling/config.json               which pooling
-    sentence_bert_config.json           where texts are cut, and whether capitals become small
-    config_sentence_transformers.json   prompts before texts, by name
+    modules.json                        the steps: transformer, pooling, normalisation
+    1_Pooling/config.json               the kind of pooling
+    sentence_bert_config.json           the maximum length, and whether texts are lower-cased
+    config_sentence_transformers.json   prompts, by name
 
-Folders are written as every version of that library since 2 reads them.
+The written files can be read by every version of that library since 2.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lora_cli.recipe import Recipe
 MODULES, PROMPTS, LENGTH = (
     "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"
 )  # fmt: skip
-# as early versions called it, by the kind of the model
+# names in early versions, by the kind of the model
 LENGTHS = (LENGTH, *(
     f"sentence_{kind}_config.json"
     for kind in ("roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
@@ -41,15 +41,15 @@ POSITIVE_NAMES = ("document", "passage", "search_document", "corpus", "positive"
 
 @dataclass(frozen=True)
 class EmbeddingFiles:
-    """What a base's own files say of its embeddings; None where they say nothing.
+    """The embedding settings in a base's own files; None if a setting is missing.
 
     Args:
-        pooling: How vectors of tokens become one: `mean`, `cls` or `last`.
-        normalize: Whether embeddings have length 1.
-        prompts: Texts that stand before texts, by name.
-        default_prompt: The name of the one that stands before texts of no other.
-        max_length: Tokens where texts are cut.
-        lower_case: Whether capitals become small letters before a text is read.
+        pooling: The pooling of token embeddings: `mean`, `cls` or `last`.
+        normalize: Whether embeddings are normalised to length 1.
+        prompts: Prefixes of texts, by name.
+        default_prompt: The name of the prompt for texts without another one.
+        max_length: The maximum length of texts, in tokens.
+        lower_case: Whether texts are lower-cased.
     """
 
     pooling: str | None = None
@@ -60,17 +60,17 @@ class EmbeddingFiles:
     lower_case: bool = False
 
     def prompt(self, *names: str) -> str | None:
-        """Return the first prompt that has one of the names, else the default one."""
+        """Return the first prompt that has one of the names, or the default prompt."""
         found = next((self.prompts[name] for name in names if name in self.prompts), None)
         return self.prompts.get(self.default_prompt or "") if found is None else found
 
 
 def read_embedding_files(recipe: Recipe, pooling: str | None = None) -> EmbeddingFiles:
-    """Return what the files of sentence-transformers beside a base say.
+    """Read the files of sentence-transformers in a base's folder.
 
     Args:
         recipe: Names the base.
-        pooling: What the recipe says of the pooling, which comes before the base's.
+        pooling: The pooling of the recipe, which overrides the base's.
 
     Raises:
         LoraError: If the base computes its embeddings in a way that this tool does not know.
@@ -86,15 +86,15 @@ def read_embedding_files(recipe: Recipe, pooling: str | None = None) -> Embeddin
             kinds[str(module["type"]).rpartition(".")[2]] = str(module["path"])
     except (TypeError, KeyError) as error:
         raise _damaged(recipe, MODULES) from error
-    others = [kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]
-    if others:
-        what = f"`{name}` passes its embeddings through `{others[0]}` ({MODULES})"
+    unsupported = [kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]
+    if unsupported:
+        what = f"`{name}` passes its embeddings through `{unsupported[0]}` ({MODULES})"
         hint = "of such modules only Pooling and Normalize are known: copy the model's folder "
         hint += f"without {MODULES} to train what comes before"
         raise LoraError(what, at, hint)
     if kinds.get("Transformer"):
-        inner = kinds["Transformer"]
-        what = f"{MODULES} of `{name}` says that the model lies in its folder `{inner}`"
+        subfolder = kinds["Transformer"]
+        what = f"{MODULES} of `{name}` says that the model lies in its folder `{subfolder}`"
         raise LoraError(what, at, "name that folder as `model.name`, and say `task.pooling`")
     if pooling is None and "Pooling" in kinds:
         pooling = _pooling(recipe, f"{kinds['Pooling']}/config.json".lstrip("/"))
@@ -103,15 +103,15 @@ def read_embedding_files(recipe: Recipe, pooling: str | None = None) -> Embeddin
     if not isinstance(texts, dict) or not all(isinstance(v, str) for v in texts.values()):
         raise _damaged(recipe, PROMPTS)
     default = prompts.get("default_prompt_name")
-    length, lower_case = _reading(recipe)
+    length, lower_case = _length_and_case(recipe)
     return EmbeddingFiles(pooling, "Normalize" in kinds, texts, default, length, lower_case)
 
 
-def _reading(recipe: Recipe) -> tuple[int | None, bool]:
-    """Return where the base cuts texts, and whether it makes capitals small.
+def _length_and_case(recipe: Recipe) -> tuple[int | None, bool]:
+    """Return the maximum length of texts, and whether they are lower-cased.
 
     Raises:
-        IntegrityError: If the file that says so is damaged.
+        IntegrityError: If the file is damaged.
     """
     for name in LENGTHS:
         if (config := _read(recipe, name)) is None:
@@ -124,47 +124,47 @@ def _reading(recipe: Recipe) -> tuple[int | None, bool]:
 
 
 def make_lower_case(tokenizer: Any) -> None:
-    """Let a tokenizer make capitals small before all else, as sentence-transformers does."""
+    """Let a tokenizer lower-case texts first, as sentence-transformers does."""
     from tokenizers import normalizers
 
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         tokenizer.do_lower_case = True
         return
-    own = backend.normalizer
-    if own is None or own.normalize_str("A") != "a":
-        parts = [normalizers.Lowercase(), *([] if own is None else [own])]
+    normalizer = backend.normalizer
+    if normalizer is None or normalizer.normalize_str("A") != "a":
+        parts = [normalizers.Lowercase(), *([] if normalizer is None else [normalizer])]
         backend.normalizer = normalizers.Sequence(parts)
 
 
 def _pooling(recipe: Recipe, file: str) -> str:
-    """Return the pooling that a file says.
+    """Return the pooling in a file.
 
     Raises:
-        LoraError: If it is another than those that this tool knows, or several.
+        LoraError: If it is not supported, or there are several.
     """
     config = _read(recipe, file)
     if not isinstance(config, dict):
         raise _damaged(recipe, file)
-    named = config.get("pooling_mode")
-    if named is not None:
-        found = [str(one) for one in (named if isinstance(named, list) else [named])]
-        found = [NEW_NAMES.get(one, one) for one in found]
+    mode = config.get("pooling_mode")
+    if mode is not None:
+        modes = [str(name) for name in (mode if isinstance(mode, list) else [mode])]
+        modes = [NEW_NAMES.get(name, name) for name in modes]
     else:
         keys = {f"{PREFIX}{key}": kind for kind, key in KINDS.items()}
-        on = [key for key, value in config.items() if key.startswith(PREFIX) and value is True]
-        found = [keys.get(key, key.removeprefix(PREFIX)) for key in on] or ["mean"]
-    if len(found) == 1 and found[0] in KINDS and config.get("include_prompt", True):
-        return found[0]
-    how = " and ".join(f"`{one}`" for one in found)
-    how += "" if config.get("include_prompt", True) else ", without the prompt"
-    what = f"`{recipe.model.name}` pools by {how} ({file}), which is not known here"
+        enabled = [key for key, value in config.items() if key.startswith(PREFIX) and value is True]
+        modes = [keys.get(key, key.removeprefix(PREFIX)) for key in enabled] or ["mean"]
+    if len(modes) == 1 and modes[0] in KINDS and config.get("include_prompt", True):
+        return modes[0]
+    described = " and ".join(f"`{name}`" for name in modes)
+    described += "" if config.get("include_prompt", True) else ", without the prompt"
+    what = f"`{recipe.model.name}` pools by {described} ({file}), which is not known here"
     hint = "`--set task.pooling=mean` (or cls, last) trains it with another pooling"
     raise LoraError(what, recipe.at("model.name"), hint)
 
 
 def _read(recipe: Recipe, name: str) -> Any:
-    """Return what a JSON file of the base holds, or None if there is none.
+    """Return the content of a JSON file of the base, or None if there is no such file.
 
     Raises:
         IntegrityError: If it is damaged.
@@ -198,15 +198,15 @@ def write_embedding_files(
     width: int,
     max_length: int,
 ) -> None:
-    """Write what sentence-transformers reads into the folder of a model, or of its adapter.
+    """Write the files of sentence-transformers into the folder of a model or an adapter.
 
     Args:
-        folder: Where the files go.
+        folder: The folder.
         pooling: `mean`, `cls` or `last`.
-        normalize: Whether embeddings have length 1.
-        prompts: Texts that stand before texts, by name; `query` is the one of texts of no other.
-        width: Entries of an embedding.
-        max_length: Tokens where texts are cut.
+        normalize: Whether embeddings are normalised to length 1.
+        prompts: Prefixes of texts, by name; `query` is the default.
+        width: The dimension of the embeddings.
+        max_length: The maximum length of texts, in tokens.
     """
     names = ["Transformer", "Pooling", *(["Normalize"] if normalize else [])]
     modules = [
@@ -225,12 +225,12 @@ def write_embedding_files(
     (folder / "1_Pooling").mkdir(exist_ok=True)
     write_json(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": width, **modes})
     write_json(folder / LENGTH, {"max_seq_length": max_length, "do_lower_case": False})
-    given = {name: text for name, text in prompts.items() if text}
-    default = "query" if "query" in given else None
+    nonempty = {name: text for name, text in prompts.items() if text}
+    default = "query" if "query" in nonempty else None
     write_json(
         folder / PROMPTS,
         {
-            "prompts": {"query": "", "document": "", **given},
+            "prompts": {"query": "", "document": "", **nonempty},
             "default_prompt_name": default,
             "similarity_fn_name": "cosine",
         },

@@ -1,11 +1,11 @@
-"""The tensors of a checkpoint's safetensors files, read one at a time.
+"""Read the tensors of a checkpoint's safetensors files one at a time.
 
-They are read and not mapped into memory: what is mapped counts as used memory until the whole file
-is closed, so that a large file would take as much as it is long.
+They are not memory-mapped: mapped pages count as used memory until the file is closed, so a large
+file would take as much memory as its size.
 
-Files of a mixture of experts have a tensor for each layer of each expert, which transformers joins
-while it loads them: `mlp.experts.gate_up_proj` (experts, 2 x n, in) holds `gate_proj` and `up_proj`
-(n, in) of all.
+Files of a mixture of experts contain a tensor for each layer of each expert. transformers joins
+them while loading: `mlp.experts.gate_up_proj` (experts, 2 x n, in) contains `gate_proj` and
+`up_proj` (n, in) of all experts.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lora_cli.errors import IntegrityError
 from lora_cli.models.fingerprint import inner_name
 from lora_cli.tensorfile import TensorEntry, read_header
 
-CHUNK = 2**24  # bytes of a tensor that are in memory at once where it is only copied or compared
+CHUNK = 2**24  # bytes in memory at a time when a tensor is only copied or compared
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16,
     "I32": torch.int32, "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -30,25 +30,25 @@ DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 FLOATS = ("F64", "F32", "F16", "BF16")
-# the layers that an expert had, and the parameter which holds them now, one after the other
+# layers of an expert in files, with the joined parameter in the model and the position in it
 FUSED = {
     "w1": ("gate_up_proj", 0), "w3": ("gate_up_proj", 1), "w2": ("down_proj", 0),
     "gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1), "down_proj": ("down_proj", 0),
 }  # fmt: skip
-OF_EXPERT = re.compile(
+EXPERT_LAYER = re.compile(
     r"(?P<block>.+)\.(?:block_sparse_moe|mlp)\.experts\.(?P<number>\d+)\.(?P<layer>\w+)\.weight"
 )
 
 
 class Stored(NamedTuple):
-    """Where a tensor is: its file, its name there, and what the file's header says of it."""
+    """The location of a tensor: its file, its name there, and its entry in the header."""
 
     file: Path
     name: str
     entry: TensorEntry
 
     def read(self) -> Tensor:
-        """Return the tensor, in memory of its own.
+        """Read the tensor into new memory.
 
         Raises:
             IntegrityError: If its dtype is not known, or the file became shorter.
@@ -57,30 +57,30 @@ class Stored(NamedTuple):
             what = f"`{self.name}` is stored as {self.entry.dtype}, which cannot be read"
             raise IntegrityError(what, str(self.file), "store it in another dtype")
         data = torch.empty(self.entry.end - self.entry.start, dtype=torch.uint8)
-        left = memoryview(data.numpy().data)
+        remaining = memoryview(data.numpy().data)
         with self.file.open("rb", buffering=0) as handle:
             handle.seek(self.entry.start)
-            while len(left):
-                count = handle.readinto(left)
+            while len(remaining):
+                count = handle.readinto(remaining)
                 if not count:
                     raise self._shorter()
-                left = left[count:]
+                remaining = remaining[count:]
         return data.view(DTYPES[self.entry.dtype]).reshape(self.entry.shape)
 
     def chunks(self) -> Iterator[bytes]:
-        """Yield the tensor's bytes, some at a time.
+        """Yield the tensor's bytes in chunks.
 
         Raises:
             IntegrityError: If the file became shorter.
         """
-        left = self.entry.end - self.entry.start
+        remaining = self.entry.end - self.entry.start
         with self.file.open("rb", buffering=0) as handle:
             handle.seek(self.entry.start)
-            while left:
-                chunk = handle.read(min(CHUNK, left))
+            while remaining:
+                chunk = handle.read(min(CHUNK, remaining))
                 if not chunk:
                     raise self._shorter()
-                left -= len(chunk)
+                remaining -= len(chunk)
                 yield chunk
 
     def _shorter(self) -> IntegrityError:
@@ -99,29 +99,29 @@ class StoredTensors:
 
     Args:
         files: The files.
-        start: The prefix of the pretrained model in a model with a head, with its dot: `bert.`.
+        prefix: The prefix of the pretrained model in a model with a head, with its dot: `bert.`.
     """
 
-    def __init__(self, files: Iterable[Path], start: str) -> None:
+    def __init__(self, files: Iterable[Path], prefix: str) -> None:
         self.places: dict[str, Stored] = {}
         for file in files:
             for name, entry in read_header(file).items():
-                self.places[inner_name(name, start)] = Stored(file, name, entry)
+                self.places[inner_name(name, prefix)] = Stored(file, name, entry)
 
     def read(self, name: str) -> Tensor:
-        """Return a tensor, in memory of its own."""
+        """Read a tensor into new memory."""
         return self.places[name].read()
 
 
 class ExpertPart(NamedTuple):
-    """The part of a parameter of all experts that the file has as a tensor of its own.
+    """The part of a joined parameter of all experts that is a separate tensor in the file.
 
     Args:
-        parameter: Name of the parameter (experts, rows, in).
-        expert: Which of the experts.
-        rows: Which of its rows.
-        n_layers: How many such tensors make up an expert.
-        n_in: Length of a row.
+        parameter: The name of the parameter (experts, rows, in).
+        expert: The index of the expert.
+        rows: The rows of the expert.
+        n_layers: The number of such tensors per expert.
+        n_in: The length of a row.
     """
 
     parameter: str
@@ -131,11 +131,11 @@ class ExpertPart(NamedTuple):
     n_in: int
 
     def of(self, parameter: Tensor) -> Tensor:
-        """Return this part of the parameter of all experts."""
+        """Return this part of the joined parameter."""
         return parameter[self.expert, self.rows]
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        """Return whether a parameter of a shape has such a part."""
+        """Return whether a parameter of this shape has such a part."""
         n_rows = self.rows.stop - self.rows.start
         return (
             len(shape) == 3
@@ -145,17 +145,17 @@ class ExpertPart(NamedTuple):
 
 
 def expert_part(name: str, shape: tuple[int, ...]) -> ExpertPart | None:
-    """Return which part of a parameter a tensor is by its name, or None if it is none.
+    """Return the part of a joined parameter that a stored tensor is, or None.
 
     Args:
-        name: As the model would call a layer of one expert: `…mlp.experts.3.up_proj.weight`.
-        shape: Of the tensor.
+        name: The name of a layer of one expert: `…mlp.experts.3.up_proj.weight`.
+        shape: The shape of the tensor.
     """
-    found = OF_EXPERT.fullmatch(name)
-    if not found or found["layer"] not in FUSED or len(shape) != 2:
+    match = EXPERT_LAYER.fullmatch(name)
+    if not match or match["layer"] not in FUSED or len(shape) != 2:
         return None
-    fused, place = FUSED[found["layer"]]
-    rows = slice(place * shape[0], (place + 1) * shape[0])
-    parameter = f"{found['block']}.mlp.experts.{fused}"
+    fused, index = FUSED[match["layer"]]
+    rows = slice(index * shape[0], (index + 1) * shape[0])
+    parameter = f"{match['block']}.mlp.experts.{fused}"
     n_layers = 2 if fused == "gate_up_proj" else 1
-    return ExpertPart(parameter, int(found["number"]), rows, n_layers, shape[1])
+    return ExpertPart(parameter, int(match["number"]), rows, n_layers, shape[1])

@@ -1,4 +1,4 @@
-"""New tokens: in the tokenizer, and as rows of the embedding."""
+"""Add new tokens to the tokenizer, and rows for them to the embedding."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from transformers import AddedToken, PreTrainedTokenizerBase
 from lora_cli.errors import LoraError, Problem
 from lora_cli.recipe import Recipe
 
-NEW = "n_new_tokens"  # attribute of a tokenizer: how many it was given, the last of its ids
-SHOWN = 8  # parts of a text that is no token
+N_NEW_TOKENS = "n_new_tokens"  # attribute of a tokenizer; the new tokens have the last ids
+MAX_SHOWN = 8  # tokens in a message on a text that is not a single token
 
 
 def add_tokens(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
-    """Give a tokenizer the recipe's `model.add_tokens`; those that it has already stay as they are.
+    """Add the recipe's `model.add_tokens` to a tokenizer, except those that it already has.
 
     Raises:
-        LoraError: With each that cannot be a token.
+        LoraError: With each entry that cannot be a token.
     """
     tokens, at, problems = recipe.model.add_tokens, recipe.at("model.add_tokens"), []
     for i, token in enumerate(tokens):
@@ -34,7 +34,7 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
     known = tokenizer.get_vocab()
     new = [token for token in tokens if token not in known]
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in new])
-    setattr(tokenizer, NEW, len(new))
+    setattr(tokenizer, N_NEW_TOKENS, len(new))
     for token in new:
         ids = tokenizer.encode(token, add_special_tokens=False)
         if ids != [tokenizer.convert_tokens_to_ids(token)]:
@@ -46,64 +46,64 @@ def trained_token_ids(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> lis
     """Return the ids of the tokens whose rows the recipe trains, new ones first.
 
     Raises:
-        LoraError: With each entry of `adapter.train_tokens` that is no token.
+        LoraError: With each entry of `adapter.train_tokens` that is not a token.
     """
     problems: list[Problem] = []
-    found: dict[int, str] = {}
+    new_tokens: dict[int, str] = {}
     size, at = len(tokenizer), recipe.at("adapter.train_tokens")
     for token in recipe.model.add_tokens:
-        found[int(tokenizer.convert_tokens_to_ids(token))] = token
-    named: dict[int, Any] = {}
+        new_tokens[int(tokenizer.convert_tokens_to_ids(token))] = token
+    token_entries: dict[int, Any] = {}
     for entry in recipe.adapter.train_tokens:
         ids = [entry] if isinstance(entry, int) else _ids_of(entry, tokenizer)
         if len(ids) != 1 or not 0 <= ids[0] < size:
             what = f"there is no token {entry}: the ids are 0 to {size - 1:,}"
             hint = "write the token itself"
             if isinstance(entry, str):
-                parts = [repr(part) for part in tokenizer.convert_ids_to_tokens(ids)[:SHOWN]]
+                parts = [repr(part) for part in tokenizer.convert_ids_to_tokens(ids)[:MAX_SHOWN]]
                 what = f"`{entry}` is no token: the tokenizer splits it into {', '.join(parts)}"
                 hint = "to make it one, name it in `model.add_tokens`, which trains it too"
             problems.append(Problem(what, at, hint))
-        elif ids[0] in named:
+        elif ids[0] in token_entries:
             what = f"`{entry}` is written twice"
-            if entry != named[ids[0]]:
-                what = f"`{entry}` and `{named[ids[0]]}` are the same token"
+            if entry != token_entries[ids[0]]:
+                what = f"`{entry}` and `{token_entries[ids[0]]}` are the same token"
             problems.append(Problem(what, at, "write it once"))
         else:
-            named[ids[0]] = entry
+            token_entries[ids[0]] = entry
     if problems:
         raise LoraError(problems)
-    return list({**found, **named})
+    return list({**new_tokens, **token_entries})
 
 
 def _ids_of(token: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the id of an entry of the vocabulary, or of the tokens that a text becomes."""
-    known = tokenizer.get_vocab().get(token)
-    return tokenizer.encode(token, add_special_tokens=False) if known is None else [known]
+    """Return the id of a token of the vocabulary, or the ids of the tokens of another text."""
+    token_id = tokenizer.get_vocab().get(token)
+    return tokenizer.encode(token, add_special_tokens=False) if token_id is None else [token_id]
 
 
 @torch.no_grad()
 def grow_vocabulary(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]
 ) -> None:
-    """Give a model rows for new tokens: each the mean of the rows of those before.
+    """Add rows for new tokens to a model's embeddings, each the mean of the old rows.
 
-    The mean depends on nothing drawn, so a model that is loaded again has the same rows.
+    The mean does not depend on random numbers, so a reloaded model has the same rows.
 
     Args:
-        model: As loaded, or on the meta device; changed in place.
-        tokenizer: With the new tokens in it.
-        tokens: All that the recipe adds, of which the tokenizer may have had some before.
+        model: The loaded model, or a model on the meta device; changed in place.
+        tokenizer: The tokenizer, with the new tokens.
+        tokens: All tokens that the recipe adds; some may be in the base's vocabulary already.
     """
     if not tokens:
         return
     ids = sorted(int(tokenizer.convert_tokens_to_ids(token)) for token in tokens)
-    before = len(tokenizer) - getattr(tokenizer, NEW, 0)
-    ids = [i for i in ids if i >= before]
+    n_old = len(tokenizer) - getattr(tokenizer, N_NEW_TOKENS, 0)
+    ids = [i for i in ids if i >= n_old]
     resizable: Any = model
     rows = resizable.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
-        with torch.random.fork_rng(devices=[]):  # it draws the new rows, which are set below
+        with torch.random.fork_rng(devices=[]):  # resizing initialises the rows at random
             torch.manual_seed(0)
             _resize(resizable, len(tokenizer))
     if not ids:
@@ -111,15 +111,15 @@ def grow_vocabulary(
     for module in {resizable.get_input_embeddings(), resizable.get_output_embeddings()} - {None}:
         for tensor in (module.weight, getattr(module, "bias", None)):
             if isinstance(tensor, Tensor) and not tensor.is_meta and tensor.shape[0] > max(ids):
-                mean = tensor[: min(before, rows)].float().mean(0)
+                mean = tensor[: min(n_old, rows)].float().mean(0)
                 tensor[ids] = mean.to(tensor.dtype)
 
 
 def _resize(model: Any, size: int) -> None:
-    """Give a model an embedding of another size, whose new rows have no particular values.
+    """Resize a model's embeddings; the values of new rows are arbitrary.
 
-    Marian's method would draw them around the mean of the others whatever it is asked for, which
-    takes a decomposition of their covariance, and fails without weights.
+    Marian ignores `mean_resizing=False` and samples new rows around the mean of the others. This
+    needs a decomposition of their covariance, and fails on the meta device.
     """
     methods = ("_init_added_embeddings_weights_with_mean", "_init_added_lm_head_weights_with_mean")
     replaced = [name for name in methods if hasattr(model, name)]

@@ -1,4 +1,4 @@
-"""The model that makes a spectrogram heard: HiFi-GAN, as transformers has it for SpeechT5."""
+"""Load a vocoder, which turns spectrograms into audio: transformers' HiFi-GAN for SpeechT5."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def vocoder_config(recipe: Recipe, name: str, n_bands: int, rate: int) -> Pretra
     """Return the configuration of the recipe's vocoder.
 
     Args:
-        recipe: Names it.
-        name: Its folder, or its id on the Hub.
-        n_bands: Bands of the spectrograms that it is to read.
-        rate: Samples a second of the recordings.
+        recipe: Names the vocoder.
+        name: The vocoder's folder, or its id on the Hub.
+        n_bands: The number of mel bands of the model's spectrograms.
+        rate: The sampling rate of the recordings, in Hz.
 
     Raises:
-        LoraError: If it cannot be read, or makes other spectrograms heard.
+        LoraError: If it cannot be loaded, or needs other spectrograms.
     """
     at = recipe.at("task.vocoder")
     with _of_vocoder(recipe, name) as source, explained(source, "configuration"):
@@ -50,7 +50,7 @@ def load_vocoder(recipe: Recipe, name: str, device: torch.device) -> SpeechT5Hif
 
     Raises:
         LoraError: If it cannot be loaded.
-        IntegrityError: If a file of it is damaged.
+        IntegrityError: If one of its files is damaged.
     """
     with _of_vocoder(recipe, name) as source, explained(source, "weights"):
         for file in checkpoint_files(source):
@@ -58,17 +58,20 @@ def load_vocoder(recipe: Recipe, name: str, device: torch.device) -> SpeechT5Hif
         model: Any = SpeechT5HifiGan.from_pretrained(
             **source_of(source), use_safetensors=True, dtype=torch.float32
         )
-    found: SpeechT5HifiGan = model.to(device).eval().requires_grad_(False)
-    return found
+    vocoder: SpeechT5HifiGan = model.to(device).eval().requires_grad_(False)
+    return vocoder
 
 
 @contextmanager
 def _of_vocoder(recipe: Recipe, name: str) -> Iterator[Recipe]:
-    """Yield a recipe whose base is the vocoder; what is wrong with it is said of the vocoder."""
+    """Yield a recipe whose base is the vocoder; errors are attributed to `task.vocoder`."""
     values = {"model.name": name, "model.revision": "main", "model.trust_remote_code": False}
     try:
         yield recipe.with_values(values)
     except LoraError as error:
-        at, whose = recipe.at("model.name"), recipe.at("task.vocoder")
-        own = [replace(one, at=whose) if one.at == at else one for one in error.problems]
-        raise type(error)(own) from error
+        at, vocoder_key = recipe.at("model.name"), recipe.at("task.vocoder")
+        problems = [
+            replace(problem, at=vocoder_key) if problem.at == at else problem
+            for problem in error.problems
+        ]
+        raise type(error)(problems) from error

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lora_cli.adapters.attach import training_mode
 from lora_cli.errors import LoraError, counted
-from lora_cli.models.full_precision import full_precision, has_flash_attention, other_attention
+from lora_cli.models.full_precision import full_precision, has_flash_attention, torch_attention
 from lora_cli.tasks.examples import Example
 from lora_cli.tasks.finite_scores import require_finite, require_finite_weights
 from lora_cli.tasks.texts.padding import MOST_NOISE, NONE, RIGHT, Padding, candidates, tolerance
@@ -40,7 +40,7 @@ def choose_padding(task: TextTask, model: nn.Module, longest: int | None = None)
     short, long = task.trial_examples(min(whole, LONGEST))
     require_finite_weights(model, task.recipe.at("model.name"))
     flash = has_flash_attention(model)
-    with other_attention(model), _trial(task, model):
+    with torch_attention(model), _trial(task, model):
         alone = _of_first(task, model, [short], "model.name")
         # before anything is compared: no difference of NaN is small, whatever its cause
         require_finite(alone.masked_fill(alone == -torch.inf, 0.0), model, task.recipe, NOT_TRAINED)
