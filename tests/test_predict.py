@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from lora_cli.data.file_formats import read_rows
-from lora_cli.data.write_rows import OutputForm, writing
+from lora_cli.data.write_rows import OutputFormat, writing
 from lora_cli.errors import LoraError
 from lora_cli.evaluation import predict as prediction
 from lora_cli.evaluation.evaluate_split import evaluate
@@ -594,7 +594,7 @@ def test_a_signal_leaves_no_temporary_file(tmp_path: Path, number: signal.Signal
     before = signal.getsignal(number)
 
     def interrupted() -> None:
-        with writing(target, OutputForm(["text"])) as write:
+        with writing(target, OutputFormat(["text"])) as write:
             write([{"text": "a film"}])
             assert list(tmp_path.iterdir())
             assert signal.getsignal(number) is not signal.SIG_DFL
@@ -610,7 +610,7 @@ def test_a_signal_leaves_no_temporary_file(tmp_path: Path, number: signal.Signal
 def test_an_ignored_signal_stays_ignored(tmp_path: Path) -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with writing(tmp_path / "answers.jsonl", OutputForm(["text"])) as write:
+        with writing(tmp_path / "answers.jsonl", OutputFormat(["text"])) as write:
             signal.raise_signal(signal.SIGHUP)
             write([{"text": "a film"}])
     finally:

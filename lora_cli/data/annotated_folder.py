@@ -32,7 +32,7 @@ def annotated_files(path: Path, split: str, recipe: Recipe) -> list[Path] | None
             belong to the split.
         recipe: The recipe whose task reads the images.
     """
-    if path.suffix.lower() in yolo.YAML and path.is_file():
+    if path.suffix.lower() in yolo.YAML_SUFFIXES and path.is_file():
         return yolo.images_of_split(path, split, recipe)
     if path.suffix == ".txt" and path.parent.name == pascal_voc.LISTS.name:
         return pascal_voc.listed_images(path)

@@ -21,7 +21,7 @@ from lora_cli.data.json_layouts import reject_whole_file
 from lora_cli.data.labelled_text import FASTTEXT, label_source
 from lora_cli.data.text_encoding import BOM, LINE_END, encoding_of, lines_of
 from lora_cli.data.text_lines import RawRow, unreadable
-from lora_cli.data.unreadable_files import reject_binary, reject_other_lines
+from lora_cli.data.unreadable_files import reject_binary, reject_control_characters
 from lora_cli.errors import LoraError, counted, name_neighbours
 from lora_cli.recipe import FormatSpec
 
@@ -95,7 +95,7 @@ def read_data_file(path: Path) -> DataFile:
         raise LoraError("the file is empty", str(path), EMPTY)
     reject_binary(raw, path)
     if not raw.startswith(PARQUET):
-        reject_other_lines(raw, encoding_of(raw)[0], path)
+        reject_control_characters(raw, encoding_of(raw)[0], path)
     detected = _detect(raw, path)
     spec = FormatSpec.model_validate(detected.values)
     rows = list(read_rows(path, spec))

@@ -1,4 +1,4 @@
-"""Which column is the text, or which two are, and what the columns hold, in words."""
+"""Choose the text column or the text pair of a table, and describe its columns in words."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from lora_cli.data.column_kinds import CONVERSATION_NAME, Column, is_blank
 from lora_cli.data.jq_commands import field, jq_command
 from lora_cli.errors import LoraError, counted
 
-SECOND = {"1": "2", "a": "b", "first": "second", "left": "right", "one": "two", "x": "y"}
+COUNTERPARTS = {"1": "2", "a": "b", "first": "second", "left": "right", "one": "two", "x": "y"}
 TEXT_NAMES = re.compile(
     r"(?i)(.*[_\W])?(text|sentence|review|message|comment|content|body|tweet|utterance|query|"
     r"question|document|article|post|description|transcript|transcription|文|テキスト|texte?o?)"
 )
 MESSAGES = "messages.jsonl"
-TURN = (  # how turns of conversations name who speaks, and what is said
+TURN_KEYS = (  # keys of the role and the content of a turn
     ("role", "from", "speaker", "author", "sender", "who", "name"),
     ("content", "value", "text", "message", "utterance", "body"),
 )
@@ -30,7 +30,7 @@ PAIR_NAMES = [
 
 
 def content_of(column: Column) -> str:
-    """Return in a few words what a column holds."""
+    """Describe the content of a column in a few words."""
     return {
         "blank": "nothing in it", "url": "addresses", "date": "dates", "id": "names of rows",
         "number": "numbers", "binary": "two values",
@@ -46,55 +46,60 @@ def _characters(column: Column) -> str:
 
 
 def listed(columns: Sequence[Column]) -> str:
-    """Return the columns with what they hold, for a hint."""
+    """List the columns with their content, for a hint."""
     return "the columns: " + "; ".join(
         f"`{column.name}`: {content_of(column)}" for column in columns[:20]
     )
 
 
 def flat_name(place: str) -> str:
-    """Return a name for the file that a command makes of another, never that file's own.
+    """Return a name for the output file of a command, which differs from its input file.
 
-    A shell empties the file that is written to before the command reads it.
+    The shell truncates the output file before the command reads its input.
     """
     return "flat.jsonl" if Path(place).name != "flat.jsonl" else "flatter.jsonl"
 
 
-def unnested(column: Column, rows: Sequence[dict[str, Any]], place: str) -> str:
-    """Return the command that makes columns of the objects in a column."""
-    own = field(column.name)
+def unnesting_hint(column: Column, rows: Sequence[dict[str, Any]], place: str) -> str:
+    """Return a hint with a command that turns the objects in a column into columns."""
+    path = field(column.name)
     value = next(value for row in rows if not is_blank(value := row.get(column.name)))
     turn = value[0] if isinstance(value, list) and value and isinstance(value[0], dict) else {}
     if isinstance(turn.get("role"), str) and isinstance(turn.get("parts"), list):
-        return _of_gemini(own, rows[0], place)
-    who, said = (next((k for k in names if isinstance(turn.get(k), str)), "") for names in TURN)
-    if who and said and CONVERSATION_NAME.fullmatch(column.name):
-        how = f"{{messages: [{own}[] | {{role: .{who}, content: .{said}}}]}}"
-        return f"write the turns as messages: {jq_command(how, place, MESSAGES)}"
-    how = f"{own}[]" if isinstance(value, list) else own
+        return _gemini_hint(path, rows[0], place)
+    role, content = (
+        next((k for k in names if isinstance(turn.get(k), str)), "") for names in TURN_KEYS
+    )
+    if role and content and CONVERSATION_NAME.fullmatch(column.name):
+        program = f"{{messages: [{path}[] | {{role: .{role}, content: .{content}}}]}}"
+        return f"write the turns as messages: {jq_command(program, place, MESSAGES)}"
+    program = f"{path}[]" if isinstance(value, list) else path
     if len(rows) > 1 and not isinstance(value, list):
-        deletions = [f"del({own})"] if len(rows[0]) > 1 else []
-        how = " + ".join([*deletions, own])
-    return f"turn them into columns: {jq_command(how, place, flat_name(place))}"
+        deletions = [f"del({path})"] if len(rows[0]) > 1 else []
+        program = " + ".join([*deletions, path])
+    return f"turn them into columns: {jq_command(program, place, flat_name(place))}"
 
 
-def _of_gemini(own: str, row: dict[str, Any], place: str) -> str:
-    """Return the command for turns as Gemini has them, in parts, with a system prompt apart."""
-    said = '([.parts[].text] | join(""))'
+def _gemini_hint(path: str, row: dict[str, Any], place: str) -> str:
+    """Return the hint for Gemini's format: turns in parts, and a separate system prompt."""
+    text = '([.parts[].text] | join(""))'
     role = '(if .role == "model" then "assistant" else .role end)'
-    how = f"[{own}[] | {{role: {role}, content: {said}}}]"
+    turns = f"[{path}[] | {{role: {role}, content: {text}}}]"
     if system := next((k for k in ("systemInstruction", "system_instruction") if k in row), None):
-        how = f'[{field(system)} | values | {{role: "system", content: {said}}}] + {how}'
-    return f"write the turns as messages: {jq_command(f'{{messages: ({how})}}', place, MESSAGES)}"
+        turns = f'[{field(system)} | values | {{role: "system", content: {text}}}] + {turns}'
+    return f"write the turns as messages: {jq_command(f'{{messages: ({turns})}}', place, MESSAGES)}"
 
 
 def pair_of(columns: Sequence[Column]) -> tuple[Column, Column] | None:
-    """Return two texts that belong together, by their names or for want of names."""
+    """Return two text columns that form a pair; None if there is no such pair.
+
+    They match by name, or are the only two texts in a file without column names.
+    """
     texts = [column for column in columns if column.kind == "text" or _is_short_text(column)]
     lower = {column.name.strip().lower(): column for column in texts}
-    for one, two in PAIR_NAMES:
-        if one in lower and two in lower:
-            return lower[one], lower[two]
+    for first, second in PAIR_NAMES:
+        if first in lower and second in lower:
+            return lower[first], lower[second]
     for name in sorted(lower, key=len):  # `sentence1` before `sentence1_parse`
         for other in _counterparts(name):
             if other in lower and not name.startswith("column_"):
@@ -108,13 +113,13 @@ def pair_of(columns: Sequence[Column]) -> tuple[Column, Column] | None:
 
 
 def _counterparts(name: str) -> list[str]:
-    """Return the names that a second text would have: `#2 string` beside `#1 string`."""
+    """Return possible names of the second text of a pair: `#2 string` for `#1 string`."""
     parts = re.findall(r"[^\W\d_]+|\d+|[\W_]+", name)
-    found = []
+    names = []
     for i, part in enumerate(parts):
-        if part in SECOND:
-            found.append("".join([*parts[:i], SECOND[part], *parts[i + 1 :]]))
-    return found
+        if part in COUNTERPARTS:
+            names.append("".join([*parts[:i], COUNTERPARTS[part], *parts[i + 1 :]]))
+    return names
 
 
 def _is_short_text(column: Column) -> bool:
@@ -128,14 +133,17 @@ def text_of(
     more: str = "",
     rows: Sequence[dict[str, Any]] = (),
 ) -> Column:
-    """Return the column of the text: the longest, unless names or lengths leave a doubt.
+    """Return the text column: the one with a typical name, or the longest texts.
 
     Args:
-        columns: Those that may be it.
+        columns: The candidates.
         place: Name of the file, for the error.
         label: The label, if there is one.
-        more: What else the error says of the options.
-        rows: Those of the file, to show how a text is taken out of the objects in a column.
+        more: Further options that the hint mentions.
+        rows: The rows of the file, to show how to extract a text from nested objects.
+
+    Raises:
+        LoraError: If there is no text column, or the choice is ambiguous.
     """
     texts = sorted(
         (column for column in columns if column.kind == "text"), key=lambda c: -c.characters
@@ -151,23 +159,27 @@ def text_of(
         nested = next((column for column in columns if column.kind == "other"), None)
         if nested is not None and rows:
             what += f", and `{nested.name}` holds objects"
-            raise LoraError(what, place, unnested(nested, rows, place))
+            raise LoraError(what, place, unnesting_hint(nested, rows, place))
         raise LoraError(what, place, f"name it with `--text COLUMN` ({listed(columns)})")
     named = [column for column in texts if TEXT_NAMES.fullmatch(column.name.strip())]
-    for some in (named, texts):
-        if len(some) == 1 or (some and some[0].characters > 1.3 * some[1].characters):
-            return some[0]
-    close = " or ".join(f"`{column.name}`" for column in (named or texts)[:6])
-    both = "" if label is not None else ", or a prompt and its completion: `--text A --label B`"
+    for candidates in (named, texts):
+        if len(candidates) == 1 or (
+            candidates and candidates[0].characters > 1.3 * candidates[1].characters
+        ):
+            return candidates[0]
+    options = " or ".join(f"`{column.name}`" for column in (named or texts)[:6])
+    pair_option = (
+        "" if label is not None else ", or a prompt and its completion: `--text A --label B`"
+    )
     raise LoraError(
-        f"which column is the text? It could be {close}",
+        f"which column is the text? It could be {options}",
         place,
-        f"name it with `--text COLUMN`{both}{more} ({listed(columns)})",
+        f"name it with `--text COLUMN`{pair_option}{more} ({listed(columns)})",
     )
 
 
 def text_reason(column: Column, columns: Sequence[Column]) -> str:
-    """Return why a column is taken for the text."""
+    """Return the reason for choosing a text column."""
     longer = any(c.kind == "text" and c.characters > column.characters for c in columns)
     what = "text, by its name" if longer else "the longest text"
     return f"{what} (mean {_characters(column)})"

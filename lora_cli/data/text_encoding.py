@@ -1,4 +1,4 @@
-"""Which encoding a text is in, found from its bytes, and where its lines end."""
+"""Detect the encoding of a text from its bytes, and split it into lines."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ LEGACY = [
 ]  # fmt: skip
 LINE_END = re.compile("\r\n|[\r\n]")
 C1 = re.compile("[\x80-\x84\x86-\x9f]")
-CYRILLIC = ("cp1251", "koi8_r", "cp866", "iso8859_5", "mac_cyrillic")  # likelier ones first
+CYRILLIC = ("cp1251", "koi8_r", "cp866", "iso8859_5", "mac_cyrillic")  # most likely first
 COMMON_RUSSIAN = set("оеаинтсрвл")
-EASTERN = "ìøòõšžðºþ³¹¿£¥¼¾ª¯"  # what cp1252 makes of their letters
+RARE_IN_WESTERN = "ìøòõšžðºþ³¹¿£¥¼¾ª¯"  # cp1252 reading of letters of cp1250
 
 
 def lines_of(text: str) -> list[str]:
-    """Return the lines of a text without their ends.
+    """Split a text into lines, without line ends.
 
-    `str.splitlines` ends a line at U+2028, U+0085 and other characters too, which stand inside the
+    `str.splitlines` would also split at U+2028, U+0085 and other characters, which occur inside the
     texts of data files.
     """
     lines = LINE_END.split(text)
     return lines if lines[-1] else lines[:-1]
 
 
-# a switch to another set of letters, as ISO 2022 makes it (`tput` writes `ESC ( B` too)
+# an ISO 2022 switch to another character set (without `ESC ( B`, which `tput` writes too)
 ESCAPE = re.compile(rb"\x1b(\$[@ABC]|\$\([A-DO-Q]|\$\)[A-C]|\([IJ])")
 ISO_2022 = ("iso2022_jp", "iso2022_jp_ext", "iso2022_jp_2", "iso2022_jp_2004", "iso2022_kr")
 HZ = re.compile(rb"~\{([\x21-\x77][\x21-\x7e])+~\}")
@@ -41,9 +41,9 @@ COMMON_CHINESE = set(
 
 
 def seven_bit_encoding(raw: bytes) -> str | None:
-    """Return the encoding of a text that looks like ASCII, and is Japanese, Korean or Chinese.
+    """Detect ISO 2022, HZ and UTF-7, whose bytes are all ASCII; return None for plain ASCII.
 
-    Its letters are written in codes (`ESC $ B`, `~{`, `+AGE-`), so that it can be read as ASCII.
+    They write other characters with escape sequences (`ESC $ B`, `~{`, `+AGE-`).
     """
     if not raw.isascii():
         return None
@@ -51,42 +51,42 @@ def seven_bit_encoding(raw: bytes) -> str | None:
         names = ISO_2022[::-1] if b"\x1b$)C" in raw else ISO_2022
         return next((name for name in names if _decoded(raw, name) is not None), None)
     if HZ.search(raw) and (text := _decoded(raw, "hz")) is not None:
-        letters = [letter for letter in text if "\u4e00" <= letter <= "\u9fff"]
-        if sum(letter in COMMON_CHINESE for letter in letters) > len(letters) / 20:
+        characters = [character for character in text if "\u4e00" <= character <= "\u9fff"]
+        if sum(character in COMMON_CHINESE for character in characters) > len(characters) / 20:
             return "hz"
     if UTF_7.search(raw) and (text := _decoded(raw, "utf-7")) is not None:
-        letters = [letter for letter in text if letter > "\x7f"]
-        enough = 1 if b"-" in raw else 3
-        if len(letters) >= enough and set(map(_kind, letters)) <= set("LMPNZS"):
+        characters = [character for character in text if character > "\x7f"]
+        min_characters = 1 if b"-" in raw else 3
+        if len(characters) >= min_characters and set(map(_kind, characters)) <= set("LMPNZS"):
             return "utf-7"
     return None
 
 
-def _kind(letter: str) -> str:
-    return unicodedata.category(letter)[0]
+def _kind(character: str) -> str:
+    return unicodedata.category(character)[0]
 
 
-def _by_kana(raw: bytes) -> str | None:
-    """Return the encoding in which bytes are Japanese: no other language writes kana."""
+def _detect_japanese(raw: bytes) -> str | None:
+    """Detect Japanese, the only language written with kana; return None for other texts."""
     for encoding in ("euc_jp", "cp932"):
         text = _decoded(raw, encoding)
-        letters = [letter for letter in text or "" if letter > "\x7f"]
-        kana = sum("\u3041" <= letter <= "\u30fe" for letter in letters)
-        narrow = sum("\uff61" <= letter <= "\uff9f" for letter in letters)
-        if letters and kana >= len(letters) / 5 and narrow < len(letters) / 5:
+        characters = [character for character in text or "" if character > "\x7f"]
+        kana = sum("\u3041" <= character <= "\u30fe" for character in characters)
+        narrow = sum("\uff61" <= character <= "\uff9f" for character in characters)
+        if characters and kana >= len(characters) / 5 and narrow < len(characters) / 5:
             return encoding
     return None
 
 
-def _by_common_russian(raw: bytes) -> str | None:
-    """Return the encoding in which bytes have the letters that Russian and its kin use most.
+def _detect_russian(raw: bytes) -> str | None:
+    """Return the encoding in which the most frequent letters are those of Russian; None if none.
 
-    The same bytes are Cyrillic in all of these encodings, with other letters.
+    The same bytes are Cyrillic letters in all of these encodings, but different ones.
     """
     shares = {}
     words = re.findall(r"\w*[^\W\x00-\x7f]\w*", raw.decode("cp866"))
     if sum(letter > "\x7f" for word in words for letter in word) < 0.9 * sum(map(len, words)):
-        return None  # words of Latin letters, of which some have accents
+        return None  # Latin words with a few accented letters
     for encoding in CYRILLIC:
         letters = [letter for letter in _decoded(raw, encoding) or "" if letter > "\x7f"]
         common = sum(letter in COMMON_RUSSIAN for letter in letters)
@@ -96,43 +96,47 @@ def _by_common_russian(raw: bytes) -> str | None:
 
 
 def c1_share(text: str) -> tuple[int, float]:
-    """Return how many control characters of U+0080 to U+009F a text has, and their share.
+    """Return the number of control characters U+0080 to U+009F, and their share.
 
-    No text has them: they are what other encodings' letters become in latin-1. The share is that of
-    all letters beyond ASCII; U+0085, a line end of old computers, does not count.
+    Proper text has none: they result from reading other encodings as latin-1. The share is relative
+    to all characters beyond ASCII. U+0085, a line end on old systems, does not count.
     """
-    found = len(C1.findall(text))
-    return found, found / max(sum(letter > "\x7f" for letter in text), 1) if found else 0.0
+    count = len(C1.findall(text))
+    return count, count / max(sum(character > "\x7f" for character in text), 1) if count else 0.0
 
 
 def encoding_of(raw: bytes) -> tuple[str, str]:
-    """Return the encoding of a text and what says so.
+    """Detect the encoding of a text, and return it with the reason.
 
-    UTF-8 is nearly certain where it fits. What is left is one of the older encodings of a byte or
-    two a letter, which only the likelihood of the letters tells apart.
+    Text that is valid UTF-8 is almost certainly UTF-8. The remaining candidates are legacy
+    encodings with one or two bytes per character, which only letter frequencies can distinguish.
     """
     for mark, encoding in BOMS.items():
         if raw.startswith(mark) and (encoding != "utf-8" or _is_utf_8(raw)):
             return encoding, "by the byte order mark at its beginning"
     raw = raw.removeprefix(BOM)
     head = raw[:4000]
-    may_be = head.count(0) > len(head) / 4 or not _is_utf_8(raw)
+    may_be_utf_16 = head.count(0) > len(head) / 4 or not _is_utf_8(raw)
     for encoding, zeros in (("utf-16-le", head[1::2]), ("utf-16-be", head[0::2])):
-        if may_be and zeros.count(0) > len(zeros) / 50 and zeros.count(0) > head.count(0) * 0.9:
+        if (
+            may_be_utf_16
+            and zeros.count(0) > len(zeros) / 50
+            and zeros.count(0) > head.count(0) * 0.9
+        ):
             return encoding, "by its zero bytes, which stand on one side of every pair"
-    if (found := seven_bit_encoding(raw)) is not None:
-        return found, "by the codes that stand for its letters"
+    if (detected := seven_bit_encoding(raw)) is not None:
+        return detected, "by the codes that stand for its letters"
     if raw.isascii():
         return "utf-8", "it is ASCII"
     return ("utf-8", "its bytes are UTF-8") if _is_utf_8(raw) else _legacy(raw)
 
 
 def _is_utf_8(raw: bytes) -> bool:
-    """Return whether all bytes, but for a few that are damaged, are UTF-8."""
+    """Return whether the bytes are UTF-8, apart from a little damage."""
     text = raw.removeprefix(BOM).decode("utf-8", errors="surrogateescape")
-    bad = sum("\udc80" <= letter <= "\udcff" for letter in text)
-    good = sum(letter > "\x7f" for letter in text) - bad
-    return bad <= good / 20
+    n_invalid = sum("\udc80" <= character <= "\udcff" for character in text)
+    n_valid = sum(character > "\x7f" for character in text) - n_invalid
+    return n_invalid <= n_valid / 20
 
 
 def _legacy(raw: bytes) -> tuple[str, str]:
@@ -140,9 +144,9 @@ def _legacy(raw: bytes) -> tuple[str, str]:
 
     lines = [line for line in raw.splitlines(keepends=True) if not line.isascii()]
     sample = b"".join(lines[:2000])
-    if (japanese := _by_kana(sample)) is not None and _decoded(raw, japanese) is not None:
+    if (japanese := _detect_japanese(sample)) is not None and _decoded(raw, japanese) is not None:
         return japanese, "not UTF-8; read so, it is Japanese"
-    if (cyrillic := _by_common_russian(sample)) is not None and _decoded(raw, cyrillic) is not None:
+    if (cyrillic := _detect_russian(sample)) is not None and _decoded(raw, cyrillic) is not None:
         return cyrillic, "not UTF-8; read so, its letters are as frequent as in Russian"
     best = from_bytes(sample, cp_isolation=LEGACY).best()
     encoding = best.encoding if best else "latin-1"
@@ -156,18 +160,18 @@ def _legacy(raw: bytes) -> tuple[str, str]:
 
 
 def _is_western(text: str) -> bool:
-    """Return whether a text read as cp1252 is likelier to be that than the cp1250 of Prague.
+    """Return whether a text decoded as cp1252 is more likely cp1252 than cp1250.
 
-    Read wrongly, the letters of Czech, Polish, Hungarian and their neighbours become signs and
-    letters that the languages of the west hardly use.
+    If it is cp1250, letters of Czech, Polish or Hungarian appear as symbols and letters that
+    Western European languages rarely use.
     """
-    letters = [letter for letter in text if letter > "\x7f"]
-    rare = set(EASTERN) - (set("õ") if "ã" in letters else set())
-    if set("åø") <= set(letters):  # Danish or Norwegian
+    characters = [character for character in text if character > "\x7f"]
+    rare = set(RARE_IN_WESTERN) - (set("õ") if "ã" in characters else set())
+    if set("åø") <= set(characters):  # Danish or Norwegian
         rare -= set("ø")
-    if set(letters) <= set("àèéìîòóùú\u2019«»"):  # Italian
+    if set(characters) <= set("àèéìîòóùú\u2019«»"):  # Italian
         rare = set()
-    return sum(letter in rare for letter in letters) < 0.03 * len(letters)
+    return sum(character in rare for character in characters) < 0.03 * len(characters)
 
 
 def _decoded(raw: bytes, encoding: str) -> str | None:

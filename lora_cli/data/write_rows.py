@@ -1,6 +1,6 @@
-"""Write rows as csv, tsv, json lines or parquet: row after row, and whole or not at all.
+"""Write rows as csv, tsv, JSON lines or parquet, row by row and atomically.
 
-A column of lists of numbers can be written alone, as an array of numpy (`.npy`).
+A single column of lists of numbers can also be written as a NumPy array (`.npy`).
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ Write = Callable[[Sequence[dict[str, Any]]], None]
 
 
 @dataclass(frozen=True)
-class OutputForm:
+class OutputFormat:
     """How a file is written.
 
     Args:
-        columns: Its columns in order; rows of JSON have their own.
-        delimiter: What stands between the columns of a csv file.
-        encoding: Of a csv file; letters that it lacks are written by their numbers.
-        line_end: Of a csv file.
-        quoting: Of a csv file: `csv`, `backslash` or `none`, as in `data.format`.
-        schema: Columns of a parquet file with their types, a `pyarrow.Schema`.
-        copied: A parquet file whose columns, exactly as they are, come before the new ones.
+        columns: The columns in order; JSON rows have their own.
+        delimiter: Delimiter of a csv file.
+        encoding: Encoding of a csv file; characters that it lacks are written as escape sequences.
+        line_end: Line ending of a csv file.
+        quoting: Quoting of a csv file: `csv`, `backslash` or `none`, as in `data.format`.
+        schema: The `pyarrow.Schema` of a parquet file.
+        copied: A parquet file whose unchanged columns come before the new ones.
         header: Whether the first line of a csv file names its columns.
-        array: The column that is written alone, as an array of float32.
+        array: The only column to write, as a float32 array.
     """
 
     columns: list[str]
@@ -56,15 +56,15 @@ class OutputForm:
 
 
 def suffix_of(path: Path) -> str:
-    """Return the suffix that says how a file is written, without `.gz`."""
+    """Return the extension that determines the format of a file, without `.gz`."""
     return Path(path.name.removesuffix(".gz")).suffix.lower()
 
 
 def reject_target(source: Path, target: Path, overwrite: bool) -> None:
-    """Reject an output that cannot be written, or that would replace something.
+    """Reject an output file that cannot be written, or that must not be replaced.
 
     Raises:
-        LoraError: If it cannot be written, is the input, or exists and is not to be replaced.
+        LoraError: If it cannot be written, is the input, or exists without `overwrite`.
     """
     suffix = suffix_of(target)
     is_binary = suffix in (".parquet", ".npy")
@@ -90,18 +90,19 @@ def reject_target(source: Path, target: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def writing(target: Path, form: OutputForm, overwrite: bool = True) -> Iterator[Write]:
-    """Yield a function that writes rows; the file appears if the block ends well.
+def writing(target: Path, form: OutputFormat, overwrite: bool = True) -> Iterator[Write]:
+    """Yield a function that writes rows to a file, which appears once the block ends normally.
 
-    What processes left that were killed while they wrote the same file is deleted.
+    Temporary files left by killed processes that were writing the same file are deleted.
 
     Raises:
-        LoraError: If it cannot be written, or, without `overwrite`, another process wrote such a
-            file meanwhile; then nothing is left of it.
+        LoraError: If the file cannot be written, or if another process has written it meanwhile and
+            `overwrite` is false. No partial file remains.
+        ResourceError: If the disk is full.
     """
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     delete_of_dead(target)
-    before = _exit_on_signals()
+    previous_handlers = _exit_on_signals()
     try:
         if form.array is not None:
             with _array(temporary, form.array) as write:
@@ -110,15 +111,15 @@ def writing(target: Path, form: OutputForm, overwrite: bool = True) -> Iterator[
             with _parquet(temporary, form) as write:
                 yield write
         else:
-            table = WRITABLE[suffix_of(target)] != ""
-            with _text(temporary, target, form if table else None) as file:
-                yield _table(file, form) if table else _json(file)
+            is_table = WRITABLE[suffix_of(target)] != ""
+            with _text(temporary, target, form if is_table else None) as file:
+                yield _table(file, form) if is_table else _json(file)
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         if overwrite:
             temporary.replace(target)
         else:
-            os.link(temporary, target)  # which replaces nothing
+            os.link(temporary, target)  # unlike a rename, this never replaces a file
     except FileExistsError as error:
         what = f"{target} was written by another process meanwhile, and is not overwritten"
         hint = "name another file, or allow it with `--overwrite`"
@@ -130,45 +131,47 @@ def writing(target: Path, form: OutputForm, overwrite: bool = True) -> Iterator[
         raise kind(what, "--output", "name another file, or free some space") from error
     finally:
         temporary.unlink(missing_ok=True)
-        for number, handler in before.items():
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler)
 
 
 def _exit_on_signals() -> dict[signal.Signals, Any]:
-    """Let signals that would end the process at once raise `SystemExit`, and return what they did.
+    """Make fatal signals raise `SystemExit`, and return their previous handlers.
 
-    Otherwise nothing would delete the temporary file. A signal that is ignored stays so (`nohup`),
-    and one that is handled already.
+    Otherwise the temporary file would not be deleted. Signals that are ignored (`nohup`) or already
+    handled are left alone.
     """
 
     def leave(number: int, _: object) -> None:
         raise SystemExit(128 + number)
 
     if threading.current_thread() is not threading.main_thread():
-        return {}  # which Python does not let handle signals
+        return {}  # only the main thread can set signal handlers
     numbers = [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGXCPU]
-    before = {n: signal.SIG_DFL for n in numbers if signal.getsignal(n) is signal.SIG_DFL}
-    for number in before:
+    previous_handlers = {
+        n: signal.SIG_DFL for n in numbers if signal.getsignal(n) is signal.SIG_DFL
+    }
+    for number in previous_handlers:
         signal.signal(number, leave)
-    return before
+    return previous_handlers
 
 
 @contextmanager
-def _text(path: Path, target: Path, form: OutputForm | None) -> Iterator[IO[str]]:
+def _text(path: Path, target: Path, form: OutputFormat | None) -> Iterator[IO[str]]:
     encoding = form.encoding if form else "utf-8"
     opener: Any = gzip.open if target.suffix == ".gz" else open
-    # a letter that an old encoding lacks is written as Python writes it, and no answer is lost
+    # escape characters that a legacy encoding lacks, so that no answer is lost
     with opener(path, "wt", encoding=encoding, errors="backslashreplace", newline="") as file:
         yield file
 
 
 @contextmanager
-def _parquet(path: Path, form: OutputForm) -> Iterator[Write]:
+def _parquet(path: Path, form: OutputFormat) -> Iterator[Write]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     copied = parquet_batches(form.copied) if form.copied is not None else None
-    rest: list[Any] = []  # batches of which rows are to be copied yet
+    remaining: list[Any] = []  # batches with rows that are not copied yet
     texts = [field.name for field in form.schema if pa.types.is_string(field.type)]
 
     def write(rows: Sequence[dict[str, Any]]) -> None:
@@ -176,10 +179,10 @@ def _parquet(path: Path, form: OutputForm) -> Iterator[Write]:
         if copied is None:
             writer.write_table(pa.Table.from_pylist(cells, schema=form.schema))
             return
-        while sum(batch.num_rows for batch in rest) < len(rows):
-            rest.append(next(copied))
-        old = pa.Table.from_batches(rest)
-        rest[:] = old.slice(len(rows)).to_batches()
+        while sum(batch.num_rows for batch in remaining) < len(rows):
+            remaining.append(next(copied))
+        old = pa.Table.from_batches(remaining)
+        remaining[:] = old.slice(len(rows)).to_batches()
         added = [
             pa.array([row[field.name] for row in cells], field.type)
             for field in list(form.schema)[old.num_columns :]
@@ -193,26 +196,26 @@ def _parquet(path: Path, form: OutputForm) -> Iterator[Write]:
 
 @contextmanager
 def _array(path: Path, column: str) -> Iterator[Write]:
-    """Write a column of lists of numbers as rows of an array; a row without one is NaN."""
+    """Write a column of lists of numbers as rows of an array; a missing list becomes NaN."""
     import numpy as np
 
     rows = width = 0
 
     def header() -> bytes:
-        """Return numpy's header, always as long, so that it can be written before and after."""
+        """Return the NumPy header, with a fixed length so that it can be overwritten at the end."""
         shape = f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({rows}, {width}), }}"
         return b"\x93NUMPY\x01\x00" + (118).to_bytes(2, "little") + f"{shape:<117}\n".encode()
 
     with path.open("wb") as file:
         file.write(header())
 
-        def write(some: Sequence[dict[str, Any]]) -> None:
+        def write(batch: Sequence[dict[str, Any]]) -> None:
             nonlocal rows, width
-            vectors = [row[column] for row in some]
-            found = next((len(vector) for vector in vectors if vector is not None), width)
-            if found > width:  # of rows before, none had numbers
-                file.write(np.full((rows, found), np.nan, "<f4").tobytes())
-                width = found
+            vectors = [row[column] for row in batch]
+            new_width = next((len(vector) for vector in vectors if vector is not None), width)
+            if new_width > width:  # all rows before had no numbers
+                file.write(np.full((rows, new_width), np.nan, "<f4").tobytes())
+                width = new_width
             block = np.full((len(vectors), width), np.nan, "<f4")
             for line, vector in zip(block, vectors, strict=True):
                 if vector is not None:
@@ -232,7 +235,7 @@ def _json(file: IO[str]) -> Write:
     return write
 
 
-def _table(file: IO[str], form: OutputForm) -> Write:
+def _table(file: IO[str], form: OutputFormat) -> Write:
     if form.quoting == "none":
         return _plain_table(file, form)
     escapes = form.quoting == "backslash"
@@ -252,12 +255,12 @@ def _table(file: IO[str], form: OutputForm) -> Write:
     return write
 
 
-def _plain_table(file: IO[str], form: OutputForm) -> Write:
-    """Write fields as they are; what would divide a field in two becomes a space."""
-    dividers = re.compile(f"\r\n|[{re.escape(form.delimiter)}\r\n]")
+def _plain_table(file: IO[str], form: OutputFormat) -> Write:
+    """Write fields without quoting, replacing delimiters and line ends by spaces."""
+    separators = re.compile(f"\r\n|[{re.escape(form.delimiter)}\r\n]")
 
     def line(values: Iterable[Any]) -> str:
-        fields = ("" if value is None else dividers.sub(" ", str(value)) for value in values)
+        fields = ("" if value is None else separators.sub(" ", str(value)) for value in values)
         return form.delimiter.join(fields) + form.line_end
 
     def write(rows: Sequence[dict[str, Any]]) -> None:

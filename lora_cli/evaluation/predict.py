@@ -27,7 +27,7 @@ from lora_cli.data.media import (
 from lora_cli.data.media_folder import media_files
 from lora_cli.data.parquet_rows import parquet_schema
 from lora_cli.data.text_lines import RawRow
-from lora_cli.data.write_rows import WRITABLE, OutputForm, reject_target, suffix_of, writing
+from lora_cli.data.write_rows import WRITABLE, OutputFormat, reject_target, suffix_of, writing
 from lora_cli.errors import LoraError, Problem, counted, require_file
 from lora_cli.recipe import FormatSpec
 from lora_cli.tasks.contract import Task
@@ -126,7 +126,7 @@ def _with_folder(
 
 def _open_source(
     source: Path, target: Path, task: Task
-) -> tuple[Iterator[RawRow], OutputForm, list[str]]:
+) -> tuple[Iterator[RawRow], OutputFormat, list[str]]:
     """Return the rows of a file or a folder, the form of the output, and the new columns' names."""
     recipe, input_columns = task.recipe, task.input_columns()
     (column,) = input_columns.values() if len(input_columns) == 1 else [""]
@@ -149,7 +149,7 @@ def _open_source(
         require_columns(input_columns, columns, str(source))
     added = _free_names(list(task.answer_columns()), columns)
     if suffix_of(target) == ".npy":
-        return read_rows(source, form), OutputForm(added, array=_array_column(added, task)), added
+        return read_rows(source, form), OutputFormat(added, array=_array_column(added, task)), added
     output = _output_form(source, target, head, form, [*columns, *added], task)
     return read_rows(source, form), output, added
 
@@ -166,13 +166,13 @@ def _array_column(added: list[str], task: Task) -> str:
     return added[0]
 
 
-def _form_of_table(target: Path, columns: list[str], added: list[str], task: Task) -> OutputForm:
+def _form_of_table(target: Path, columns: list[str], added: list[str], task: Task) -> OutputFormat:
     """Return the form of the output for inputs that do not come from a table."""
     if suffix_of(target) == ".npy":
-        return OutputForm(added, array=_array_column(added, task))
+        return OutputFormat(added, array=_array_column(added, task))
     if suffix_of(target) != ".parquet":
-        return OutputForm([*columns, *added], WRITABLE[suffix_of(target)])
-    return OutputForm([*columns, *added], schema=_with_answers(None, columns, added, task))
+        return OutputFormat([*columns, *added], WRITABLE[suffix_of(target)])
+    return OutputFormat([*columns, *added], schema=_with_answers(None, columns, added, task))
 
 
 def _nothing_answered(problems: list[Problem]) -> LoraError:
@@ -196,7 +196,7 @@ def _free_names(wanted: Sequence[str], columns: Sequence[str]) -> list[str]:
 # -------------------------------------------------------------------------------------- the output
 
 
-def _unwritable(values: Sequence[Any], form: OutputForm) -> str:
+def _unwritable(values: Sequence[Any], form: OutputFormat) -> str:
     """Return an error message if the output's format cannot represent an answer, or ""."""
     if form.quoting == "none" and re.search(f"[{re.escape(form.delimiter)}\r\n]", str(values[0])):
         return "the answer holds a tab or a line end, which an output without quoting cannot"
@@ -211,13 +211,13 @@ def _unwritable(values: Sequence[Any], form: OutputForm) -> str:
 
 def _output_form(
     source: Path, target: Path, head: Head, form: FormatSpec, columns: list[str], task: Task
-) -> OutputForm:
+) -> OutputFormat:
     """Return the form of the output; a table is written in the format of the input table."""
     if suffix_of(target) == ".parquet":
         copied = source if head.kind == "parquet" else None
-        return OutputForm(columns, schema=_schema(source, head, columns, task), copied=copied)
+        return OutputFormat(columns, schema=_schema(source, head, columns, task), copied=copied)
     if kind_of(source, form) != "csv":
-        return OutputForm(columns, WRITABLE[suffix_of(target)])
+        return OutputFormat(columns, WRITABLE[suffix_of(target)])
     delimiter = WRITABLE[suffix_of(target)]
     # the delimiter of a single-column file is arbitrary: it just does not occur in the texts
     is_single = len(columns) == 1 + len(task.answer_columns())
@@ -226,7 +226,7 @@ def _output_form(
     encoding = "utf-8-sig" if head.has_mark and form.encoding == "utf-8" else form.encoding
     same = delimiter == delimiter_of(source, form)
     quoting = quoting_of(source, form).name if same else "csv"
-    return OutputForm(columns, delimiter, encoding, head.line_end, quoting, header=form.header)
+    return OutputFormat(columns, delimiter, encoding, head.line_end, quoting, header=form.header)
 
 
 def _schema(source: Path, head: Head, columns: list[str], task: Task) -> Any:

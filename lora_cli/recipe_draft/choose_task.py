@@ -6,7 +6,7 @@ from collections.abc import Collection
 from typing import Any
 
 from lora_cli.data.column_kinds import CONVERSATIONS
-from lora_cli.data.text_columns import content_of, listed, unnested
+from lora_cli.data.text_columns import content_of, listed, unnesting_hint
 from lora_cli.errors import LoraError, did_you_mean
 from lora_cli.recipe import TASKS
 from lora_cli.tasks import task_types
@@ -74,5 +74,5 @@ def _unreadable(table: Table) -> Proposal | None:
     if any(column.kind in READABLE for column in table.columns) and not is_whole:
         return None
     what = f"the columns stand inside `{nested.name}`, and no task looks there"
-    error = LoraError(what, table.place, unnested(nested, table.rows, table.place))
+    error = LoraError(what, table.place, unnesting_hint(nested, table.rows, table.place))
     return Proposal({}, {}, [], certainty=Certainty.UNREADABLE, error=error)

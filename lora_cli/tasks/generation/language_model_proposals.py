@@ -9,7 +9,7 @@ from typing import Any
 from lora_cli.data.chat_formats import conversation_error
 from lora_cli.data.column_kinds import CONVERSATIONS, Column, is_blank
 from lora_cli.data.jq_commands import field, jq_command
-from lora_cli.data.text_columns import TEXT_NAMES, listed, text_of, text_reason, unnested
+from lora_cli.data.text_columns import TEXT_NAMES, listed, text_of, text_reason, unnesting_hint
 from lora_cli.data.unsupported_rows import unsupported
 from lora_cli.errors import LoraError, counted, printable
 from lora_cli.tasks.classification.labelled_text_proposals import LABEL_NAMES, rank
@@ -160,7 +160,7 @@ def _no_label(table: Table, chosen: Proposal, base: BaseFacts) -> LoraError:
     hint = f"name the label with `--label COLUMN` ({listed(columns)}), or use a language model"
     for column in columns:
         if rank(column) < len(LABEL_NAMES) and column.kind == "other":
-            hint = unnested(column, table.rows, place)
+            hint = unnesting_hint(column, table.rows, place)
             return LoraError(f"`{column.name}` holds objects", place, hint)
         if rank(column) < len(LABEL_NAMES) and len(column.counts) == 1:
             value = next(iter(column.counts))

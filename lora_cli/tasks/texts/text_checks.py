@@ -7,7 +7,7 @@ from typing import Any
 
 from lora_cli.data.answer_choices import require_no_choices, require_one_answer_column
 from lora_cli.data.nested_values import require_flat
-from lora_cli.data.unsupported_rows import Found, several_answers
+from lora_cli.data.unsupported_rows import Finding, several_answers
 from lora_cli.errors import LoraError
 from lora_cli.tasks.proposal import Proposal, Table
 
@@ -32,7 +32,7 @@ def check_texts(table: Table, chosen: Proposal) -> None:
 
 
 def reject_rows(
-    rows: Sequence[dict[str, Any]], place: str, test: Callable[[dict[str, Any]], Found | None]
+    rows: Sequence[dict[str, Any]], place: str, test: Callable[[dict[str, Any]], Finding | None]
 ) -> None:
     """Reject rows of which some hold what no task reads.
 
