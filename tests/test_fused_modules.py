@@ -59,7 +59,7 @@ def test_norms_that_compute_as_llama_s_do_are_computed_by_the_kernel(
     assert type(given) is architecture
     is_llama_s = architecture in (LlamaRMSNorm, Qwen3RMSNorm)
     assert uses == ([(2, 3, 8)] if is_llama_s else [])
-    assert len(norms.found) == is_llama_s
+    assert len(norms.replaced) == is_llama_s
     assert (found - exact).abs().max() <= (wanted - exact).abs().max() + 1e-6
     gradients = [torch.autograd.grad(y, x, slope.to(y.dtype))[0] for y in (found, wanted)]
     assert (gradients[0] - gradients[1]).abs().max() <= 0.02 * gradients[1].abs().max()
@@ -67,8 +67,8 @@ def test_norms_that_compute_as_llama_s_do_are_computed_by_the_kernel(
 
 def test_a_norm_that_is_trained_or_computes_in_32_bits_stays(uses: list[tuple[int, ...]]) -> None:
     given = norm(LlamaRMSNorm)
-    assert RMSNorms(norm(LlamaRMSNorm).requires_grad_()).found == []
-    assert RMSNorms(norm(LlamaRMSNorm).float()).found == []
+    assert RMSNorms(norm(LlamaRMSNorm).requires_grad_()).replaced == []
+    assert RMSNorms(norm(LlamaRMSNorm).float()).replaced == []
     x = torch.randn(2, 8)
     with RMSNorms(given):
         assert given(x).dtype == torch.float32  # the weight has 16 bits, and the product more

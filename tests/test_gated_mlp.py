@@ -78,7 +78,7 @@ def test_an_mlp_is_what_its_architecture_computes(
     architecture, config, uses = MLPS[kind]
     mlp = adapted(architecture(config))
     gated = gated_mlp.GatedMLPs([nn.Sequential(mlp)])
-    assert [type(found) for found, _ in gated.found] == [architecture] * len(uses)
+    assert [type(found) for found, _ in gated.replaced] == [architecture] * len(uses)
     if off is not None and hasattr(mlp, off):  # after the choice
         getattr(mlp, off).enabled = False
     x = torch.randn(2, 5, 12, dtype=torch.bfloat16)
@@ -125,7 +125,7 @@ def test_the_compiler_leaves_to_the_kernel_the_updates_before_the_gate(
         nn.init.normal_(getattr(other, "lora_B", torch.empty(1)))
         setattr(mlp, lacks, other)
     by_compiler = gated_mlp.GatedMLPs([mlp], compiled=True)
-    assert len(by_compiler.found) == (lacks == "down_proj")
+    assert len(by_compiler.replaced) == (lacks == "down_proj")
     wanted = mlp.eval()(x)
     with gated_mlp.GatedMLPs([mlp]):  # one that is not compiled has the kernel in any case
         found = mlp(x)

@@ -25,20 +25,20 @@ from lora_cli.tasks.examples import Batch
 from lora_cli.training import choose_engine as choose_engine_module
 from lora_cli.training import compiled_layers, graph_engine
 from lora_cli.training.choose_engine import (
-    WORK_BESIDE_KERNELS,
     WORK_WORTH_COMPILING,
+    WORK_WORTH_COMPILING_FUSED_MODULES,
     choose_engine,
 )
 from lora_cli.training.compiled_layers import (
     CHECKPOINTING_BUDGET,
     GATED_BUDGET,
+    MAX_SHAPES,
     MEMORY_BUDGET,
-    SHAPES,
     CompiledLayers,
     repeated_layers,
 )
 from lora_cli.training.engine import Engine
-from lora_cli.training.graph_engine import ROOM, Graph, GraphEngine, shape_of
+from lora_cli.training.graph_engine import FREE_MEMORY, Graph, GraphEngine, shape_of
 from lora_cli.training.step import train_step
 
 
@@ -233,14 +233,14 @@ def test_graphs_are_recorded_while_there_is_room(cuda: Cuda) -> None:
     found = engine(GraphEngine)
     shape = shape_of(numbers(2, 0))
     found.gradients = torch.zeros(3)
-    found.seen[shape] = 3
+    found.n_plain_steps[shape] = 3
     cuda.allocated, cuda.peak, cuda.reserved = 200, 250, 300
-    cuda.total = int(200 + ROOM * 50 + 1)
+    cuda.total = int(200 + FREE_MEMORY * 50 + 1)
     assert found._may_record(shape)
     cuda.total -= 1
     assert not found._may_record(shape)
     cuda.total += 1
-    found.graphs = dict.fromkeys(range(graph_engine.MOST_GRAPHS - 1))
+    found.graphs = dict.fromkeys(range(graph_engine.MAX_GRAPHS - 1))
     assert found._may_record(shape)
     found.graphs[-1] = None
     assert not found._may_record(shape)
@@ -253,7 +253,7 @@ def test_graphs_are_recorded_while_there_is_room(cuda: Cuda) -> None:
     found.records = False
     assert not found._may_record(shape)
     found.records = True
-    found.seen[shape] = 2
+    found.n_plain_steps[shape] = 2
     assert not found._may_record(shape)
 
 
@@ -307,7 +307,9 @@ def test_layers_are_compiled_within_a_step_alone(
     second.forward = own = second.forward  # as a wrapper leaves it
     assert found.kind == "plain autograd with compiled layers"
     train_step(found, [numbers(2, 0)])
-    assert ran == [(SHAPES, 1.0, False)] * 2  # few shapes: short texts, which need little memory
+    assert (
+        ran == [(MAX_SHAPES, 1.0, False)] * 2
+    )  # few shapes: short texts, which need little memory
     assert "forward" not in first.__dict__
     assert second.__dict__["forward"] == own
     assert (torch._dynamo.config.recompile_limit, budget()) == limits
@@ -318,7 +320,7 @@ def test_layers_are_compiled_within_a_step_alone(
     assert found.kind == "1 CUDA graph with compiled layers"
     with CompiledLayers(found.model, few_shapes=False).in_use():
         found.model(torch.ones(1, 2), False)
-    assert ran[-1] == (SHAPES, MEMORY_BUDGET, None)  # any length after the second
+    assert ran[-1] == (MAX_SHAPES, MEMORY_BUDGET, None)  # any length after the second
 
 
 @pytest.mark.parametrize("few_shapes", [True, False])
@@ -412,7 +414,7 @@ def test_layers_that_are_alike_are_those_of_lists_of_at_least_two() -> None:
 
 # ------------------------------------------------------------------------------- choosing
 
-ALONE, BESIDE = WORK_WORTH_COMPILING, WORK_BESIDE_KERNELS
+ALONE, BESIDE = WORK_WORTH_COMPILING, WORK_WORTH_COMPILING_FUSED_MODULES
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,12 @@ from lora_cli.training.batches import Batches
 from lora_cli.training.engine import Engine
 from lora_cli.training.fused_modules import FusedModules
 
-# To compile layers takes about half a minute. It saves some 3 ms of a short step, and a fifth of a
-# long one, or a tenth beside fused modules: half a minute of 200 or 700 s, in which a GPU makes so
-# many operations (3e14 a second)
+# Compiling the layers takes about half a minute. It saves some 3 ms of a short step. Of a long step
+# it saves a fifth, or a tenth if fused modules are the alternative, so it pays in runs of more than
+# 200 or 700 s. The limits on work are the operations of a GPU in that time, at 3e14 a second.
 STEPS_WORTH_COMPILING = 1000
 WORK_WORTH_COMPILING = 6e16
-WORK_BESIDE_KERNELS = 2e17
+WORK_WORTH_COMPILING_FUSED_MODULES = 2e17
 
 
 def choose_engine(
@@ -27,15 +27,15 @@ def choose_engine(
 
     Args:
         model: The model, in training mode.
-        task: It computes the losses.
-        optimizer: Prepared by Accelerate.
-        accelerator: Precision and processes.
-        batches: Those of the whole run, so that a resumed one computes the same.
+        task: The task, which computes the losses.
+        optimizer: The optimizer as prepared by Accelerate.
+        accelerator: The precision and the processes.
+        batches: All batches of the run, so that a resumed run gets the same engine.
     """
     train = task.recipe.train
     parts = (model, task, optimizer, accelerator, train.max_grad_norm)
-    # where texts share rows, an example was seen to be computed in the same way in any batch; a
-    # language model's attention is slower in a graph, where transformers gives it a mask
+    # The outputs of packed encoders do not depend on the batch. Language models are not recorded:
+    # inside a graph, transformers passes their attention a mask, which makes it slower.
     records = task.same_in_any_batch and not task.learned.checkpointing_of(train)
     records = records and not task.waits_for_device
     required = train.kernels == "fused"
@@ -45,24 +45,24 @@ def choose_engine(
     from lora_cli.training.graph_engine import GraphEngine
 
     layers: CompiledLayers | FusedModules = fused_modules(model, accelerator)
-    least_work = WORK_BESIDE_KERNELS if layers.layers else WORK_WORTH_COMPILING
+    least_work = WORK_WORTH_COMPILING_FUSED_MODULES if layers.layers else WORK_WORTH_COMPILING
     if required or _compiling_pays(model, batches, least_work):
         layers = CompiledLayers(model, task.same_in_any_batch)
     if not (records or layers.layers):
         return Engine(*parts)
-    found = layers if layers.layers else None
-    return GraphEngine(*parts, layers=found, records=records, required=required)
+    used_layers = layers if layers.layers else None
+    return GraphEngine(*parts, layers=used_layers, records=records, required=required)
 
 
 def may_use_kernels(task: Task, accelerator: Accelerator) -> bool:
-    """Return whether steps may be computed otherwise than by the model's own code."""
+    """Return whether steps may use anything but the model's own code."""
     train = task.recipe.train
-    plain = train.kernels == "reference" or train.distill is not None  # a teacher may compute too
+    plain = train.kernels == "reference" or train.distill is not None  # a teacher may run as well
     return accelerator.device.type == "cuda" and not plain
 
 
 def fused_modules(model: nn.Module, accelerator: Accelerator) -> FusedModules:
-    """Return the modules that kernels compute in this precision."""
+    """Return the modules that have a fused kernel in this precision."""
     return FusedModules(model, autocast=accelerator.mixed_precision != "no")
 
 

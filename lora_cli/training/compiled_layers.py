@@ -1,7 +1,7 @@
-"""A model's repeated layers, compiled: torch joins small kernels and keeps fewer activations.
+"""A model's repeated layers, compiled: torch fuses small kernels and keeps fewer activations.
 
-Only the layers are compiled, since they are most of the work and one compilation serves all that
-are alike. The rest of the model, and whatever it looks up in Python, stays as it is.
+Only the layers are compiled: they are most of the work, and identical layers share a compilation.
+The rest of the model, with its Python code, stays as it is.
 """
 
 from __future__ import annotations
@@ -18,22 +18,23 @@ from torch.utils._pytree import tree_leaves
 from lora_cli.models.offloaded_inputs import OffloadingCheckpoint
 from lora_cli.training.stacked_products import stacked_products, stacked_updates
 
-SHAPES = 64  # torch compiles a layer anew for each shape, and by default gives up after 8
-MEMORY_BUDGET = 0.8  # of the activations that autograd would keep: the cheapest are computed again
-# where there are many; the short texts that batches of few shapes consist of need little memory
-GATED_BUDGET = 0.9  # with the kernel of gated MLPs: at 0.8, attention is computed again too
-CHECKPOINTING_BUDGET = 0.0  # with gradient checkpointing: a layer keeps nothing but its inputs
-# small kernels that do not depend on each other become one
+MAX_SHAPES = 64  # torch compiles a layer again for each shape, and by default gives up after 8
+# The share of the activations that is kept; the compiler recomputes the cheapest others. Batches
+# with few shapes consist of short texts, which need little memory, so there all are kept.
+MEMORY_BUDGET = 0.8
+GATED_BUDGET = 0.9  # with the kernel for gated MLPs: at 0.8, attention would be recomputed too
+CHECKPOINTING_BUDGET = 0.0  # with gradient checkpointing, a layer keeps only its inputs
+# fuse small kernels that do not depend on each other
 OPTIONS: dict[str, Any] = {"combo_kernels": True, "combo_kernels_autotune": 0}
 
 
 class CompiledLayers:
-    """The layers of a model of which there are many alike.
+    """The repeated layers of a model.
 
     Args:
-        model: It runs compiled only within `in_use`.
-        few_shapes: Whether batches are some rows of equal width, for which a layer is compiled
-            once; else the second compilation is for any length.
+        model: The model, whose layers run compiled only within `in_use`.
+        few_shapes: Whether all batches consist of rows of the same width, for which a layer is
+            compiled once. Otherwise its second compilation is for any length.
     """
 
     failure = "the model's layers cannot be compiled"
@@ -43,12 +44,13 @@ class CompiledLayers:
         self.few_shapes = few_shapes
         self.on_gpu = any(p.is_cuda for layer in self.layers[:1] for p in layer.parameters())
         trained = [p for layer in self.layers for p in layer.parameters() if p.requires_grad]
-        # how a vector's gradient is summed over the rows may depend on how many there were first
+        # The order in which a vector's gradient is summed over rows may depend on the number of
+        # rows at compilation. (The gradient of a matrix is a product, which cuBLAS computes.)
         any_rows = few_shapes and all(parameter.ndim == 2 for parameter in trained)
         self.compiled = [self._compile(layer, any_rows) for layer in self.layers]
         self.memory_budget = 1.0 if few_shapes else MEMORY_BUDGET
-        # the compiler computes a layer again without what no gradient needs, such as its last
-        # product, which transformers' own checkpointing, around the compiled layer, would
+        # transformers' checkpointing would run a whole compiled layer again. The compiler
+        # recomputes only what the gradients need, without the layer's last product.
         self.checkpointed: list[Any] = [
             layer for layer in self.layers if getattr(layer, "gradient_checkpointing", False)
         ]
@@ -68,7 +70,7 @@ class CompiledLayers:
         def forward(*arguments: Any, **named: Any) -> Any:
             for value in tree_leaves((arguments, named)):
                 if isinstance(value, Tensor) and value.ndim > 2:
-                    torch._dynamo.maybe_mark_dynamic(value, 0)  # the number of rows
+                    torch._dynamo.maybe_mark_dynamic(value, 0)  # any number of rows
             return compiled(*arguments, **named)
 
         return forward
@@ -76,31 +78,29 @@ class CompiledLayers:
     def choose_products(self, compute: Callable[[], Any]) -> None:
         """Choose what is computed together from now on.
 
-        With short texts, linear layers that read the same input are multiplied at once. Long ones
-        gain nothing from that: their products are large, and their gradients have to be copied.
-        But their low-rank updates share a product, and are added where the gate of an MLP reads
-        them.
+        With short texts, linear layers with the same input become one product. With long texts,
+        only their low-rank updates share a product, and those of gated MLPs are added by a kernel.
 
         Args:
-            compute: Makes a forward pass.
+            compute: Runs a forward pass.
         """
         if self.few_shapes:
             self.products = stacked_products(self.layers, compute)
-        elif self.on_gpu:  # where torch compiles with Triton: it is there
+        elif self.on_gpu:  # torch compiles with Triton there, so the kernel can use it too
             from lora_cli.training.gated_mlp import GatedMLPs
 
             gated = GatedMLPs(self.layers, compiled=True)
             self.products = [*stacked_updates(self.layers, compute, but=gated.gates), gated]
-            if gated.found:
-                self.kind += f" ({len(gated.found)} gated MLPs by a kernel of our own)"
+            if gated.replaced:
+                self.kind += f" ({len(gated.replaced)} gated MLPs by a kernel of our own)"
                 self.memory_budget = self.memory_budget and GATED_BUDGET
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Let the layers run compiled within the context."""
+        """Run the layers compiled within the context."""
         own = [layer.__dict__.get("forward") for layer in self.layers]
         with ExitStack() as stack:
-            patches = torch._dynamo.config.patch(recompile_limit=SHAPES)
+            patches = torch._dynamo.config.patch(recompile_limit=MAX_SHAPES)
             stack.enter_context(patches)
             budget = torch._functorch.config.patch(activation_memory_budget=self.memory_budget)
             stack.enter_context(budget)
@@ -129,12 +129,15 @@ class CompiledLayers:
 
 
 def repeated_layers(model: nn.Module) -> list[nn.Module]:
-    """Return the layers of which a model has at least two alike, but none within another."""
-    found: list[nn.Module] = []
+    """Return the layers of each list of at least two layers of one class, but none within another.
+
+    Such a list is for example the encoder layers of BERT.
+    """
+    layers: list[nn.Module] = []
     for part in model.children():
-        alike = isinstance(part, nn.ModuleList) and len({type(layer) for layer in part}) == 1
-        if alike and len(part) > 1:  # type: ignore[arg-type]
-            found += list(part.children())
+        same_class = isinstance(part, nn.ModuleList) and len({type(layer) for layer in part}) == 1
+        if same_class and len(part) > 1:  # type: ignore[arg-type]
+            layers += list(part.children())
         else:
-            found += repeated_layers(part)
-    return found
+            layers += repeated_layers(part)
+    return layers

@@ -1,8 +1,8 @@
-"""Modules of common architectures that one kernel computes, on a GPU: gated MLPs and RMS norms.
+"""Fused kernels for modules of common architectures on a GPU: gated MLPs and RMS norms.
 
-As the architecture's own code they are several operations, each of which writes a matrix to memory
-that the next one reads, and many of these matrices are kept for the backward pass. Compiled layers
-have no such operations left, but it takes half a minute to compile them; these are there at once.
+The architecture's own code computes them by several operations. Each of them writes a matrix that
+the next one reads, and many of these matrices are kept for the backward pass. Compiling the layers
+would fuse such operations too, but takes half a minute; these kernels are ready at once.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ IN_16_BITS = (torch.float16, torch.bfloat16)
 
 
 class ReplacedForward:
-    """Lets modules compute by the `forward` of another class, within the context.
+    """A context in which modules use the `forward` of another class.
 
-    The modules get a subclass of both classes: torch compiles methods of objects anew for each
-    object, and those of a class once.
+    The class of each module is changed to a subclass of both classes. (Assigning a method to each
+    object would make torch compile it once per object, instead of once per class.)
 
     Args:
-        modules: They keep their parameters and their attributes.
-        kernel: The class whose `forward` is called; `super().forward` there is the module's own.
+        modules: The modules, which keep their parameters and attributes.
+        kernel: The class whose `forward` is used. `super().forward` in it is the module's own.
     """
 
     def __init__(self, modules: Iterable[nn.Module], kernel: type[nn.Module]) -> None:
-        self.found = [(module, type(module)) for module in modules]
+        self.replaced = [(module, type(module)) for module in modules]
         self.kernel = kernel
 
     def __enter__(self) -> None:
-        for module, own in self.found:
+        for module, own in self.replaced:
             module.__class__ = _subclass(self.kernel, own)  # type: ignore[arg-type]
 
     def __exit__(self, *_: object) -> None:
-        for module, own in self.found:
+        for module, own in self.replaced:
             module.__class__ = own
 
 
@@ -55,24 +55,24 @@ def _subclass(kernel: type[nn.Module], own: type[nn.Module]) -> type[nn.Module]:
 
 
 def has_code_of(module: nn.Module, architecture: type[nn.Module]) -> bool:
-    """Return whether a module's `forward` does what another architecture's does.
+    """Return whether a module's `forward` has the same code as that of another class.
 
-    transformers repeats the code of Llama's modules in a hundred architectures.
+    transformers copies the code of Llama's modules into a hundred architectures.
     """
     own, known = type(module).forward, architecture.forward
     if not isinstance(own, FunctionType) or "forward" in module.__dict__:
         return False
     code, other = own.__code__, known.__code__
-    same_numbers = _numbers(code.co_consts) == _numbers(other.co_consts)
-    return same_numbers and code.co_code == other.co_code and code.co_names == other.co_names
+    same_constants = _constants(code.co_consts) == _constants(other.co_consts)
+    return same_constants and code.co_code == other.co_code and code.co_names == other.co_names
 
 
-def _numbers(constants: tuple[Any, ...]) -> list[Any]:
-    return [constant for constant in constants if not isinstance(constant, str)]  # docstrings
+def _constants(constants: tuple[Any, ...]) -> list[Any]:
+    return [constant for constant in constants if not isinstance(constant, str)]  # no docstrings
 
 
 class _RMSNorm(nn.Module):
-    """Comes before an architecture's own class, whose attributes and equation are Llama's."""
+    """A base class put before an architecture's own class, whose equation is Llama's."""
 
     weight: nn.Parameter
     variance_epsilon: float
@@ -86,7 +86,7 @@ class _RMSNorm(nn.Module):
 
 
 class RMSNorms(ReplacedForward):
-    """The RMS norms within a model that compute as Llama's, in 16 bits, and are not trained."""
+    """The frozen RMS norms of a model that have Llama's equation and weights in 16 bits."""
 
     def __init__(self, model: nn.Module) -> None:
         norms: list[Any] = [part for part in model.modules() if has_code_of(part, LlamaRMSNorm)]
@@ -95,11 +95,11 @@ class RMSNorms(ReplacedForward):
 
 
 class FusedModules:
-    """The gated MLPs and RMS norms of a model, if its layers are not compiled.
+    """The gated MLPs and RMS norms of a model whose layers are not compiled.
 
     Args:
-        model: It runs by kernels only within `in_use`, and only what it computes in 16 bits.
-        autocast: Whether torch converts what it computes to 16 bits.
+        model: The model. It uses the kernels only within `in_use`, and only in 16 bits.
+        autocast: Whether torch's autocast makes it compute in 16 bits.
     """
 
     failure = "the kernels of gated MLPs and norms cannot be used"
@@ -116,25 +116,25 @@ class FusedModules:
             norms, mlps = RMSNorms(model), GatedMLPs([model])
             self.groups, self.gates = [norms, mlps], mlps.gates
             pairs = ((mlps, "gated MLP"), (norms, "norm"))
-            counts = [counted(len(group.found), noun) for group, noun in pairs if group.found]
+            counts = [counted(len(group.replaced), noun) for group, noun in pairs if group.replaced]
             self.kind = " and ".join(counts) + " by one kernel each"  # for the report
 
     @property
     def layers(self) -> list[nn.Module]:
-        """The modules that kernels compute."""
-        return [module for group in self.groups for module, _ in group.found]
+        """The modules that have a kernel."""
+        return [module for group in self.groups for module, _ in group.replaced]
 
     def choose_products(self, compute: Callable[[], Any]) -> None:
-        """Let low-rank updates with one input share a product from now on.
+        """From now on, let low-rank updates with the same input share the product A x.
 
         Args:
-            compute: Makes a forward pass.
+            compute: Runs a forward pass.
         """
         self.updates = stacked_updates([self.model], compute, but=self.gates)
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Let kernels compute the modules within the context."""
+        """Use the kernels within the context."""
         with ExitStack() as stack:
             parts: list[AbstractContextManager[None]] = [*self.groups, *self.updates]
             for part in parts:

@@ -1,4 +1,4 @@
-"""Let a kernel compute the gate of decoders' MLPs, with the low-rank updates around it."""
+"""Gated MLPs of decoders whose gate, with the low-rank updates around it, is one kernel."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ GELU = (type(ACT2FN["gelu_pytorch_tanh"]), type(ACT2FN["gelu_new"]))  # by the s
 
 
 class GatedMLPs(ReplacedForward):
-    """The gated MLPs within some modules that the kernel can compute.
+    """The gated MLPs within some modules that can use the kernel.
 
     Args:
-        modules: A model, or layers of one.
-        compiled: Whether the modules are to be compiled. The compiler joins the operations of a
-            gate itself, except for low-rank updates; so only MLPs with updates count. Nor do those
-            with dropout: it made a step longer, and kept more in memory.
+        modules: A model, or some of its layers.
+        compiled: Whether the modules will be compiled. The compiler fuses the operations of a gate
+            itself, but not the low-rank updates, so only MLPs with updates use the kernel. MLPs
+            with dropout do not: with the kernel, steps took longer and needed more memory.
     """
 
     def __init__(self, modules: Iterable[nn.Module], compiled: bool = False) -> None:
@@ -41,12 +41,12 @@ class GatedMLPs(ReplacedForward):
     @property
     def gates(self) -> list[nn.Module]:
         """The layers gate and up, whose updates the kernel adds."""
-        mlps: list[Any] = [mlp for mlp, _ in self.found]
+        mlps: list[Any] = [mlp for mlp, _ in self.replaced]
         return [layer for mlp in mlps for layer in (mlp.gate_proj, mlp.up_proj)]
 
 
 class _GatedMLP(nn.Module):
-    """Comes before an architecture's own class, whose attributes and equation are Llama's."""
+    """A base class put before an architecture's own class, whose equation is Llama's."""
 
     gate_proj: Any
     up_proj: Any
@@ -72,7 +72,7 @@ class _GatedMLP(nn.Module):
 
 
 def _without_update(layer: Any) -> Any:
-    """Return what computes a layer's output without its update, or the layer if there is none."""
+    """Return the base of a layer whose update the kernel adds; otherwise the layer itself."""
     return layer.base if _has_plain_lora(layer) else layer
 
 
@@ -84,20 +84,20 @@ def _updates(
     Args:
         layers: Linear layers, with LoRA or without it.
         x: Their input (..., in).
-        outputs: What each computes without its update, or, if it has none, as a whole (..., out).
+        outputs: The output of each layer, without the update that the kernel adds (..., out).
 
     Returns:
-        s A x (..., rank) and B (out, rank) of each; of rank 0 if it has no update.
+        s A x (..., rank) and B (out, rank) of each layer; of rank 0 if the kernel adds no update.
     """
     if all(_has_plain_lora(layer, dropout=False) for layer in layers):
         hidden = hidden_of_updates(layers, x)
     else:
         hidden = [_hidden(layer, x) for layer in layers]
-    found = []
+    factors = []
     for layer, h, y in zip(layers, hidden, outputs, strict=True):
         b = layer.lora_B if _has_plain_lora(layer) else y.new_empty(y.shape[-1], 0)
-        found.append((h.to(y.dtype), b.to(y.dtype)))
-    return found
+        factors.append((h.to(y.dtype), b.to(y.dtype)))
+    return factors
 
 
 def _hidden(layer: Any, x: Tensor) -> Tensor:
@@ -108,16 +108,16 @@ def _hidden(layer: Any, x: Tensor) -> Tensor:
 
 
 def _has_plain_lora(layer: Any, dropout: bool = True) -> bool:
-    """Return whether a layer has plain LoRA that is switched on, of a rank for the kernel.
+    """Return whether a layer has plain LoRA that is enabled, with a rank that the kernel supports.
 
     Args:
         layer: A linear layer, with LoRA or without it.
-        dropout: Whether it may have dropout.
+        dropout: Whether a layer with dropout counts.
     """
     plain = type(layer) is LoRALinear and layer.enabled and layer.rank <= MAX_RANK
     return plain and (dropout or not layer.dropout.p)
 
 
 def _computes_as_llama(module: nn.Module) -> bool:
-    """Return whether a module computes as Llama's MLP does, with SiLU or GELU."""
+    """Return whether a module has the code of Llama's MLP, with SiLU or GELU."""
     return has_code_of(module, LlamaMLP) and type(module.act_fn) in SILU + GELU

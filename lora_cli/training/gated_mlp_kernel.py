@@ -1,18 +1,18 @@
-"""The gate of an MLP together with the low-rank updates around it, on a GPU: one kernel each way.
+"""Kernels for the gate of an MLP, forward and backward, with the low-rank updates around it.
 
 The MLP of Llama, and of most decoders since, computes `down(act(gate(x)) * up(x))`. With the
-outputs G and U (tokens, n) of the frozen layers gate and up, and updates of rank r, that is
+outputs G and U (tokens, n) of the frozen layers gate and up, and updates of rank r, this is
 
     g = G + h_g B_g^T,    u = U + h_u B_u^T,    y = act(g) u,    h = y A_d^T
 
 where h_g and h_u (tokens, r) are s A x of the layers gate and up, and A_d is the A of down.
-Computed one by one, the updates, g and u are matrices of n columns that are written to memory and
-read again. Here a program adds the updates to its block of G and U, and writes y alone.
+As separate operations, the updates, g and u are matrices of n columns, which are written to memory
+and read again. Here each program adds the updates to its block of G and U, and writes only y.
 
-In the backward pass a program goes through many tokens of some columns. It computes the same blocks
-again, adds the gradient that comes through h, and sums the gradients of B_g, B_u and A_d over its
-tokens. So y is not written again, and the gradients of G and U are read once less. All of this is
-limited by the speed of the memory: a program reads its large blocks before it multiplies anything.
+In the backward pass, a program loops over many tokens of some columns. It recomputes the blocks of
+g and u, adds the gradient that comes through h, and sums the gradients of B_g, B_u and A_d over its
+tokens. So y need not be written again, and the gradients of G and U are read once less. The kernels
+are limited by memory bandwidth, so a program loads its large blocks before it multiplies anything.
 
 Both activations are g times a sigmoid: SiLU is g sigmoid(g), and the GELU of Gemma and others, by
 its usual approximation, g sigmoid(z) with z = sqrt(8 / pi) (g + 0.044715 g^3).
@@ -28,17 +28,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TOKENS, COLUMNS = 64, 64  # of a block; a program of the forward pass has one
+TOKENS, COLUMNS = 64, 64  # of a block; a program of the forward pass computes one block
 FORWARD_WARPS, BACKWARD_WARPS = 8, 4
-MAX_RANK = 64  # of an update: with more, the sums of the backward pass do not fit into registers
-SEGMENT = 1024  # tokens of a program of the backward pass, over which it sums
-# it reads blocks ahead, if they fit into the fast memory of a processor: on an A100 and later
+MAX_RANK = 64  # of an update; for larger ranks, the sums of the backward pass exceed the registers
+SEGMENT = 1024  # tokens over which a program of the backward pass sums
+# it loads blocks ahead if its shared memory is large enough for them, as on an A100 and later
 STAGES, SHARED_BYTES = 3, 160_000
 
 
 @triton.jit
 def _matrix(x, rows, columns, n_rows, n_columns):  # type: ignore[no-untyped-def]
-    """Return the block of a matrix (n_rows, n_columns) at some rows and columns, 0 outside."""
+    """Load the block of a matrix (n_rows, n_columns) at some rows and columns; 0 outside of it."""
     rows, columns = rows[:, None], columns[None, :]
     inside = (rows < n_rows) & (columns < n_columns)
     return tl.load(x + rows.to(tl.int64) * n_columns + columns, inside, other=0.0)
@@ -139,7 +139,7 @@ def _backward(  # type: ignore[no-untyped-def]
             sum_up += tl.dot(tl.trans(du), u_h)
         if DOWN_RANK:
             sum_down += tl.dot(tl.trans(d_h), (g * share * u).to(dtype))
-    n_sums = segment.to(tl.int64) * n_columns  # of the segments before, for each rank
+    n_sums = segment.to(tl.int64) * n_columns  # those of earlier segments, for each rank
     if GATE_RANK:
         _store(dgate_b + n_sums * gate_rank, sum_gate, columns, g_ranks, n_columns, gate_rank)
     if UP_RANK:
@@ -149,10 +149,10 @@ def _backward(  # type: ignore[no-untyped-def]
 
 
 def _block_ranks(*ranks: int) -> dict[str, int]:
-    """Return the sizes of a program's blocks of the factors.
+    """Return the ranks of a program's blocks: powers of two of at least 16, as `tl.dot` needs.
 
     Args:
-        ranks: Of gate, up and, in the backward pass, down; 0 if there is no update.
+        ranks: The ranks of gate, up and, in the backward pass, down; 0 if there is no update.
     """
     sizes = [max(triton.next_power_of_2(rank), 16) if rank else 0 for rank in ranks]
     return dict(zip(("GATE_RANK", "UP_RANK", "DOWN_RANK"), sizes, strict=False))
@@ -187,7 +187,7 @@ def gated_product(
         gate_b: The B of gate, (n, rank).
         up_b: The B of up, (n, rank).
         down_a: The A of down, (rank, n); None if down has no plain LoRA.
-        is_gelu: Whether the activation is GELU (by its approximation), or else SiLU.
+        is_gelu: Whether the activation is GELU (its tanh approximation); otherwise it is SiLU.
 
     Returns:
         y (..., n) and h (..., rank); h is empty without `down_a`.

@@ -1,11 +1,11 @@
-"""Steps on a GPU as CUDA graphs: what a small step waits for is mostly Python.
+"""Steps on a GPU as CUDA graphs, since small steps mostly wait for Python.
 
-A step of RoBERTa-large on short sentences is 3,000 kernels, which a GPU computes in 5 ms and Python
-launches in 50. The forward and the backward pass of a micro-batch are recorded once for each shape
-that recurs, and replayed from then on: the same kernels on the same numbers, so that the result is
-the same, bit for bit; and so is the update of the weights (`recorded_update.py`). In long runs the
-layers are compiled first, which joins small kernels. In short ones some modules of a language model
-are computed by one kernel each (`fused_modules.py`).
+A step of RoBERTa-large on short sentences has 3,000 kernels, which a GPU computes in 5 ms and
+Python launches in 50. The forward and backward pass of a micro-batch are recorded once for each
+shape that recurs, and replayed from then on. A replay runs the same kernels on the same values, so
+its result is the same, bit for bit. The update of the weights is recorded too
+(`recorded_update.py`). In long runs the layers are compiled first, which fuses small kernels. In
+short runs, some modules of a language model use fused kernels (`fused_modules.py`).
 """
 
 from __future__ import annotations
@@ -29,11 +29,13 @@ from lora_cli.training.resource_errors import is_out_of_memory
 from lora_cli.training.seeds import random_state_restored
 from lora_cli.unexpected_errors import own_words
 
-SEEN = 2  # a shape is recorded when it occurs again after so many times
-MOST_GRAPHS = 32
-ROOM = 8.0  # a graph keeps its activations: so many times as much has to be free. Where they are
-# large, so are the kernels, and there is nothing to gain
-EQUAL = 1e-3  # of the largest gradient: what a replay may differ by, where sums have no fixed order
+PLAIN_STEPS = 2  # of a shape, before it is recorded
+MAX_GRAPHS = 32
+# A graph keeps its activations, so this many times their size has to be free. If they are larger,
+# the kernels are long, and a graph would gain nothing.
+FREE_MEMORY = 8.0
+# how much a replay may differ, as a share of the largest gradient: some sums have no fixed order
+TOLERANCE = 1e-3
 AS_IT_IS = "`--set train.kernels=auto` computes such steps as they are"
 Shape = tuple[Any, ...]
 
@@ -63,28 +65,28 @@ class GraphEngine(Engine):
     """Computes gradients by recorded graphs, where a shape recurs.
 
     Args:
-        layers: The model's layers if they are to run compiled, which takes some seconds a shape; or
-            the modules that kernels compute.
+        layers: The model's layers, if they are to run compiled, or its modules with fused kernels.
         records: Whether steps may be recorded.
-        required: Whether it is an error if layers cannot be compiled, or steps not be recorded.
+        required: Whether it is an error if layers cannot be compiled or steps cannot be recorded.
     """
 
     layers: CompiledLayers | FusedModules | None = None
     records: bool = True
     required: bool = False
     why_not: str = ""
-    """Why no graphs are recorded, if that was found to be impossible."""
+    """Why no graphs are recorded, if recording failed."""
     why_not_compiled: str = ""
-    """Why the layers run as they are, if they were to be compiled or computed by kernels."""
+    """Why the layers run by the model's own code, if compiling them or the kernels failed."""
     is_compiled: bool = False
     """Whether the layers have been compiled for the first batch."""
     graphs: dict[Shape, Graph] = field(default_factory=dict)
-    seen: Counter[Shape] = field(default_factory=Counter)
+    n_plain_steps: Counter[Shape] = field(default_factory=Counter)
     gradients: Tensor | None = None
-    """The gradients of the parameters that had one in the first step, which are views of it: graphs
-    write there. None if no graphs are recorded, so that gradients take no memory between steps."""
+    """The memory to which graphs write gradients; those of the parameters are views of it. It has a
+    part for each parameter that had a gradient in the first step. None if no graphs are recorded,
+    so that gradients take no memory between steps."""
     rarely_used: list[nn.Parameter] = field(default_factory=list)
-    """The parameters that had none in the first step."""
+    """The parameters that had no gradient in the first step."""
     update: RecordedUpdate | None = None
     """The end of a step, once it is recorded."""
 
@@ -99,12 +101,12 @@ class GraphEngine(Engine):
         parts = [counted(len(self.graphs), "CUDA graph") if self.graphs else "plain autograd"]
         if self.layers:
             parts.append(self.layers.kind)
-        found = " with ".join(parts)
+        kind = " with ".join(parts)
         if self.why_not_compiled:
-            found += f"; {self.why_not_compiled}"
+            kind += f"; {self.why_not_compiled}"
         if self.why_not:
-            found += f"; a step cannot be recorded: {self.why_not}"
-        return found
+            kind += f"; a step cannot be recorded: {self.why_not}"
+        return kind
 
     def add_gradients(self, batch: Batch, weights: dict[str, Tensor]) -> Tensor:
         """Add the gradients of a micro-batch to those of the step so far."""
@@ -113,7 +115,7 @@ class GraphEngine(Engine):
         shape = shape_of(batch)
         if (graph := self.graphs.get(shape)) is not None:
             return graph.replay(batch, weights)
-        self.seen[shape] += 1
+        self.n_plain_steps[shape] += 1
         if self._may_record(shape):
             self._record(shape, batch, weights)
             if (graph := self.graphs.get(shape)) is not None:
@@ -125,7 +127,7 @@ class GraphEngine(Engine):
             return super().add_gradients(batch, weights)
 
     def _compile(self, batch: Batch, weights: dict[str, Tensor]) -> Tensor:
-        """Compute the first micro-batch, for which the layers are compiled, if they can be."""
+        """Compute the first micro-batch, for which the layers are compiled, if possible."""
         self.is_compiled, device = True, self.accelerator.device
         random = torch.cuda.get_rng_state(device)
         try:
@@ -147,22 +149,22 @@ class GraphEngine(Engine):
         return super().add_gradients(batch, weights)
 
     def _choose_products(self, batch: Batch) -> None:
-        """Let the compiled layers compute together what is faster so."""
+        """Let the layers choose which products to compute together."""
         assert self.layers is not None
         with random_state_restored(self.accelerator.device), self.accelerator.autocast():
             self.layers.choose_products(lambda: self.task.output(self.model, batch))
 
     def _may_record(self, shape: Shape) -> bool:
-        again = self.seen[shape] > SEEN and self.gradients is not None
-        if not self.records or not again or self.why_not or len(self.graphs) >= MOST_GRAPHS:
+        again = self.n_plain_steps[shape] > PLAIN_STEPS and self.gradients is not None
+        if not self.records or not again or self.why_not or len(self.graphs) >= MAX_GRAPHS:
             return False
         device = self.accelerator.device
         free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
         peak, now = torch.cuda.max_memory_allocated(device), torch.cuda.memory_allocated(device)
-        return free - now > ROOM * (peak - now)
+        return free - now > FREE_MEMORY * (peak - now)
 
     def _record(self, shape: Shape, batch: Batch, weights: dict[str, Tensor]) -> None:
-        """Record a micro-batch; gradients and random numbers are afterwards as they were."""
+        """Record a micro-batch, and restore the gradients and the random state afterwards."""
         assert self.gradients is not None
         inputs = {name: tensor.clone() for name, tensor in batch.inputs.items()}
         targets = {name: tensor.clone() for name, tensor in batch.targets.items()}
@@ -176,8 +178,8 @@ class GraphEngine(Engine):
                 self.stream.wait_stream(torch.cuda.current_stream(device))
                 with (
                     torch.cuda.stream(self.stream),
-                    _no_waiting(),
-                ):  # libraries choose their kernels
+                    _no_synchronisation(),
+                ):  # a warm-up, in which libraries choose their kernels
                     super().add_gradients(own, own_weights)
                 torch.cuda.current_stream(device).wait_stream(self.stream)
                 with torch.cuda.graph(graph, self.pool, self.stream, OTHER_THREADS):
@@ -189,42 +191,42 @@ class GraphEngine(Engine):
                 self.why_not = "not every step has gradients for the same parameters"
             elif not plain.isfinite().all():
                 pass  # fp16 has overflowed: nothing can be compared, and a later step is tried
-            elif (replayed - plain).abs().max() <= EQUAL * plain.abs().max():
+            elif (replayed - plain).abs().max() <= TOLERANCE * plain.abs().max():
                 self.graphs[shape] = recorded
-            else:  # such as a layer that Python skips at random, which a graph would skip forever
+            else:  # such as a layer that Python skips at random, which the graph would always skip
                 self.why_not = "it computes something else when it is replayed"
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
             self.why_not = own_words(error)
-            # torch's random numbers still wait for the recording to end, which a copy does not
+            # torch's generator still waits for the recording to end, but a copy of it does not
             generator = torch.cuda.default_generators[torch.cuda.current_device()]
             generator.graphsafe_set_state(generator.clone_state())
         self.gradients.copy_(gradients)
         torch.cuda.set_rng_state(random, device)
 
     def _both(self, recorded: Graph, random: Tensor) -> list[Tensor]:
-        """Return the gradients of a replay, and those of a plain step."""
+        """Return the gradients of a replay and of a plain step."""
         assert self.gradients is not None
-        device, found = self.accelerator.device, []
+        device, gradients = self.accelerator.device, []
         for compute in (recorded.replay, super().add_gradients):
             self.gradients.zero_()
             torch.cuda.set_rng_state(random, device)
             with self._layers_in_use():
                 compute(recorded.batch, recorded.weights)
-            found.append(self.gradients.clone())
-        return found
+            gradients.append(self.gradients.clone())
+        return gradients
 
     def _add_all_at_once(self, batch: Batch, weights: dict[str, Tensor]) -> Tensor:
-        """As plain `add_gradients`; the sums of all parameters are computed by few kernels."""
+        """Do the same as plain `add_gradients`, but add up the gradients by few kernels."""
         sums = {p: p.grad for p in self.parameters.values() if p.grad is not None}
         try:
             for parameter in sums:
                 parameter.grad = None
             shares = super().add_gradients(batch, weights)
-            found = {p: p.grad for p in sums if p.grad is not None}
-            if found:
-                torch._foreach_add_([sums[p] for p in found], list(found.values()))
+            added = {p: p.grad for p in sums if p.grad is not None}
+            if added:
+                torch._foreach_add_([sums[p] for p in added], list(added.values()))
         finally:
             for parameter, total in sums.items():
                 parameter.grad = total
@@ -239,7 +241,7 @@ class GraphEngine(Engine):
         return self.update.replay(loss) if self.update else super().finish_step(loss)
 
     def sum_over_processes(self, shares: Tensor) -> Tensor:
-        """Add up the gradients of all processes in each of them; return their summed shares."""
+        """Sum the gradients over all processes, and return the sum of their shares of the loss."""
         if self.gradients is None or self.accelerator.num_processes == 1:
             return super().sum_over_processes(shares)
         torch.distributed.all_reduce(self.gradients)
@@ -249,11 +251,11 @@ class GraphEngine(Engine):
         return total
 
     def clear_gradients(self) -> None:
-        """Set the gradients to zero, in the memory that the graphs write to."""
+        """Set the gradients to zero, in the memory to which the graphs write."""
         if not self.records:
             super().clear_gradients()
             return
-        if self.gradients is None:  # after the first step it is known who has a gradient
+        if self.gradients is None:  # after the first step, which shows who has a gradient
             present = [p for p in self.parameters.values() if p.grad is not None]
             self.rarely_used = [p for p in self.parameters.values() if p.grad is None]
             sizes = [p.numel() for p in present]
@@ -270,10 +272,10 @@ class GraphEngine(Engine):
 
 
 @contextmanager
-def _no_waiting() -> Iterator[None]:
-    """Raise a RuntimeError where the device is waited for, as the values of a tensor are read.
+def _no_synchronisation() -> Iterator[None]:
+    """Raise a RuntimeError if the host waits for the device, for example to read a tensor's values.
 
-    No graph can hold that, and a recording that fails leaves torch's memory in disorder.
+    A graph cannot contain that, and a failed recording would leave torch's memory in disorder.
     """
     mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
@@ -284,6 +286,6 @@ def _no_waiting() -> Iterator[None]:
 
 
 def shape_of(batch: Batch) -> Shape:
-    """Return what two batches have to have in common to be computed by one graph."""
+    """Return the shapes and dtypes that two batches must share to be computed by one graph."""
     tensors = [*batch.inputs.items(), *batch.targets.items()]
     return tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors)

@@ -1,7 +1,7 @@
-"""What ends every step, as one CUDA graph: clipping, the optimizer's update, clearing gradients.
+"""The end of a step as one CUDA graph: clipping, the optimizer's update, clearing gradients.
 
-Python needs 3 ms to launch what a GPU computes in 0.2, and it is the same in every step: the
-gradients, the weights and the optimizer's state stay where they are in memory.
+Python needs 3 ms to launch what a GPU computes in 0.2 ms. It is the same in every step, because
+the gradients, the weights and the optimizer's state stay where they are in memory.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-OTHER_THREADS = "thread_local"  # may use the device meanwhile, as the data loader's does
+OTHER_THREADS = "thread_local"  # other threads, such as the data loader's, may use the device
 Finish = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 def can_be_recorded(optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether an optimizer decides on the device alone what it does, as fused ones do."""
+    """Return whether an optimizer makes all decisions on the device, as fused ones do."""
     return all(group.get("fused") and "capturable" in group for group in optimizer.param_groups)
 
 
@@ -26,11 +26,11 @@ class RecordedUpdate:
     """The recorded end of a step.
 
     Args:
-        finish: Takes the loss of the step; clips, updates and clears, and returns the norm of the
-            gradient, whether the step is bad, and whether the weights were left as they were. It
-            has been called before, so that the optimizer has its state.
-        optimizer: Its learning rates are read anew in each step.
-        loss: The loss of a step, for its device.
+        finish: Takes the loss of the step; clips, updates and clears. It returns the norm of the
+            gradient, whether the step is bad, and whether the update was skipped. It has been
+            called before, so that the optimizer has its state.
+        optimizer: The optimizer, whose learning rates are read again in each step.
+        loss: The loss of any step, for its device and dtype.
         stream: Where the graph is recorded.
     """
 
@@ -59,7 +59,7 @@ class RecordedUpdate:
 
     @contextmanager
     def _rates_from_memory(self) -> Iterator[None]:
-        """Let the optimizer read its learning rates from tensors, which a graph reads anew."""
+        """Let the optimizer read its learning rates from tensors, which each replay reads again."""
         own = [group["lr"] for group in self.groups]
         try:
             for group, rate in zip(self.groups, self.rates, strict=True):

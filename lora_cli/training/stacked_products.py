@@ -1,13 +1,14 @@
-"""Linear layers that read the same input, such as q, k and v: one product instead of three.
+"""Linear layers with the same input, such as q, k and v: one product instead of three.
 
-A GPU multiplies by one large matrix faster than by three small ones. The frozen weights are put one
-below the other, and each layer's own weight becomes a part of that matrix, so they take no more
-memory. The low-rank updates of such layers, where they have the same shapes, become products of a
-batch. Which layers share an input is found by watching a forward pass, in any architecture.
+A GPU multiplies by one large matrix faster than by three small ones. The frozen weights are stacked
+into one matrix, and the weight of each layer becomes a view of it, so they take no more memory. The
+low-rank updates of such layers become batched products, if they have the same shapes. A forward
+pass is observed to find out which layers share an input, so this works for any architecture.
 
-With long texts, one product of the frozen weights gains nothing: each is large, and their gradients
-would have to be copied into one matrix. But the products A x of their updates are small and only
-read x, so that one of them instead of three saves most of their time, in the backward pass too.
+With long texts, stacking the frozen weights gains nothing: their products are large anyway, and
+their gradients would have to be copied into one matrix. But A x of their updates takes as long as
+reading x, so computing it once instead of three times saves most of that, also in the backward
+pass.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from lora_cli.adapters.lora import LoRALinear
 
 
 class StackedProduct:
-    """Some linear layers with one input, of which the first computes the outputs of all.
+    """Linear layers with the same input: the first one computes the outputs of all.
 
     Args:
         layers: Frozen layers of one dtype on one device, in the order in which they are called.
@@ -36,7 +37,7 @@ class StackedProduct:
         self.input: Tensor | None = None
         self.outputs: list[Tensor] = []
         for place, layer in enumerate(layers):
-            # not as submodules, so that the model's state dict stays as it is
+            # set in `__dict__`, because as a submodule it would change the model's state dict
             layer.__dict__["product"], layer.__dict__["place"] = self, place
 
     def output(self, place: int, x: Tensor) -> Tensor:
@@ -45,7 +46,7 @@ class StackedProduct:
             self.input = x
             outputs = F.linear(x, self.weight, self.bias)
             self.outputs = list(torch.split_with_sizes(outputs, self.sizes, -1))
-        elif x is not self.input:  # a model that does not always give them the same input
+        elif x is not self.input:  # the model sometimes gives the layers different inputs
             layer = self.layers[place]
             return F.linear(x, layer.weight, layer.bias)
         output = self.outputs[place]
@@ -55,7 +56,7 @@ class StackedProduct:
 
     def __enter__(self) -> None:
         """Let the layers take their outputs from here."""
-        for layer in self.layers:  # another class, since torch compiles functions of objects anew
+        for layer in self.layers:  # torch would compile a method of each object separately
             layer.__class__ = _PartOfProduct
 
     def __exit__(self, *_: object) -> None:
@@ -64,13 +65,13 @@ class StackedProduct:
 
 
 class StackedUpdates:
-    """The low-rank updates of some layers with one input, of which the first computes all.
+    """The low-rank updates of layers with the same input: the first one computes all of them.
 
     Args:
-        layers: In the order in which they are called.
-        batched: Whether they become products of a batch, for which the layers need equal shapes,
-            scaling and dropout. With dropout, each has its own mask, as if it were alone. Otherwise
-            A x is one product for all of them, for which the layers must not have dropout.
+        layers: The layers in the order in which they are called.
+        batched: Whether to compute batched products, which requires equal shapes, scaling and
+            dropout. With dropout, each layer draws its own mask, as it does alone. Otherwise A x is
+            one product for all layers, which must not have dropout.
     """
 
     def __init__(self, layers: list[LoRALinear], batched: bool = True) -> None:
@@ -133,7 +134,7 @@ def hidden_of_updates(layers: Sequence[LoRALinear], x: Tensor) -> list[Tensor]:
 
 
 class _PartOfUpdates(LoRALinear):
-    """A layer of stacked updates."""
+    """A layer whose update comes from `StackedUpdates`."""
 
     updates: StackedUpdates
     place: int
@@ -145,19 +146,19 @@ class _PartOfUpdates(LoRALinear):
 
 
 class _PartOfProduct(nn.Linear):
-    """A layer of a stacked product."""
+    """A layer whose output comes from a `StackedProduct`."""
 
     product: StackedProduct
     place: int
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return what the layer does, from the product: (..., in) to (..., out)."""
+        """Return the layer's output, a part of the product: (..., in) to (..., out)."""
         return self.product.output(self.place, x)
 
 
 @torch.no_grad()
 def _stacked(layers: list[nn.Linear], name: str) -> Tensor:
-    """Return the layers' weights or biases as one tensor, and make theirs parts of it."""
+    """Return the layers' weights or biases as one tensor, and make their own views of it."""
     own = [getattr(layer, name) for layer in layers]
     whole = torch.cat([tensor.data for tensor in own])
     parts = torch.split_with_sizes(whole, [len(tensor) for tensor in own])
@@ -169,11 +170,11 @@ def _stacked(layers: list[nn.Linear], name: str) -> Tensor:
 def stacked_products(
     parts: Iterable[nn.Module], compute: Callable[[], Any]
 ) -> list[StackedProduct | StackedUpdates]:
-    """Return the products that the linear layers of some modules can share.
+    """Return the products that linear layers within some modules can share.
 
     Args:
-        parts: Their weights have to stay where they are in memory from now on.
-        compute: Makes a forward pass.
+        parts: The modules. Their weights must not be moved in memory from now on.
+        compute: Runs a forward pass.
     """
     modules = [module for part in parts for module in part.modules()]
     candidates = [m for m in modules if isinstance(m, nn.Linear) and _is_candidate(m)]
@@ -181,22 +182,22 @@ def stacked_products(
     for parameter in (p for module in candidates for p in module.parameters()):
         n_uses[id(parameter)] = n_uses.get(id(parameter), 0) + 1
     candidates = [m for m in candidates if all(n_uses[id(p)] == 1 for p in m.parameters())]
-    found = _layers_with_one_input(candidates, compute)
+    groups = _layers_with_one_input(candidates, compute)
     adapters = {module.base: module for module in modules if type(module) is LoRALinear}
-    adapted = [[adapters[layer] for layer in group if layer in adapters] for group in found]
+    adapted = [[adapters[layer] for layer in group if layer in adapters] for group in groups]
     updates = [StackedUpdates(group) for group in adapted if len(group) > 1 and _match(group)]
-    return [*map(StackedProduct, found), *updates]
+    return [*map(StackedProduct, groups), *updates]
 
 
 def stacked_updates(
     parts: Iterable[nn.Module], compute: Callable[[], Any], but: Iterable[nn.Module] = ()
 ) -> list[StackedUpdates]:
-    """Return the low-rank updates within some modules that share the product A x.
+    """Return the low-rank updates within some modules that can share the product A x.
 
     Args:
-        parts: They contain the adapted layers.
-        compute: Makes a forward pass.
-        but: Adapted layers that are left out.
+        parts: The modules that contain the adapted layers.
+        compute: Runs a forward pass.
+        but: Adapted layers to leave out.
     """
     left_out = set(but)
     modules = [module for part in parts for module in part.modules() if module not in left_out]
@@ -212,7 +213,7 @@ Layer = TypeVar("Layer", bound=nn.Module)
 def _layers_with_one_input(
     candidates: Iterable[Layer], compute: Callable[[], Any]
 ) -> list[list[Layer]]:
-    """Return the groups of layers that read the same tensor whenever one of them is called."""
+    """Return the groups of layers that always read the same tensor, in the order of calls."""
     groups: list[list[Layer]] = []
     last_input: Any = None
 
@@ -234,7 +235,7 @@ def _layers_with_one_input(
 
 
 def _match(layers: list[LoRALinear]) -> bool:
-    """Return whether layers can be computed as a batch: equal shapes, scaling and dropout."""
+    """Return whether updates can be batched: equal shapes, scaling and dropout."""
     shapes = {(layer.lora_A.shape, layer.lora_B.shape) for layer in layers}
     settings = {(layer.scaling, layer.dropout.p, layer.enabled) for layer in layers}
     return len(shapes) == len(settings) == 1 and layers[0].enabled
@@ -250,14 +251,14 @@ def _is_candidate(module: nn.Linear) -> bool:
 
 
 def _are_alike(one: Any, other: Any) -> bool:
-    """Return whether two layers' weights can be parts of one matrix."""
+    """Return whether two layers' weights can be stacked."""
     a, b = one.weight, other.weight
     same = a.dtype == b.dtype and a.device == b.device
     return same and (one.bias is None) == (other.bias is None)
 
 
 def _always_together(groups: list[list[Layer]]) -> Iterable[list[Layer]]:
-    """Return, once each, the groups of several layers that are always called as such a group."""
+    """Return the groups of several layers that are always called together, without repetitions."""
     companions: dict[Layer, set[tuple[int, ...]]] = {}
     for group in groups:
         for layer in group:

@@ -143,4 +143,4 @@ def test_numbers_that_are_dropped_are_those_that_the_layers_themselves_drop() ->
         found = outputs_and_gradients(mlp, x)
     for a, b in zip(found, wanted, strict=True):
         assert (a - b).abs().max() <= 0.03 * b.abs().max()
-    assert GatedMLPs([mlp], compiled=True).found == []
+    assert GatedMLPs([mlp], compiled=True).replaced == []

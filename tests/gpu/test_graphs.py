@@ -49,7 +49,7 @@ def test_recorded_steps_are_plain_steps_bit_for_bit(
     assert not engines[0].why_not
     assert engines[0].graphs, "no shape recurred"
     assert engines[0].update is not None, "the update is not recorded"
-    monkeypatch.setattr(graph_engine, "MOST_GRAPHS", 0)
+    monkeypatch.setattr(graph_engine, "MAX_GRAPHS", 0)
     runs.train(runs.recipe(tmp_path, *settings, output="plain"))
     assert not engines[1].graphs
     assert runs.losses(tmp_path / "recorded") == runs.losses(tmp_path / "plain")
@@ -72,7 +72,7 @@ def test_a_run_goes_on_plainly_where_a_step_cannot_be_recorded(
     assert "synchronizing" in engines[0].why_not
     assert not engines[0].graphs
     monkeypatch.setattr(SequenceClassification, "losses", real)
-    monkeypatch.setattr(graph_engine, "MOST_GRAPHS", 0)
+    monkeypatch.setattr(graph_engine, "MAX_GRAPHS", 0)
     runs.train(runs.recipe(tmp_path, *SETTINGS, output="plain"))
     assert runs.losses(tmp_path / "broken") == runs.losses(tmp_path / "plain")
 
