@@ -1,4 +1,4 @@
-"""Tiny YOLOS and DETR, and pictures with boxes, made in code.
+"""Tiny YOLOS and DETR models, and images with boxes, built in code.
 
 folder = tiny_detectors.save("yolos", tmp_path / "base")
 tiny_detectors.write_coco(tmp_path / "data", {"train": 8, "validation": 4})
@@ -25,7 +25,7 @@ from transformers import (
 )
 
 Json = dict[str, Any]
-SIZE = 32  # pixels of what the models read
+SIZE = 32  # of the models' inputs, in pixels
 LABELS = ("dark", "light")
 PROCESSOR = {
     "do_resize": True, "resample": 2, "do_rescale": True, "rescale_factor": 1 / 255,
@@ -37,7 +37,7 @@ PROCESSOR = {
 def model(
     kind: str, labels: int | Sequence[str] = LABELS, seed: int = 0, **options: Any
 ) -> PreTrainedModel:
-    """Return a tiny model that finds objects, enlivened; its boxes are not all alike."""
+    """Return a tiny object detector with random weights, whose boxes differ."""
     names = [f"LABEL_{i}" for i in range(labels)] if isinstance(labels, int) else list(labels)
     named: dict[str, Any] = {
         "id2label": dict(enumerate(names)),
@@ -62,7 +62,7 @@ def model(
             **named, **options,
         ))  # fmt: skip
     tiny.enliven(built, seed)
-    with torch.no_grad():  # of a convolution, by all that it adds up
+    with torch.no_grad():  # scale convolutions by their whole fan-in
         for parameter in built.parameters():
             if parameter.ndim > 2:
                 parameter.mul_((parameter.shape[-1] / parameter[0].numel()) ** 0.5)
@@ -70,7 +70,7 @@ def model(
 
 
 def save(kind: str, folder: Path, labels: Sequence[str] = LABELS, **options: Any) -> Path:
-    """Save a tiny model with its processor into a folder, and return the folder."""
+    """Save a tiny model with its processor to a folder, and return the folder."""
     key = (kind, "boxes", tuple(labels), tuple(options))
     tiny.saved_once(folder, key, lambda to: model(kind, labels, **options).save_pretrained(to))
     name = {"yolos": "YolosImageProcessor", "detr": "DetrImageProcessor"}[kind]
@@ -80,7 +80,7 @@ def save(kind: str, folder: Path, labels: Sequence[str] = LABELS, **options: Any
 
 
 def scene(seed: int) -> tuple[Image.Image, Json]:
-    """Return a picture of up to three dark and light rectangles on noise, and its objects."""
+    """Return an image of up to three dark and light rectangles on noise, and its objects."""
     rng = np.random.default_rng(seed)
     width, height = 36 + seed % 5, 28 + seed % 3
     pixels = rng.integers(100, 156, (height, width, 3), dtype=np.uint8)
@@ -95,7 +95,7 @@ def scene(seed: int) -> tuple[Image.Image, Json]:
 
 
 def write_coco(folder: Path, splits: dict[str, int], crowd: bool = False) -> Path:
-    """Write a folder of pictures and a COCO file for each split: `train.json`, `images/…`."""
+    """Write images and a COCO file for each split: `images/…`, `train.json`."""
     seed = 0
     for split, count in splits.items():
         (folder / "images").mkdir(parents=True, exist_ok=True)
@@ -109,16 +109,16 @@ def write_coco(folder: Path, splits: dict[str, int], crowd: bool = False) -> Pat
             name = f"{seed}.png"
             image.save(folder / "images" / name)
             width, height = image.size
-            about = {"id": 100 + seed, "file_name": name, "width": width, "height": height}
-            content["images"].append(about)
+            entry = {"id": 100 + seed, "file_name": name, "width": width, "height": height}
+            content["images"].append(entry)
             for n, (box, label) in enumerate(
                 zip(objects["bbox"], objects["category"], strict=True)
             ):
-                many = int(crowd and n == 1)
-                number = {LABELS[1]: 7, LABELS[0]: 3}[label]
+                is_crowd = int(crowd and n == 1)
+                category_id = {LABELS[1]: 7, LABELS[0]: 3}[label]
                 content["annotations"].append({
                     "id": len(content["annotations"]) + 1, "image_id": 100 + seed, "bbox": box,
-                    "category_id": number, "iscrowd": many, "area": box[2] * box[3],
+                    "category_id": category_id, "iscrowd": is_crowd, "area": box[2] * box[3],
                 })  # fmt: skip
         (folder / f"{split}.json").write_text(json.dumps(content), encoding="utf-8")
     return folder

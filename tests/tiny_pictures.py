@@ -1,4 +1,4 @@
-"""Tiny models of pictures, and pictures, made in code: ViT, ResNet, EfficientNet, ConvNeXt, Swin.
+"""Tiny image classifiers (ViT, ResNet, EfficientNet, ConvNeXt, Swin) and images, built in code.
 
 folder = tiny_pictures.save("vit", tmp_path / "base")
 tiny_pictures.draw_folders(tmp_path / "pictures", {"train": 8, "validation": 4})
@@ -32,7 +32,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-SIZE = 32  # of what the models read, in pixels
+SIZE = 32  # of the models' inputs, in pixels
 CLASSES = ("dark", "light")
 PROCESSOR = {
     "image_processor_type": "ViTImageProcessor", "do_resize": True,
@@ -43,7 +43,7 @@ PROCESSOR = {
 
 
 def model(kind: str, labels: int | Sequence[str] = 2, seed: int = 0) -> PreTrainedModel:
-    """Return a tiny classifier of pictures, enlivened."""
+    """Return a tiny image classifier with random weights."""
     names = [f"LABEL_{i}" for i in range(labels)] if isinstance(labels, int) else list(labels)
     options: dict[str, Any] = {
         "id2label": dict(enumerate(names)),
@@ -77,7 +77,7 @@ def model(kind: str, labels: int | Sequence[str] = 2, seed: int = 0) -> PreTrain
             window_size=4, hidden_dropout_prob=0.0, drop_path_rate=0.0, **options,
         ))  # fmt: skip
     tiny.enliven(built, seed)
-    with torch.no_grad():  # of a convolution, by all that it adds up
+    with torch.no_grad():  # scale convolutions by their whole fan-in
         for parameter in built.parameters():
             if parameter.ndim > 2:
                 parameter.mul_((parameter.shape[-1] / parameter[0].numel()) ** 0.5)
@@ -85,7 +85,7 @@ def model(kind: str, labels: int | Sequence[str] = 2, seed: int = 0) -> PreTrain
 
 
 def save(kind: str, folder: Path, labels: int | Sequence[str] = 2, **processor: Any) -> Path:
-    """Save a tiny classifier with its processor into a folder, and return the folder."""
+    """Save a tiny classifier with its processor to a folder, and return the folder."""
     names = labels if isinstance(labels, int) else tuple(labels)
     tiny.saved_once(folder, (kind, names), lambda place: model(kind, labels).save_pretrained(place))
     text = json.dumps({**PROCESSOR, **processor})
@@ -94,27 +94,27 @@ def save(kind: str, folder: Path, labels: int | Sequence[str] = 2, **processor: 
 
 
 def picture(seed: int, kind: str = "dark", width: int = 20, height: int = 14) -> Image.Image:
-    """Return a picture of noise, dark or light, that no other seed gives."""
+    """Return an image of dark or light noise that is unique to the seed."""
     rng = np.random.default_rng(seed)
     low, high = (0, 120) if kind == "dark" else (136, 256)
     return Image.fromarray(rng.integers(low, high, (height, width, 3), dtype=np.uint8))
 
 
 def encoded(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
-    """Return a picture as a file has it."""
+    """Return an image as the bytes of a file."""
     file = io.BytesIO()
     image.save(file, format, **options)
     return file.getvalue()
 
 
 def tiff(pixels: bytes, size: tuple[int, int], bits: int, **tags: int | list[int]) -> bytes:
-    """Return a TIFF of grey as no writer here makes it: of so many bits, with 0 as white, ….
+    """Return a greyscale TIFF with features that Pillow cannot write, such as 0 as white.
 
     Args:
-        pixels: As they stand in the file, row by row.
+        pixels: The raw pixels of the file, row by row.
         size: Width and height.
-        bits: Of a sample.
-        **tags: More tags, as `t262=0`.
+        bits: The bits of a sample.
+        **tags: More tags, such as `t262=0`.
     """
     entries: dict[int, int | list[int]] = {
         256: size[0], 257: size[1], 258: bits, 259: 1, 262: 1, 273: 8, 277: 1, 278: size[1],
@@ -130,7 +130,7 @@ def tiff(pixels: bytes, size: tuple[int, int], bits: int, **tags: int | list[int
 
 
 def png(lines: Sequence[bytes], width: int, bits: int, transparent: int) -> bytes:
-    """Return a PNG of grey of so many bits, one value of which is transparent."""
+    """Return a greyscale PNG with a bit depth and one transparent value."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         part = name + content
@@ -145,7 +145,7 @@ def png(lines: Sequence[bytes], width: int, bits: int, transparent: int) -> byte
 
 
 def draw_folders(root: Path, splits: dict[str, int], classes: Sequence[str] = CLASSES) -> Path:
-    """Draw pictures of two classes into a folder per split and per class."""
+    """Write images of each class to a folder per split and class."""
     seed = 0
     for split, count in splits.items():
         for i, name in enumerate(classes):

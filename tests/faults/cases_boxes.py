@@ -1,4 +1,4 @@
-"""Errors of pictures with boxes: files of annotations, the boxes in rows, and models."""
+"""Error cases of object detection: annotation files, boxes in rows, and models."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TASK = {"type": "object_detection", "max_length": ...}
 
 
 def recipe_of(world: World, **sections: Any) -> str:
-    """Write a recipe for pictures with boxes and a model of them into the world's folder."""
+    """Write a recipe for object detection, and a model, to the world's folder."""
     folder = world.folder / "yolos"
     if not folder.exists():
         tiny_detectors.save("yolos", folder)
@@ -28,7 +28,7 @@ def recipe_of(world: World, **sections: Any) -> str:
 
 
 def coco(world: World, **changes: Any) -> Path:
-    """Write a COCO file in which some parts are others, and return it."""
+    """Write a COCO file with changes, and return it; `...` removes a key."""
     file = tiny_detectors.write_coco(world.folder / "data", {"train": 3}) / "train.json"
     content = {**json.loads(file.read_text()), **changes}
     file.write_text(json.dumps({key: v for key, v in content.items() if v is not ...}))

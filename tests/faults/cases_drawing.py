@@ -1,4 +1,4 @@
-"""Errors of captioned pictures, and of diffusion models that cannot be trained."""
+"""Error cases of text-to-image training: captioned images and diffusion models."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SIDE = tiny_diffusion.SIDE
 
 
 def _recipe(world: World, data: Any = None, kind: str = "sd", **task: Any) -> str:
-    """Write a base, captioned pictures, and a recipe for them."""
+    """Write a base, captioned images, and a recipe for them."""
     if not (world.folder / "base").exists():
         tiny_diffusion.save(world.folder / "base", kind)
     if not (world.folder / "art").exists():
@@ -32,7 +32,7 @@ def _recipe(world: World, data: Any = None, kind: str = "sd", **task: Any) -> st
 
 
 def _flow(kind: str = "sd3 without t5", *options: str, **task: Any) -> Callable[[World], Printed]:
-    """Return a run on a base that learns by flow matching."""
+    """Return a run with a flow matching base."""
 
     def run(world: World) -> Printed:
         tiny_diffusion.save(world.folder / "base", kind)
@@ -46,7 +46,7 @@ def _validate(**task: Any) -> Callable[[World], Printed]:
 
 
 def _file(name: str, content: bytes | None, **task: Any) -> Callable[[World], Printed]:
-    """Return a run on a folder in which one file is another, or is missing."""
+    """Return a run on a folder in which one file is replaced or missing."""
 
     def run(world: World) -> Printed:
         recipe = _recipe(world, **task)
@@ -60,7 +60,7 @@ def _file(name: str, content: bytes | None, **task: Any) -> Callable[[World], Pr
 
 
 def _config(part: str, kind: str = "sd", **values: Any) -> Callable[[World], Printed]:
-    """Return a run on a base of which one configuration says something else."""
+    """Return a run with changes of one configuration file of the base; `...` removes a key."""
 
     def run(world: World) -> Printed:
         recipe = _recipe(world, kind=kind)

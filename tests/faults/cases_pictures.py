@@ -1,4 +1,4 @@
-"""Faults of pictures, of tables and folders of them, and of models that read them."""
+"""Error cases of image classification: images, tables and folders of them, and models."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TASK = {"type": "image_classification", "max_length": ...}
 
 
 def recipe_of(world: World, base: str = "vit", **sections: Any) -> str:
-    """Write a recipe for pictures and a model of them into the world's folder."""
+    """Write a recipe for image classification, and a model, to the world's folder."""
     folder = world.folder / base
     if not folder.exists():
         tiny_pictures.save("vit" if base == "vit" else base, folder)

@@ -1,4 +1,4 @@
-"""Faults of recordings and their transcripts, and of models that cannot be used for them."""
+"""Error cases of speech recognition: recordings, transcripts and models."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _validate(languages: bool = False, **task: Any) -> Callable[[World], Printed
 
 
 def _file(content: bytes, name: str = "0.wav") -> Callable[[World], Printed]:
-    """Return a run on a folder in which one file holds something else."""
+    """Return a run on a folder in which one file is replaced."""
 
     def run(world: World) -> Printed:
         recipe = _recipe(world)
@@ -49,7 +49,7 @@ def _floats(samples: Any) -> bytes:
     return encoded(np.asarray(samples, dtype=np.float32), subtype="FLOAT")
 
 
-OPPOSITE = np.stack([sound(1), -sound(1)], axis=1)
+OPPOSITE_CHANNELS = np.stack([sound(1), -sound(1)], axis=1)
 _RUNS = {
     "a recording that is cut off": _file(encoded(sound(1))[:4_000]),
     "an mp3 that is cut off": _file(encoded(sound(1, 1.0), format="MP3")[:1_000]),
@@ -59,7 +59,7 @@ _RUNS = {
     "no recording": _file(b"not found" * 50),
     "a format that is not read": _file(encoded(sound(1), format="W64")),
     "silence": _file(_floats(np.zeros(4_000))),
-    "channels that cancel out": _file(_floats(OPPOSITE)),
+    "channels that cancel out": _file(_floats(OPPOSITE_CHANNELS)),
     "samples that are no numbers": _file(_floats([0.1, np.nan, 0.2])),
     "a text that is blank": _file(b" \n", "0.txt"),
     "a text in another encoding": _file(b"caf\xe9", "0.txt"),
@@ -74,7 +74,7 @@ CASES += [Case(AREA, name, run) for name, run in _RUNS.items()]
 
 
 def _ctc(text: str = "", changes: Any = None, **task: Any) -> Callable[[World], Printed]:
-    """Return a check of a base that says a letter for each moment, whose first text is another."""
+    """Return a validation with a CTC model, another first text and a changed configuration."""
 
     def run(world: World) -> Printed:
         tiny_ctc.save(world.folder / "base", letters="ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789")
@@ -88,7 +88,7 @@ def _ctc(text: str = "", changes: Any = None, **task: Any) -> Callable[[World], 
     return run
 
 
-_OTHERS = {
+_CTC_RUNS = {
     "a letter that the vocabulary lacks": _ctc("größe"),
     "a text without letters": _ctc("..."),
     "a text of too many letters": _ctc("a film " * 20),
@@ -97,11 +97,11 @@ _OTHERS = {
     "weights for each language": _ctc(changes={"adapter_attn_dim": 16}),
     "a decoder that the model does not have": _ctc(decoder="attention"),
 }
-CASES += [Case(AREA, name, run) for name, run in _OTHERS.items()]
+CASES += [Case(AREA, name, run) for name, run in _CTC_RUNS.items()]
 
 
 def _new_letters(text: str = "", data: Any = None, **task: Any) -> Callable[[World], Printed]:
-    """Return a check of a base that was pretrained on recordings alone."""
+    """Return a validation with a base that was pretrained on recordings alone."""
 
     def run(world: World) -> Printed:
         tiny_ctc.save_pretrained(world.folder / "base")
@@ -117,13 +117,13 @@ def _new_letters(text: str = "", data: Any = None, **task: Any) -> Callable[[Wor
     return run
 
 
-_NEW = {
+_NEW_VOCABULARY_RUNS = {
     "a transcript without a letter, for a new vocabulary": _new_letters("...\n"),
     "letters with a space": _new_letters(letters="ab c"),
     "a new vocabulary of streamed transcripts": _new_letters(data={"streaming": True}),
     "letters for Whisper": _validate(letters="abc"),
 }
-CASES += [Case(AREA, name, run) for name, run in _NEW.items()]
+CASES += [Case(AREA, name, run) for name, run in _NEW_VOCABULARY_RUNS.items()]
 
 
 @case(AREA, "a tokenizer that is not one of letters")

@@ -1,4 +1,4 @@
-"""Faults of texts that are to be said aloud, of who speaks them, and of what makes them heard."""
+"""Error cases of speech synthesis: texts, speakers, recordings and vocoders."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def _recipe(world: World, rows: list[dict[str, Any]] | None = None, **task: Any)
     tiny_synthesis.save(world.folder / "base")
     for i in range(2):
         tiny_synthesis.row(i, world.folder)
-    both = [{**ROW, "audio": "said0.wav"}, {**ROW, "text": "a story", "audio": "said1.wav"}]
-    lines = [{**row, **own} for row, own in zip(both, rows or [{}, {}], strict=True)]
+    defaults = [{**ROW, "audio": "said0.wav"}, {**ROW, "text": "a story", "audio": "said1.wav"}]
+    lines = [{**row, **changes} for row, changes in zip(defaults, rows or [{}, {}], strict=True)]
     world.write("rows.jsonl", "".join(json.dumps(row) + "\n" for row in lines))
-    named = {} if "speaker_embedding" in task else {"speaker_column": "speaker"}
+    speaker = {} if "speaker_embedding" in task else {"speaker_column": "speaker"}
     return world.recipe(
         model={"name": "./base"}, data={"path": "rows.jsonl"},
-        task={"type": "text_to_speech", "max_length": ..., **named, **task},
+        task={"type": "text_to_speech", "max_length": ..., **speaker, **task},
         evaluate={"baseline": False},
     )  # fmt: skip
 
@@ -37,12 +37,12 @@ def _task(**task: Any) -> Callable[[World], Printed]:
 
 
 def _row(**values: Any) -> Callable[[World], Printed]:
-    """Return a run on rows of which the second holds something else."""
+    """Return a run on rows in which some values of the second are replaced."""
     return lambda world: world.lora("validate", _recipe(world, [{}, values]))
 
 
 def _speaker(value: Any) -> Callable[[World], Printed]:
-    """Return a run with a file of the speaker that holds an array, or other bytes."""
+    """Return a run with a speaker file that holds an array or bytes; None for no file."""
 
     def run(world: World) -> Printed:
         recipe = _recipe(world, speaker_embedding="me.npy")
@@ -56,7 +56,7 @@ def _speaker(value: Any) -> Callable[[World], Printed]:
 
 
 def _config(name: str, **changes: Any) -> Callable[[World], Printed]:
-    """Return a run whose base, or vocoder, has a file that says something else."""
+    """Return a run with changes of a configuration file of the base or the vocoder."""
 
     def run(world: World) -> Printed:
         recipe = _recipe(world, vocoder="./vocoder")
@@ -128,7 +128,7 @@ def _texts(world: World) -> Printed:
 
 
 def _draft(lines: list[dict[str, Any]], *flags: str) -> Callable[[World], Printed]:
-    """Return a draft of a recipe for rows."""
+    """Return a run of `lora init` on rows."""
 
     def run(world: World) -> Printed:
         _recipe(world)
