@@ -18,7 +18,7 @@ from runs import lines
 from lora_cli.recipe import load_recipe
 from lora_cli.reporting import write_page
 from lora_cli.training import gpu_monitor, train
-from lora_cli.training.gpu_monitor import ENOUGH, GpuMonitor
+from lora_cli.training.gpu_monitor import MIN_SAMPLES, GpuMonitor
 from lora_cli.training.train_state import TrainState
 
 GIB = 2**30
@@ -170,7 +170,7 @@ def test_where_nothing_can_be_measured_nothing_is_said(
     monitor = GpuMonitor([] if missing == "cpu" else [0])
     with monitor:
         assert not monitor._thread.is_alive()
-    assert (monitor.record(), monitor.summary(), monitor.news()) == ({}, {}, [])
+    assert (monitor.record(), monitor.summary(), monitor.new_notes()) == ({}, {}, [])
     assert not recwarn.list
 
 
@@ -255,10 +255,10 @@ def test_a_gpu_that_idles_is_named_with_its_cause(
 ) -> None:  # fmt: skip
     install({"GPU-a": Card(busy=40)})
     monitor = monitor_after(waits, monkeypatch, **changes)
-    (news,) = monitor.news()
+    (news,) = monitor.new_notes()
     assert news.startswith("note: the GPU works 40 % of the time; ")
     assert words in news
-    assert monitor.news() == []  # once
+    assert monitor.new_notes() == []  # once
     assert monitor.summary()["gpu_use"] in news
 
 
@@ -266,10 +266,10 @@ def test_a_busy_gpu_and_the_first_seconds_are_not_named(
     install: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install({"GPU-a": Card(busy=71)})
-    assert monitor_after([0.5] * 40, monkeypatch).news() == []
+    assert monitor_after([0.5] * 40, monkeypatch).new_notes() == []
     install({"GPU-a": Card(busy=0)})
-    assert monitor_after([0.5] * (ENOUGH - 1), monkeypatch).news() == []
-    assert monitor_after([0.5] * ENOUGH, monkeypatch).news() != []
+    assert monitor_after([0.5] * (MIN_SAMPLES - 1), monkeypatch).new_notes() == []
+    assert monitor_after([0.5] * MIN_SAMPLES, monkeypatch).new_notes() != []
 
 
 def test_the_log_the_progress_line_and_the_report_have_it(
@@ -277,7 +277,7 @@ def test_the_log_the_progress_line_and_the_report_have_it(
 ) -> None:
     install({"GPU-a": Card(busy=40)})
     one = GpuMonitor([0])
-    monkeypatch.setattr(one, "sample", lambda ask=one.sample: [ask() for _ in range(ENOUGH)])
+    monkeypatch.setattr(one, "sample", lambda ask=one.sample: [ask() for _ in range(MIN_SAMPLES)])
     monkeypatch.setattr(one, "record", lambda take=one.record: (one.sample(), take())[1])
     monkeypatch.setattr(GpuMonitor, "of_run", lambda *_: one)
     monkeypatch.setattr(GpuMonitor, "_watch", lambda _: None)

@@ -130,7 +130,7 @@ def step_log(
     task: Any = SimpleNamespace(**vars(TASK), recipe=recipe)
     batches: Any = SimpleNamespace(total_steps=total, epoch_of=lambda step: step / 4)
     accelerator: Any = SimpleNamespace(device=CPU, scaler=scaler)
-    gpu: Any = SimpleNamespace(record=lambda: {"gpu": 1}, news=lambda: ["news"])
+    gpu: Any = SimpleNamespace(record=lambda: {"gpu": 1}, new_notes=lambda: ["news"])
     log: Any = Log()
     return StepLog(log, TrainState(), task, batches, accelerator, gpu), log
 

@@ -1,4 +1,4 @@
-"""Training: the loop, the optimizers and schedules, the saved state, and the display."""
+"""Training: the loop, optimizers, learning-rate schedules, checkpoints, and logging."""
 
 from lora_cli.accelerator import end_processes
 from lora_cli.training.baselines import train

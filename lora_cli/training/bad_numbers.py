@@ -1,7 +1,8 @@
-"""Bad steps, whose loss or gradient is NaN or infinite: one is skipped, several end the run.
+"""Handle bad steps, whose loss or gradient is NaN or infinite.
 
-The cause of a bad step may be its rows or the weights. Its update is skipped (see `step.py`), so
-that rows cannot spoil the weights. If the weights are the cause, the next steps are bad too.
+A bad step is skipped, several in a row end the run. The cause may be the rows of the step or the
+weights. The update is skipped (see `engine.py`), so that bad rows cannot damage the weights. If the
+weights are the cause, the next steps are bad too.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from lora_cli.recipe import Recipe
 from lora_cli.training.checkpoints import checkpoints
 
 MAX_BAD_STEPS = 5  # in a row
-N_PLACES = 8
+MAX_PLACES = 8
 NOT_FINITE = "the loss or the gradient is NaN or infinity"
 
 
@@ -28,13 +29,13 @@ class BadStep:
 
     number: int
     places: Callable[[], list[str]]
-    """Returns the places of its rows."""
+    """Returns the locations of its rows."""
 
     def rows(self) -> str:
-        """Return the places of its rows, for a message."""
+        """Return the locations of its rows, for a message."""
         places = self.places()
-        more = f" and {len(places) - N_PLACES} more" if len(places) > N_PLACES else ""
-        return f"{', '.join(places[:N_PLACES])}{more}"
+        others = f" and {len(places) - MAX_PLACES} more" if len(places) > MAX_PLACES else ""
+        return f"{', '.join(places[:MAX_PLACES])}{others}"
 
     def warning(self) -> str:
         """Return the warning to print."""
@@ -42,30 +43,30 @@ class BadStep:
 
 
 def reject_bad_steps(streak: Sequence[BadStep], recipe: Recipe, limit: int = MAX_BAD_STEPS) -> None:
-    """End a run whose last steps were bad.
+    """End a run if too many consecutive steps were bad.
 
     Args:
-        streak: The bad steps that came last, without a good one between them.
+        streak: The consecutive bad steps up to now.
         recipe: The recipe of the run.
-        limit: The number of bad steps that ends it.
+        limit: The number of bad steps that ends the run.
 
     Raises:
-        NumericsError: If there are as many.
+        NumericsError: If there are at least `limit` bad steps.
     """
     if len(streak) < limit:
         return
     first, last = streak[0].number, streak[-1].number
     steps = f"in steps {first} to {last}" if first < last else f"at step {last}"
-    # the checkpoint of the step before, if there is one, has the weights that gave this loss
+    # a checkpoint of the previous step would contain the weights that gave this loss
     cause = f"or check the rows of step {first}: {streak[0].rows()}"
     raise _error(f"{NOT_FINITE} {steps}", recipe, first - 1, cause)
 
 
 def reject_bad_scale(scale: float, step: int, recipe: Recipe) -> None:
-    """End a run in fp16 whose gradients overflow however small the loss scale is.
+    """End an fp16 run whose gradients overflow even with a small loss scale.
 
     Raises:
-        NumericsError: If the scale is below 1, after it was lowered many times.
+        NumericsError: If the scale has been lowered below 1.
     """
     if scale < 1:
         what = f"gradients overflow in fp16 at step {step}, though the loss is not scaled up"
@@ -86,11 +87,11 @@ def reject_bad_parameters(model: nn.Module, step: int, recipe: Recipe) -> None:
         raise _error(what, recipe, step, "or shorten longer gradients with `train.max_grad_norm`")
 
 
-def _error(what: str, recipe: Recipe, before: int, other: str) -> NumericsError:
-    """Return the error, with a hint which checkpoints are good: those before a step."""
+def _error(what: str, recipe: Recipe, bad_from: int, alternative: str) -> NumericsError:
+    """Return the error, with a hint that names the good checkpoints: those before a step."""
     steps = [step for step, _ in checkpoints(recipe.output_path)]
-    good = [step for step in steps if step < before]
-    hint = f"lower the learning rate, lengthen the warm-up, {other}"
+    good = [step for step in steps if step < bad_from]
+    hint = f"lower the learning rate, lengthen the warm-up, {alternative}"
     if good:
         hint += f"; the checkpoint of step {good[-1]} is good"
     if good != steps:

@@ -1,7 +1,7 @@
-"""What an adapter has to beat: the commonest answer, the head alone, and the untrained base.
+"""Baselines for an adapter: the most common answer, training the head alone, the untrained base.
 
-The adapter is trained first and its report is whole, whatever happens here; `--resume` measures the
-baselines that are missing. The head alone is trained by the same loop, in `baselines/none/`.
+The adapter is trained first, and its report is complete before any baseline is measured; `--resume`
+measures the missing ones. The head alone is trained by the same loop, in `baselines/none/`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Metrics = dict[str, dict[str, float]]
 
 
 def train(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
-    """Train as the recipe says, then measure its baselines; as `training_run.train` otherwise.
+    """Train as `training_run.train` does, then measure the baselines of the recipe.
 
     Returns:
         The report, with `baselines` (metrics by name and split) and `verdict`.
@@ -45,19 +45,19 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
     learned = Learned()
     report = training_run.train(recipe, resume, learned)
     recipe = learned.completed(recipe)
-    wanted = recipe.evaluate.baselines
-    if not set(wanted) <= set(part(report, "baselines")):
-        _measure_all(wanted, recipe, report)
+    names = recipe.evaluate.baselines
+    if not set(names) <= set(part(report, "baselines")):
+        _measure_all(names, recipe, report)
     if PartialState().is_main_process:
         mirror_result(recipe)
     return report
 
 
-def _measure_all(wanted: Sequence[str], recipe: Recipe, report: dict[str, Any]) -> None:
-    """Put the baselines that the report does not know, and the verdict, into it."""
+def _measure_all(names: Sequence[str], recipe: Recipe, report: dict[str, Any]) -> None:
+    """Add the missing baselines and the verdict to the report."""
     known = part(report, "baselines")
     report["baselines"] = {
-        name: known[name] if name in known else _measure(name, recipe, report) for name in wanted
+        name: known[name] if name in known else _measure(name, recipe, report) for name in names
     }
     report["verdict"] = verdict(
         report, *best_by(recipe, build_task(recipe)), folder=recipe.output_path
@@ -80,36 +80,36 @@ def _measure(name: str, recipe: Recipe, report: dict[str, Any]) -> Metrics:
 
 
 def majority(task: Task, data: dict[str, Encoded]) -> Metrics:
-    """Return the metrics of the train split's commonest label, or its mean, as every answer.
+    """Return the metrics of a constant answer: the train split's most common label, or its mean.
 
-    Of several labels, each is taken that more than half of the rows have.
+    With several labels per row, the answer has each label that more than half of the rows have.
     """
     train = [label for label in data["train"].examples["labels"][:] if not _is_missing(label)]
-    said: Any
+    answer: Any
     if task.metric_channel == "value":
-        said = float(np.mean(train))
+        answer = float(np.mean(train))
     elif isinstance(train[0], list):
-        said = [int(share > 0.5) for share in np.mean(train, axis=0)]
+        answer = [int(share > 0.5) for share in np.mean(train, axis=0)]
     else:
-        said = Counter(train).most_common(1)[0][0]
-    found = {}
+        answer = Counter(train).most_common(1)[0][0]
+    metrics_by_split = {}
     for name in HELD_OUT:
         if name in data:
             metrics = build_metrics(task)
             references = data[name].examples["labels"][:]
-            metrics.add_batch(task.metric_channel, [said] * len(references), references)
-            found[name] = metrics.compute()
-    return found
+            metrics.add_batch(task.metric_channel, [answer] * len(references), references)
+            metrics_by_split[name] = metrics.compute()
+    return metrics_by_split
 
 
 def _is_missing(label: Any) -> bool:
-    """Return whether a train row has no label, as a teacher may have."""
+    """Return whether a train row has no label, which is allowed with a teacher."""
     first = label[0] if isinstance(label, list) and label else label
     return bool(first == IGNORED)
 
 
 def _head_alone(recipe: Recipe) -> Metrics:
-    """Train the head alone by the same recipe, and return its metrics."""
+    """Train only the head with the same recipe, and return its metrics."""
     folder = recipe.output_path / "baselines" / "none"
     head = recipe.with_values(
         {
@@ -128,7 +128,7 @@ def _head_alone(recipe: Recipe) -> Metrics:
     if state.is_main_process:
         sys.stderr.write("\nbaseline `none`: the same recipe with the head alone\n")
     state.wait_for_everyone()
-    # full fine-tuning may have autocast where the head alone has none
+    # full fine-tuning may use autocast where training the head alone does not
     AcceleratorState._reset_state()
     return dict(training_run.train(head, resume=started)["metrics"]["after"])
 
@@ -136,16 +136,15 @@ def _head_alone(recipe: Recipe) -> Metrics:
 def verdict(
     report: dict[str, Any], metric: str, mode: str, folder: Path | None = None
 ) -> dict[str, Any]:
-    """Return whether the adapter beats the best of its baselines, and say so.
+    """Return whether the adapter beats the best of its baselines, also in words.
 
-    `passed` is None where nothing is held out, and where the difference, in whichever direction,
-    may be chance.
+    `passed` is None if there are no held-out rows, or if the difference may be due to chance.
 
     Args:
-        report: With `metrics` and `baselines`.
-        metric: What decides, on validation, or on test if there is no validation.
-        mode: Whether less (`min`) or more (`max`) of it is better.
-        folder: Holds the predictions, whose losses say how sure a mean loss is.
+        report: The report, with `metrics` and `baselines`.
+        metric: The metric to compare, on validation, or on test if there is no validation split.
+        mode: Whether lower (`min`) or higher (`max`) values are better.
+        folder: Contains the predictions, whose losses give the uncertainty of the mean loss.
     """
     after = part(report, "metrics", "after")
     split = next((name for name in HELD_OUT if name in after), None)
@@ -154,25 +153,27 @@ def verdict(
     lines = [] if folder is None else read_predictions(folder / "predictions" / f"{split}.jsonl")
     sign = 1 if mode == "max" else -1
 
-    def worth(value: Any) -> float:
-        known = isinstance(value, int | float) and math.isfinite(value)
-        return sign * value if known else -math.inf
+    def score(value: Any) -> float:
+        is_number = isinstance(value, int | float) and math.isfinite(value)
+        return sign * value if is_number else -math.inf
 
     values = {
         name: part(report, "baselines", name, split).get(metric) for name in report["baselines"]
     }
-    ours = after[split].get(metric)
-    best = max(values, key=lambda name: worth(values[name]))
-    passed: bool | None = worth(ours) > worth(values[best])
-    rest = f"{NAMES[best]} (`{best}`, {shown_number(values[best])}) in {metric} on {split}"
-    shown = f"the adapter ({shown_number(ours)})"
-    words = f"{shown} {'beats' if passed else 'FAILS to beat'} {rest}"
+    own_value = after[split].get(metric)
+    best = max(values, key=lambda name: score(values[name]))
+    passed: bool | None = score(own_value) > score(values[best])
+    opponent = f"{NAMES[best]} (`{best}`, {shown_number(values[best])}) in {metric} on {split}"
+    shown = f"the adapter ({shown_number(own_value)})"
+    words = f"{shown} {'beats' if passed else 'FAILS to beat'} {opponent}"
     rows = measured_rows(report, split, metric)
-    if not is_clear(metric.rpartition("/")[2], finite(values[best]), finite(ours), rows, lines):
+    if not is_clear(
+        metric.rpartition("/")[2], finite(values[best]), finite(own_value), rows, lines
+    ):
         passed = None
-        words = f"no clear difference on {counted(rows, 'row')} between {shown} and {rest}"
+        words = f"no clear difference on {counted(rows, 'row')} between {shown} and {opponent}"
         if rows < MANY_ROWS:
-            few = f"{counted(rows, 'row')} {'is' if rows == 1 else 'are'} too few"
-            words = f"{few} to tell whether {shown} beats {rest}"
-    facts = {"metric": metric, "split": split, "adapter": ours}
+            too_few = f"{counted(rows, 'row')} {'is' if rows == 1 else 'are'} too few"
+            words = f"{too_few} to tell whether {shown} beats {opponent}"
+    facts = {"metric": metric, "split": split, "adapter": own_value}
     return {"passed": passed, "words": words, **facts, "baseline": best, "value": values[best]}

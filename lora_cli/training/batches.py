@@ -1,4 +1,4 @@
-"""The micro-batches of each step, for this process, in the order of the batch plan."""
+"""Load the micro-batches of each step for this process, in the order of the batch plan."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ from lora_cli.training.stop_request import SIGNALS
 
 @dataclass
 class PlannedStep:
-    """A step: its examples and their cost on all processes, and this process's micro-batches."""
+    """A step: the examples of all processes and their cost, and this process's micro-batches."""
 
     number: int
     examples: list[int]
     cost: int
     batches: list[Batch]
     places: Callable[[], list[str]]
-    """Returns the places of the examples' rows."""
+    """Returns the locations of the examples' rows."""
 
 
 class Batches:
     """Iterates over the steps of a run.
 
     Args:
-        task: Makes batches of examples, and packs them.
+        task: The task, which packs examples and builds batches.
         split: The train rows; None with `data.streaming`.
-        accelerator: Knows which process this is, and how many there are.
+        accelerator: The rank of this process, and the number of processes.
     """
 
     def __init__(self, task: Task, split: Encoded | None, accelerator: Accelerator) -> None:
@@ -62,8 +62,8 @@ class Batches:
             self.examples = task.packed(split)
         self.lengths = self.examples.lengths if train.packing else split.lengths
         self.mixture = mixture_of(self.recipe, split, self.examples)
-        alike = self.lengths if train.group_by_length else task.batch_groups(split)
-        self.plan = BatchPlan(len(self.examples), train.step_size, train.seed, alike, self.mixture)
+        groups = self.lengths if train.group_by_length else task.batch_groups(split)
+        self.plan = BatchPlan(len(self.examples), train.step_size, train.seed, groups, self.mixture)
         self.steps_per_epoch = self.plan.steps_per_epoch
         epochs = 3.0 if train.epochs is None else train.epochs
         self.total_steps = train.max_steps or math.ceil(epochs * self.steps_per_epoch)
@@ -81,28 +81,28 @@ class Batches:
 
     @property
     def note(self) -> str | None:
-        """A note about the rows, to be printed after training."""
+        """A note about the rows, to print after training."""
         return self.stream.note() if self.steps_per_epoch is None else None
 
     def epoch_of(self, step: int) -> float:
-        """Return how many passes over the train rows a number of steps makes, to four digits."""
+        """Return how many epochs a number of steps is, to four digits."""
         return round(step / self.steps_per_epoch, 4) if self.steps_per_epoch else 0.0
 
     def steps(self, done: int) -> Iterator[PlannedStep]:
-        """Yield the steps after the first `done`, which were made before."""
+        """Yield all steps after the first `done` steps."""
         if self.steps_per_epoch is None:
             yield from self._stream(done)
             return
         prepared: Any = self.examples
         if self.task.prepares:
-            prepared = _Prepared(self.task, self.examples, self.recipe.train.seed)
+            prepared = _PreparedExamples(self.task, self.examples, self.recipe.train.seed)
         require_shared_memory(self.recipe.train.workers)
         loader: Any = DataLoader(
             prepared,
             batch_sampler=(
                 [(step, i) for i in part.tolist()] if self.task.prepares else part.tolist()
                 for step, examples in self.plan.steps(done, self.total_steps)
-                for part in self._mine(examples)
+                for part in self._own_part(examples)
             ),
             collate_fn=self.task.batch,
             num_workers=self.recipe.train.workers,
@@ -115,14 +115,14 @@ class Batches:
                 step,
                 examples.tolist(),
                 int(self.lengths[examples].sum()),
-                list(islice(batches, len(self._mine(examples)))),
+                list(islice(batches, len(self._own_part(examples)))),
                 functools.partial(self._places, examples.tolist()),
             )
 
     def from_the_start(self) -> Iterator[Batch]:
         """Yield micro-batches of all train rows in the order of training, epoch after epoch.
 
-        They are the same in every process.
+        All processes get the same ones.
         """
         for step, examples in self.plan.steps(0, sys.maxsize):
             for part in micro_batches(examples, self.task.micro_batch):
@@ -139,7 +139,7 @@ class Batches:
         rows = self.split.examples[members]["row"]
         return [self.split.rows.place(row) for row in dict.fromkeys(rows)]
 
-    def _mine(self, examples: Any) -> list[Any]:
+    def _own_part(self, examples: Any) -> list[Any]:
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         return micro_batches(examples, self.task.micro_batch, rank, processes)
 
@@ -151,7 +151,7 @@ class Batches:
             if self.task.prepares:
                 seed = self.recipe.train.seed
                 chunk = [prepared_for(self.task, one, seed, step) for one in chunk]
-            parts = self._mine(np.arange(len(chunk)))
+            parts = self._own_part(np.arange(len(chunk)))
             yield PlannedStep(
                 step,
                 [example["row"] for example in chunk],
@@ -161,11 +161,11 @@ class Batches:
             )
 
 
-class _Prepared:
-    """Examples that are prepared when a worker of the data loader reads them.
+class _PreparedExamples:
+    """A data set that prepares (augments) examples when a worker of the data loader reads them.
 
-    A key is (step, position of the example), because the random numbers of an example depend only
-    on the seed, the step and the row, not on the worker or on earlier examples.
+    A key is (step, index of the example): the random numbers of an example depend only on the
+    seed, the step and the row, not on the worker or on earlier examples.
     """
 
     def __init__(self, task: Task, examples: Any, seed: int) -> None:
@@ -181,15 +181,15 @@ class _Prepared:
 
 
 def prepared_for(task: Task, example: Example, seed: int, step: int) -> Example:
-    """Return an example ready to be collated in a step of training."""
+    """Prepare an example for a training step, so that it can be collated."""
     rng = np.random.default_rng((seed, step, int(example["row"])))
     return task.prepare(restored(example), rng, training=True)
 
 
 def require_shared_memory(workers: int) -> None:
-    """Check that the semaphores exist that workers and their queues need.
+    """Check that the semaphores for workers and their queues can be created.
 
-    Without them, torch would leave an incomplete data loader, which prints a traceback.
+    Otherwise torch would leave an incomplete data loader behind, which prints a traceback.
 
     Raises:
         OSError: If the shared memory is full, or cannot be used.
@@ -203,6 +203,6 @@ def require_shared_memory(workers: int) -> None:
 
 
 def _leave_signals_to_the_run(_: int) -> None:
-    """Let a worker ignore signals to its process group: the run needs it until it ends."""
+    """Let a worker ignore signals to its process group, as the run needs it until it stops."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

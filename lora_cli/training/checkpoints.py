@@ -1,9 +1,9 @@
-"""Checkpoints: what a run writes to the disk to continue later as if it had not stopped.
+"""Write and read checkpoints, from which a run continues as if it had not been interrupted.
 
 A checkpoint contains the trained parameters (in PEFT's format), the state of the optimizer, and the
-`TrainState`: the position, the counts, the best evaluation. It contains nothing of the frozen base,
-and no random state, since the order and the dropout of a step depend on (seed, step) alone. Tensors
-are in safetensors files, the rest is JSON; nothing is pickled.
+`TrainState`: the position, the counts, the best evaluation. It contains neither frozen weights nor
+random states, since the order and the dropout of a step depend only on (seed, step). Tensors are
+saved as safetensors, everything else as JSON; nothing is pickled.
 """
 
 from __future__ import annotations
@@ -57,13 +57,13 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "trainer.json"
 FOLDER = "checkpoints"
 TARGETS = {"target_modules", "exclude_modules", "layers"}  # `adapter.from` names the modules
-# how many numbers an optimizer keeps for each parameter
+# size of an optimizer's state, relative to the parameters
 MOMENTS = {"adamw": 2.0, "adamw_8bit": 0.6, "sgd": 1.0, "adafactor": 0.1}
-OTHER_BYTES = 2**20  # of logs, report and plots
+OTHER_BYTES = 2**20  # for logs, report and plots
 
 
 def checkpoint_folder(output: Path, step: int) -> Path:
-    """Return where the checkpoint after a step lies in an output folder."""
+    """Return the folder of the checkpoint after a step, in an output folder."""
     return output / FOLDER / f"step-{step:06d}"
 
 
@@ -77,9 +77,9 @@ def save_checkpoint(
     base: Fingerprint | None,
     facts: dict[str, Any] | None = None,
 ) -> Path:
-    """Write `checkpoints/step-NNNNNN`, completely or not at all, then delete old ones.
+    """Write `checkpoints/step-NNNNNN`, completely or not at all, then delete old checkpoints.
 
-    The newest `checkpoint.keep` checkpoints are kept, and that of the best evaluation.
+    The newest `checkpoint.keep` checkpoints are kept, and the one of the best evaluation.
 
     Args:
         output: The output folder of the run.
@@ -89,7 +89,7 @@ def save_checkpoint(
         recipe: The recipe.
         in_full: The names of the modules that are trained in full.
         base: The fingerprint of the base.
-        facts: What else of the base decides the result, besides its tensors.
+        facts: The facts of the base that affect outputs besides its tensors.
 
     Returns:
         The folder of the checkpoint.
@@ -105,11 +105,11 @@ def save_checkpoint(
         files = (*weight_files(folder), OPTIMIZER_FILE)
         state.sha256 = {name: sha256_of(folder / name) for name in files}
         write_json(folder / STATE_FILE, asdict(state))
-    # not those of later steps: they are damaged, or the run would have resumed from them
-    older = [(step, old) for step, old in checkpoints(output) if step <= state.step]
-    for step, old in older[: -recipe.checkpoint.keep]:
+    # later ones are not counted: they are damaged, or the run would have resumed from them
+    candidates = [(step, old) for step, old in checkpoints(output) if step <= state.step]
+    for step, old in candidates[: -recipe.checkpoint.keep]:
         if state.best is None or step != state.best["step"]:
-            # renamed first: a folder of this name is always complete
+            # rename first, so that folders with this name are always complete
             renamed = old.with_name(f".{old.name}.old")
             old.rename(renamed)
             shutil.rmtree(renamed)
@@ -120,18 +120,17 @@ def checkpoints(output: Path) -> list[tuple[int, Path]]:
     """Return the steps and folders of a run's checkpoints, oldest first.
 
     Raises:
-        ResourceError: If the folder must not be read, so it is not known whether there are any.
+        ResourceError: If there is no permission to read the folder.
     """
     try:
-        paths = list(
-            (output / FOLDER).iterdir()
-        )  # `glob` would skip a folder that it must not read
+        # `glob` would silently skip a folder without permission
+        paths = list((output / FOLDER).iterdir())
     except (FileNotFoundError, NotADirectoryError):
         return []
     except PermissionError as error:
         raise forbidden(output / FOLDER) from error
-    found = ((re.fullmatch(r"step-(\d+)", path.name), path) for path in paths)
-    return sorted((int(name[1]), path) for name, path in found if name)
+    matches = ((re.fullmatch(r"step-(\d+)", path.name), path) for path in paths)
+    return sorted((int(name[1]), path) for name, path in matches if name)
 
 
 def load_checkpoint(
@@ -178,7 +177,7 @@ def load_checkpoint(
 
 
 def clear_leftovers(output: Path) -> None:
-    """Finish or undo what a process was writing into the folder when it was killed."""
+    """Finish or undo the file operations of a process that was killed while writing."""
     recover(output)
     recover(output / FOLDER)
 
@@ -194,10 +193,10 @@ def peek_state(output: Path) -> TrainState | None:
 
 
 def adopt_adapter(recipe: Recipe, learned: Learned) -> None:
-    """Note for a run that is resumed that its parameters are in its checkpoint.
+    """Prepare to resume a run whose parameters are in its checkpoint.
 
-    They are then not computed from the base's weights again, nor read from the adapter that the run
-    started from. Whether the recipe has changed is checked later, by `reject_changes`.
+    They are then neither computed from the base's weights again, nor read from the adapter that the
+    run started from. `reject_changes` checks later whether the recipe has changed.
 
     Args:
         recipe: The recipe; it may name an adapter to start from.
@@ -212,12 +211,12 @@ def adopt_adapter(recipe: Recipe, learned: Learned) -> None:
     if spec.from_ is None:
         return
     saved = AdapterSpec.model_validate(state.recipe["adapter"])
-    said = {key: getattr(spec, key) for key in spec.model_fields_set - TARGETS}
-    learned.adapter = saved.with_values(said)
+    changes = {key: getattr(spec, key) for key in spec.model_fields_set - TARGETS}
+    learned.adapter = saved.with_values(changes)
 
 
 def _ranks(output: Path) -> dict[str, int]:
-    """Return the rank of each module, from the newest checkpoint whose file can be read."""
+    """Return the rank of each module, from the newest checkpoint that can be read."""
     for _, folder in reversed(checkpoints(output)):
         try:
             return ranks_of(folder)
@@ -232,19 +231,19 @@ def restore_checkpoint(
     """Load a checkpoint's parameters and optimizer state into a new run.
 
     Raises:
-        IntegrityError: If a tensor is missing, unknown, of another shape or not finite.
+        IntegrityError: If a tensor is missing, unknown, not finite, or has another shape.
     """
     read_header(folder / OPTIMIZER_FILE)
     tensors = load_file(folder / OPTIMIZER_FILE)
     problems = optimizer_problems(optimizer, tensors, state, folder / OPTIMIZER_FILE)
     if problems:
         last = problems[-1]
-        raise IntegrityError([*problems[:-1], Problem(last.what, last.at, _without(folder))])
+        raise IntegrityError([*problems[:-1], Problem(last.what, last.at, _hint_without(folder))])
     restore_parameters(folder, model)
-    for name, written in state.sha256.items():  # which the manifest, if edited, cannot change
+    for name, written in state.sha256.items():  # an edited manifest cannot change these hashes
         if sha256_of(folder / name) != written:
             what = f"`{name}` is not the file that was written with `{STATE_FILE}`"
-            raise IntegrityError(what, str(folder / name), _without(folder))
+            raise IntegrityError(what, str(folder / name), _hint_without(folder))
     load_optimizer(optimizer, tensors, state.optimizer)
 
 
@@ -254,19 +253,19 @@ def restore_parameters(folder: Path, model: nn.Module) -> None:
     Raises:
         IntegrityError: If they are not the parameters that the run trains.
     """
-    tensors, wanted = without_buffers(read_tensors(folder), model), adapter_tensors(model)
-    shapes = {name.removeprefix(PREFIX): tensor.shape for name, tensor in wanted.items()}
+    tensors, expected = without_buffers(read_tensors(folder), model), adapter_tensors(model)
+    shapes = {name.removeprefix(PREFIX): tensor.shape for name, tensor in expected.items()}
     for name in sorted(shapes.keys() | tensors.keys()):
         saved = tensors[name].shape if name in tensors else None
         if saved != shapes.get(name):
             what = f"`{name}` is {_shape(saved)}, and should be {_shape(shapes.get(name))}"
             files = (f for f in weight_files(folder) if name.startswith(f.rpartition("/")[0]))
             file = folder / next(files, weight_files(folder)[0])
-            raise IntegrityError(what, str(file), _without(folder))
+            raise IntegrityError(what, str(file), _hint_without(folder))
     restore(model, tensors)
 
 
-def _without(folder: Path) -> str:
+def _hint_without(folder: Path) -> str:
     return (
         f"remove {folder}: `--resume` then goes on from the checkpoint before it, if there is one"
     )
@@ -283,18 +282,20 @@ def optimizer_bytes(model: nn.Module, recipe: Recipe) -> int:
 
 
 def require_space_for_checkpoints(model: nn.Module, recipe: Recipe) -> None:
-    """Check that the disk has room for the files of a run.
+    """Check that the disk has enough space for the files of a run.
 
-    They are `checkpoint.keep` checkpoints, the one of the best evaluation, one that is written
+    These are `checkpoint.keep` checkpoints, the one of the best evaluation, one that is written
     before the oldest is deleted, and the old and the new adapter in the output folder.
 
     Raises:
-        ResourceError: If there is less room.
+        ResourceError: If there is not enough space.
     """
     trained = sum(p.numel() * p.element_size() for p in trainable_parameters(model).values())
     trained += sum(b.nbytes for layer in lora_layers(model).values() for b in layer.buffers(False))
-    one = trained + optimizer_bytes(model, recipe)
-    there = sum(f.stat().st_size for f in (recipe.output_path / FOLDER).rglob("*") if f.is_file())
-    published = 2 * trained * (2 if part_names(model) else 1)  # with the file of diffusers
-    needed = (recipe.checkpoint.keep + 2) * one + published + OTHER_BYTES - there
+    checkpoint_bytes = trained + optimizer_bytes(model, recipe)
+    existing = sum(
+        f.stat().st_size for f in (recipe.output_path / FOLDER).rglob("*") if f.is_file()
+    )
+    published = 2 * trained * (2 if part_names(model) else 1)  # includes the file for diffusers
+    needed = (recipe.checkpoint.keep + 2) * checkpoint_bytes + published + OTHER_BYTES - existing
     require_space(recipe.output_path, needed, recipe.at("output_dir"))

@@ -1,4 +1,4 @@
-"""Which evaluation is the best so far, and whether the run stops early for want of a better one."""
+"""Find the best evaluation so far, and stop early if the metric no longer improves."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Judge:
     """Compares evaluations by one metric, and keeps the best in the state of the run.
 
     Args:
-        recipe: Its `evaluate` section says by which metric, and when to stop early.
-        task: Names the metric if the recipe names none.
+        recipe: The `evaluate` section defines the metric, and when to stop early.
+        task: Supplies a default metric.
     """
 
     def __init__(self, recipe: Recipe, task: Task) -> None:
@@ -25,7 +25,7 @@ class Judge:
         self.metric, self.mode = best_by(recipe, task)
 
     def value_of(self, metrics: dict[str, float]) -> float:
-        """Return the value of the metric that decides.
+        """Return the value of the metric that selects the best adapter.
 
         Raises:
             LoraError: If it was not measured.
@@ -39,7 +39,7 @@ class Judge:
         return metrics[self.metric]
 
     def warning(self, metrics: dict[str, float], step: int) -> str | None:
-        """Return a warning if the metric is NaN or infinite, else None."""
+        """Return a warning if the metric is NaN or infinite, otherwise None."""
         value = self.value_of(metrics)
         if math.isfinite(value):
             return None
@@ -48,26 +48,26 @@ class Judge:
             "not count for early stopping; `evaluate.best` can name another metric"
         )
 
-    def chose(self, best: dict[str, Any]) -> bool:
-        """Return whether the best evaluation so far was chosen by the same metric."""
+    def used_metric_of(self, best: dict[str, Any]) -> bool:
+        """Return whether the best evaluation so far was selected by the same metric."""
         return (best["metric"], best["mode"]) == (self.metric, self.mode)
 
-    def best_of(self, metrics: dict[str, float], where: dict[str, Any]) -> dict[str, Any] | None:
-        """Return what the state of a run says of its best evaluation; None if it is not finite.
+    def best_of(self, metrics: dict[str, float], position: dict[str, Any]) -> dict[str, Any] | None:
+        """Return an evaluation as the state of a run stores the best one; None if not finite.
 
         Args:
-            metrics: What was measured.
-            where: The `step` and the `epoch` of the adapter.
+            metrics: The metrics of the evaluation.
+            position: The `step` and the `epoch` of the adapter.
         """
         value = self.value_of(metrics)
         facts = {"metric": self.metric, "mode": self.mode, "value": value}
-        at = {key: where[key] for key in ("step", "epoch")}
-        return facts | at if math.isfinite(value) else None
+        location = {key: position[key] for key in ("step", "epoch")}
+        return facts | location if math.isfinite(value) else None
 
     def improved(self, metrics: dict[str, float], state: TrainState, epoch: float) -> bool:
-        """Return whether an evaluation is the best; note that and an early stop in the state.
+        """Return whether an evaluation is the best so far; update the state of the run.
 
-        A value that is not finite does not show whether the model improves, so it does not count
+        Values that are not finite do not show whether the model improves, so they do not count
         for early stopping either.
         """
         value, best = self.value_of(metrics), state.best

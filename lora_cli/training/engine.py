@@ -1,7 +1,7 @@
-"""How the parts of an optimizer step are computed: gradients, their sum, clipping, the update.
+"""Compute the parts of an optimizer step: gradients, their sum, clipping, and the update.
 
-`train_step` puts the parts together. This engine computes them by plain autograd; `graph_engine.py`
-computes the same faster on a GPU, and is tested against this one.
+`train_step` combines the parts. This engine uses plain autograd. `graph_engine.py` computes the
+same faster on a GPU, and is tested against this one.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ class Engine:
 
     Args:
         model: The model, in training mode.
-        task: Computes the losses.
-        optimizer: The optimizer as Accelerate prepared it, which scales the loss in fp16.
+        task: The task, which computes the losses.
+        optimizer: The optimizer, prepared by Accelerate, which scales the loss in fp16.
         accelerator: The precision and the processes.
-        max_grad_norm: The norm to which longer gradients are scaled down; None leaves them.
-        parameters: The trained parameters by name. They are looked up once, because a search
-            through a large model takes as long as a small step.
+        max_grad_norm: The maximum norm of the gradient; None for no clipping.
+        parameters: The trained parameters by name. They are collected once, because searching a
+            large model takes as long as a small step.
     """
 
     model: nn.Module
@@ -52,8 +52,8 @@ class Engine:
     @property
     def facts(self) -> dict[str, str]:
         """How batches and steps are computed, for the report."""
-        waits = ", waiting once a micro-batch for what the host decides"
-        steps = self.kind + waits * self.task.waits_for_device
+        note = ", waiting once a micro-batch for what the host decides"
+        steps = self.kind + note * self.task.waits_for_device
         batches = {"batches": self.task.layout, "steps": steps}
         return batches | self.task.frozen_facts
 
@@ -65,10 +65,11 @@ class Engine:
             weights: The weight of one item in each term of the step's loss.
 
         Returns:
-            What the micro-batch adds to each term of the step's loss (terms,), on the device.
+            The micro-batch's contribution to each term of the step's loss, shape (terms,), on the
+            device.
 
         Raises:
-            LoraError: If the loss depends on nothing that is trained.
+            LoraError: If the loss does not depend on any trained parameter.
         """
         with self.accelerator.autocast():
             sums = self.task.losses(self.model, self.task.output(self.model, batch), batch)
@@ -80,7 +81,7 @@ class Engine:
         return shares.detach()
 
     def sum_over_processes(self, shares: Tensor) -> Tensor:
-        """Give each process the sum of all processes' gradients, and return the sum of shares."""
+        """Sum the gradients over all processes, and return the sum of the shares of the loss."""
         if self.accelerator.num_processes == 1:
             return shares
         total: Tensor = self.accelerator.reduce(shares, "sum")
@@ -88,24 +89,24 @@ class Engine:
         return total
 
     def clip_gradients(self) -> Tensor:
-        """Scale the gradients down to `max_grad_norm`, and return their norm before that."""
+        """Clip the gradients to `max_grad_norm`, and return their norm before clipping."""
         limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
         parameters = list(self.parameters.values())
         return torch.as_tensor(self.accelerator.clip_grad_norm_(parameters, limit))
 
     def update_weights(self, loss: Tensor, grad_norm: Tensor) -> tuple[Tensor, Tensor]:
-        """Let the optimizer update the weights, unless the step is bad.
+        """Update the weights, unless the step is bad.
 
-        A bad step changes neither the weights nor the optimizer's running means. (With gradients of
-        zero it would: momentum and weight decay change the weights too.)
+        A bad step changes neither the weights nor the optimizer's running means. (Setting the
+        gradients to zero would not do: momentum and weight decay change the weights too.)
 
         Args:
             loss: The loss of the step.
             grad_norm: The norm of its gradient.
 
         Returns:
-            Whether the step is bad, and whether the weights were left as they were; both on the
-            device, because reading them would wait for the step.
+            Whether the step is bad, and whether the update was skipped; both on the device, because
+            reading them would wait for the step.
         """
         bad, overflow = ~loss.isfinite(), ~grad_norm.isfinite()
         if self.accelerator.scaler is None:
@@ -132,7 +133,7 @@ class Engine:
 
 
 def _without_gradient(engine: Engine) -> LoraError:
-    """Return the error of a model whose forward pass uses nothing of what is trained."""
+    """Return the error for a model whose forward pass uses no trained parameter."""
     first, *others = engine.parameters
     more = f" and {len(others)} more" if others else ""
     what = f"what is trained, `{first}`{more}, takes no part in the model's forward pass"
@@ -141,7 +142,7 @@ def _without_gradient(engine: Engine) -> LoraError:
 
 
 def _step_unless(bad: Tensor, optimizer: Any) -> None:
-    """Update the weights if the step is not bad; a fused optimizer decides that on the device."""
+    """Update the weights unless the step is bad; fused optimizers check this on the device."""
     inner = getattr(optimizer, "optimizer", optimizer)  # inside Accelerate's wrapper
     if inner.defaults.get("fused"):
         inner.found_inf = bad.float()  # the attribute that torch's gradient scaler sets too
@@ -151,16 +152,16 @@ def _step_unless(bad: Tensor, optimizer: Any) -> None:
 
 
 def sum_gradients(parameters: list[nn.Parameter], accelerator: Accelerator) -> None:
-    """Replace the gradients by their sums over the processes, in one message.
+    """Replace the gradients by their sums over the processes, in one all-reduce.
 
-    The gradients of an adapter are small, so one message costs less than the hooks and buckets of
-    DDP; and a process may have any number of micro-batches, or none. A parameter without a gradient
-    in every process keeps none, so that the optimizer does not change it.
+    The gradients of an adapter are small, so one all-reduce costs less than the hooks and buckets
+    of DDP. A process may also have any number of micro-batches, even none. A parameter that has no
+    gradient in any process still has none, so that the optimizer does not change it.
     """
     present = torch.tensor([float(p.grad is not None) for p in parameters])
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     flat = torch.cat([present.to(accelerator.device), *(g.flatten() for g in gradients)])
     flat = accelerator.reduce(flat, "sum")
-    found, *parts = flat.split([len(parameters), *(p.numel() for p in parameters)])
-    for parameter, count, part in zip(parameters, found.tolist(), parts, strict=True):
+    present_counts, *parts = flat.split([len(parameters), *(p.numel() for p in parameters)])
+    for parameter, count, part in zip(parameters, present_counts.tolist(), parts, strict=True):
         parameter.grad = part.view_as(parameter) if count else None

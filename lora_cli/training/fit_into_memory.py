@@ -1,6 +1,6 @@
-"""What fits into the memory of the GPU: `micro_batch_size: auto`, `gradient_checkpointing: auto`.
+"""Choose settings that fit into GPU memory: `micro_batch_size` and `gradient_checkpointing: auto`.
 
-Both decide how much memory a step needs, not its result, so they may depend on the memory. The
+Both settings affect the memory of a step, not its result, so they may depend on the machine. The
 examples of a step are always those of the recipe.
 """
 
@@ -27,8 +27,8 @@ from lora_cli.training.choose_engine import fused_modules, may_use_kernels
 from lora_cli.training.resource_errors import is_out_of_memory, out_of_memory
 from lora_cli.training.stop_request import TRAINING
 
-HEADROOM = 0.05  # share of the GPU's free memory that is left for libraries and fragmentation
-AMPLE = 0.7  # the same, if the user has not asked for the largest micro-batch
+HEADROOM = 0.05  # share of the GPU's free memory that is reserved for libraries and fragmentation
+LARGE_HEADROOM = 0.7  # the share if the user did not ask for the largest micro-batch
 
 
 def fit_into_memory(
@@ -39,17 +39,17 @@ def fit_into_memory(
     optimizer_bytes: int,
     begins: bool,
 ) -> list[str]:
-    """Choose gradient checkpointing and micro-batches, if the recipe leaves them open.
+    """Choose gradient checkpointing and the micro-batch size, if the recipe does not set them.
 
-    What is chosen stands in `task.learned` afterwards.
+    The choices are stored in `task.learned`.
 
     Args:
         model: The model, as it will be trained.
-        task: Makes batches, and computes the loss.
-        batches: Has the examples of the train split, and their lengths.
+        task: The task, which builds batches and computes the loss.
+        batches: The examples of the train split, and their lengths.
         accelerator: The precision and the processes; all processes choose the same.
         optimizer_bytes: The size of the optimizer's state.
-        begins: Whether the run is at its first step; one that is resumed keeps what was chosen.
+        begins: Whether the run is at its first step; a resumed run keeps its choices.
 
     Returns:
         Lines for the log.
@@ -79,16 +79,16 @@ def find_micro_batch(
     accelerator: Accelerator,
     optimizer_bytes: int,
 ) -> int:
-    """Return the largest micro-batch that fits, tried on the longest examples.
+    """Return the size of the largest micro-batch of the longest examples that fits.
 
-    Forward and backward passes are made with growing numbers of examples; the model is not changed.
-    Without a GPU nothing is tried: it is 8, or the whole step if that is smaller.
+    It is found by forward and backward passes with growing numbers of examples; the model is not
+    changed. Without a GPU nothing is tried: the size is 8, or the whole step if that is smaller.
 
     Args:
         model: The model, as it will be trained.
-        task: Makes batches, and computes the loss.
-        batches: Has the examples of the train split, and their lengths.
-        accelerator: The precision and the processes; all processes get the same number.
+        task: The task, which builds batches and computes the loss.
+        batches: The examples of the train split, and their lengths.
+        accelerator: The precision and the processes; all processes get the same size.
         optimizer_bytes: The size of the optimizer's state.
 
     Raises:
@@ -99,11 +99,11 @@ def find_micro_batch(
     share = _share(task, batches, accelerator)
     with _untouched(model), _headroom(accelerator.device, HEADROOM):
         trial = _Trial(model, task, batches, accelerator, optimizer_bytes)
-        own = largest(trial.fits, share)
-    found: int = min(gather_object([own]))
-    if not found:
+        n_fitting = largest(trial.fits, share)
+    smallest: int = min(gather_object([n_fitting]))
+    if not smallest:
         raise out_of_memory(task.recipe, 1, TRAINING)
-    return found
+    return smallest
 
 
 def choose_checkpointing(
@@ -113,12 +113,11 @@ def choose_checkpointing(
     accelerator: Accelerator,
     optimizer_bytes: int,
 ) -> Checkpointing:
-    """Return as much gradient checkpointing as a micro-batch of the longest examples needs to fit.
+    """Return the least gradient checkpointing for which a micro-batch of long examples fits.
 
-    With `micro_batch_size: auto` it is a single example. Nothing is tried without a GPU, or where
-    the architecture has no gradient checkpointing.
-
-    Args: As of `find_micro_batch`.
+    With `micro_batch_size: auto`, a single example has to fit. Nothing is tried without a GPU, or
+    if the architecture does not support gradient checkpointing. Arguments are those of
+    `find_micro_batch`.
     """
     possible = getattr(model, "supports_gradient_checkpointing", False)
     if accelerator.device.type != "cuda" or not possible:
@@ -141,34 +140,35 @@ def join_micro_batches(
     accelerator: Accelerator,
     optimizer_bytes: int,
 ) -> int | None:
-    """Return the examples of a whole step if they easily fit into one micro-batch, else None.
+    """Return the number of examples in a step if they easily fit into one micro-batch, or None.
 
-    The result of a step does not depend on how it is divided, and a GPU takes little longer for
-    twice as many short texts. With None, micro-batches have the size that the recipe says.
-
-    Args: As of `find_micro_batch`.
+    The result of a step does not depend on how it is split, and a GPU takes little longer for
+    twice as many short texts. With None, the micro-batch size of the recipe is used. Arguments are
+    those of `find_micro_batch`.
     """
     train = task.recipe.train
     checkpoints = task.learned.checkpointing_of(train)
-    wanted = train.kernels != "reference" and not checkpoints
-    cut = train.micro_batch_size != "auto" and train.step_size > train.micro_batch_size
-    if not (wanted and cut and task.same_in_any_batch and accelerator.device.type == "cuda"):
+    is_useful = train.kernels != "reference" and not checkpoints
+    is_split = train.micro_batch_size != "auto" and train.step_size > train.micro_batch_size
+    if not (
+        is_useful and is_split and task.same_in_any_batch and accelerator.device.type == "cuda"
+    ):
         return None
     share = _share(task, batches, accelerator)
-    with _untouched(model), _headroom(accelerator.device, AMPLE):
+    with _untouched(model), _headroom(accelerator.device, LARGE_HEADROOM):
         fits = _Trial(model, task, batches, accelerator, optimizer_bytes).fits(share)
     return share if all(gather_object([fits])) else None
 
 
 def _share(task: Task, batches: Batches, accelerator: Accelerator) -> int:
-    """Return the largest number of a step's examples that one process computes."""
+    """Return the largest number of examples in a step that one process computes."""
     size = min(task.recipe.train.step_size, len(batches.lengths))
     return math.ceil(int(size) / int(accelerator.num_processes))
 
 
 @dataclass
 class _Trial:
-    """Tries whether a number of the longest examples fits into memory."""
+    """Tests whether a number of the longest examples fits into memory."""
 
     model: nn.Module
     task: Task
@@ -182,16 +182,16 @@ class _Trial:
         examples = (self.batches.examples[int(i)] for i in longest)
         seed = task.recipe.train.seed
         batch = task.batch([prepared_for(task, example, seed, 0) for example in examples])
-        kernels = may_use_kernels(task, self.accelerator)  # compiled layers need no more than those
+        kernels = may_use_kernels(task, self.accelerator)  # compiled layers need no more memory
         with fused_modules(self.model, self.accelerator).in_use() if kernels else nullcontext():
             return _fits(self.model, task, batch.to(device), self.accelerator, self.optimizer_bytes)
 
 
 def largest(fits: Callable[[int], bool], limit: int) -> int:
-    """Return the largest number up to `limit` that fits, or 0, by doubling and then bisecting.
+    """Return the largest number up to `limit` that fits, or 0, by doubling and then bisection.
 
     Args:
-        fits: Returns whether a number fits. If it does, so do all smaller ones.
+        fits: Returns whether a number fits. It must be monotonic.
         limit: The largest number to try.
     """
     good, bad = 0, limit + 1
@@ -207,15 +207,15 @@ def largest(fits: Callable[[int], bool], limit: int) -> int:
 def _fits(
     model: nn.Module, task: Task, batch: Any, accelerator: Accelerator, optimizer_bytes: int
 ) -> bool:
-    """Return whether a micro-batch fits, together with gradients and the optimizer's state."""
+    """Return whether a micro-batch fits, in addition to gradients and the optimizer's state."""
     try:
-        kept = torch.empty(optimizer_bytes, dtype=torch.uint8, device=accelerator.device)
-        for _ in range(2):  # in the second pass, the gradients of the first take memory too
+        reserved = torch.empty(optimizer_bytes, dtype=torch.uint8, device=accelerator.device)
+        for _ in range(2):  # in the second pass, gradients take memory too
             with accelerator.autocast():
                 loss = task.loss(model, batch)
             loss.backward()  # type: ignore[no-untyped-call]  # torch's own has no types
         torch.cuda.synchronize(accelerator.device)
-        del kept, loss
+        del reserved, loss
         return True
     except Exception as error:
         if not is_out_of_memory(error):
@@ -229,7 +229,7 @@ def _fits(
 @contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
     """Put the model into training mode, and restore its mode and its buffers afterwards."""
-    kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     was_training = model.training
     training_mode(model)
     try:
@@ -238,17 +238,17 @@ def _untouched(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
         with torch.no_grad():
             for name, buffer in model.named_buffers():
-                buffer.copy_(kept[name])
+                buffer.copy_(buffers[name])
 
 
 @contextmanager
 def _headroom(device: torch.device, share: float) -> Iterator[None]:
-    """Let torch use the memory that is free now, except for a share of it."""
+    """Limit torch to the memory that is free now, except for a share of it."""
     torch.cuda.empty_cache()
     index = torch.cuda.current_device() if device.index is None else device.index
     free, total = torch.cuda.mem_get_info(index)
-    ours = torch.cuda.memory_reserved(index)
-    torch.cuda.set_per_process_memory_fraction((ours + free * (1 - share)) / total, index)
+    own = torch.cuda.memory_reserved(index)
+    torch.cuda.set_per_process_memory_fraction((own + free * (1 - share)) / total, index)
     try:
         yield
     finally:

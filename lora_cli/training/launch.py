@@ -1,4 +1,4 @@
-"""How the processes of a run start, and what the errors mean that end it."""
+"""Coordinate the processes of a run when it starts, and explain the errors that end it."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from lora_cli.unexpected_errors import note_phase
 def main_process_first(accelerator: Accelerator) -> Iterator[None]:
     """Let the main process execute the block before the others.
 
-    If it fails there, the others end with its exit code and no message. (Accelerate's own context
-    of this name would leave them waiting.)
+    If it fails, the others end with its exit code and no message. (They would wait forever in
+    Accelerate's context of this name.)
     """
     if accelerator.num_processes == 1:
         yield
@@ -47,15 +47,15 @@ def main_process_first(accelerator: Accelerator) -> Iterator[None]:
 def explain_errors(
     recipe: Recipe, learned: Learned, accelerator: Accelerator, stop: StopRequest
 ) -> Iterator[None]:
-    """Turn errors of training into errors with a hint, such as that memory is full.
+    """Convert errors such as a lack of memory to errors with a hint.
 
-    Errors that all processes raise are reported by the main process alone.
+    If all processes raise the same error, only the main process reports it.
 
     Args:
-        recipe: Has the size of the batches, and the output folder.
-        learned: Has the size of micro-batches, if the recipe leaves it open.
-        accelerator: Knows which process this is.
-        stop: Knows what the run is doing.
+        recipe: The batch sizes, and the output folder.
+        learned: The micro-batch size, if the recipe does not set it.
+        accelerator: The rank of this process.
+        stop: Its `activity` is what the run is doing.
     """
     try:
         yield
@@ -64,8 +64,8 @@ def explain_errors(
             raise
         raise SystemExit(error.exit_code) from None
     except (MemoryError, RuntimeError, OSError, SafetensorError) as error:
-        if (full := resource_error(error, recipe, learned, stop.activity)) is not None:
-            raise full from error
+        if (explained := resource_error(error, recipe, learned, stop.activity)) is not None:
+            raise explained from error
         note_phase(error, stop.activity)
         raise
     except Exception as error:

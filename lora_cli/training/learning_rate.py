@@ -1,4 +1,4 @@
-"""The learning rate of each step: the warm-up, and the schedule after it."""
+"""Compute the learning rate of each step: the warm-up, and the schedule after it."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def learning_rate_factor(spec: SchedulerSpec, step: int, total_steps: int) -> fl
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
     """Multiply each group's initial learning rate by a factor, and return the highest rate.
 
-    Where the optimizer updates all weights by one kernel, the rate has the digits of float32: a
-    recorded update reads it from memory as such, and computes what one that is not recorded does.
+    For fused optimizers, the rate is rounded to float32: a recorded update reads it from a float32
+    tensor, and has to compute the same as an update that is not recorded.
     """
     for group in optimizer.param_groups:
         rate = group["initial_lr"] * factor

@@ -1,4 +1,4 @@
-"""From a base model on the disk to one that is ready for the first step."""
+"""Load a base model from disk, and prepare it for the first step."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def load_trainable_model(
     """Load the base model, attach the adapter, and try it on the longest example.
 
     Returns:
-        The model, the names of the modules of its head that are trained in full, and the
-        fingerprint of its base.
+        The model, the names of the head's modules that are trained in full, and the fingerprint of
+        the base.
     """
     recipe = task.recipe
     seed_everything(recipe.train.seed)
@@ -37,6 +37,6 @@ def load_trainable_model(
             task.check_packing(model, data["train"])
     if recipe.adapter.init == "eva":
         start_from_data(model, task, data["train"], accelerator)
-    if (how := recipe.train.gradient_checkpointing) in (True, "offload"):
-        enable_gradient_checkpointing(model, recipe, how)
+    if (mode := recipe.train.gradient_checkpointing) in (True, "offload"):
+        enable_gradient_checkpointing(model, recipe, mode)
     return model, head_in_full(model, head), base

@@ -1,18 +1,17 @@
-"""A copy of the run on another disk or in an object store, for machines that go away.
+"""Mirror a run to another disk or an object store, for machines that may be taken away.
 
-Each checkpoint becomes a folder there of its own, with all that another machine needs to go on:
+The mirror has a folder for each checkpoint, with everything another machine needs to continue:
 
-    MIRROR/run.json                    the recipe and the hashes of the rows of its run
-    MIRROR/step-000500/checkpoint/…    as it stands in the output folder
-                       published/…     the best adapter so far, where it is another
+    MIRROR/run.json                    the recipe of the run, and the hashes of its rows
+    MIRROR/step-000500/checkpoint/…    the checkpoint, as in the output folder
+                       published/…     the best adapter so far
                        logs/…          metrics and samples up to this step
                        recipe.yaml
                        manifest.json   size and SHA-256 of each file, written last
     MIRROR/final/output/…              the output folder of the complete run, likewise
 
-A folder without its manifest, or one that differs from it, is one that was being written when the
-machine went away: it is skipped. A mirror belongs to one run: nothing is restored from that of
-another, and nothing is written into it.
+A folder without a manifest, or that does not match it, was being written when the machine was taken
+away, and is skipped. A mirror belongs to one run: other runs neither read nor write it.
 """
 
 from __future__ import annotations
@@ -37,19 +36,19 @@ from lora_cli.training.output_folder import locked_output
 from lora_cli.training.train_state import TrainState, reject_changes
 
 FINAL, RUN = "final", "run.json"
-ANOTHER = "name another with `--set checkpoint.mirror=…`"
-TRIES = 3
+OTHER_MIRROR = "name another with `--set checkpoint.mirror=…`"
+MAX_TRIES = 3
 PAUSE_S = 2.0
 
 
 class Mirror:
-    """Folders at an address that fsspec knows, each whole or not at all.
+    """Folders at an address that fsspec supports; each is complete or ignored.
 
     Args:
-        recipe: Its `checkpoint.mirror` names the address.
+        recipe: `checkpoint.mirror` is the address.
 
     Raises:
-        LoraError: If the address is none, or what it needs is not installed.
+        LoraError: If the address is invalid, or a package for it is not installed.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -58,43 +57,43 @@ class Mirror:
             self.files, self.root = fsspec.core.url_to_fs(self.url)
         except ImportError as error:
             raise LoraError(str(error), self.at, "install it, or name a folder") from error
-        except Exception as error:  # each kind of store has its own
+        except Exception as error:  # each kind of store has its own exceptions
             hint = "name a folder, or an address such as `s3://bucket/folder`"
             what = f"`{self.url}` cannot be used as a mirror: {error}"
             raise LoraError(what, self.at, hint) from error
 
     def check(self) -> None:
-        """See that it can be written to, before a run relies on it."""
+        """Check that the mirror can be written, before a run relies on it."""
         self.put("check", {})
         self.remove("check")
 
     def put(self, name: str, files: dict[str, Path]) -> None:
-        """Copy files into the folder `name` there, the manifest last.
+        """Copy files into a folder of the mirror, the manifest last.
 
         Args:
-            name: `step-000500`, or `final`; what is there is replaced.
-            files: Where each file lies here, by its name there.
+            name: The folder, `step-000500` or `final`; it is replaced if it exists.
+            files: The local files, by their names in the mirror.
 
         Raises:
-            ResourceError: If that fails more than once.
+            ResourceError: If all attempts fail.
         """
         facts = {
-            there: {"bytes": here.stat().st_size, "sha256": sha256_of(here)}
-            for there, here in files.items()
+            remote_name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+            for remote_name, file in files.items()
         }
         manifest = json.dumps({"format": FORMAT, "files": facts}, indent=2).encode()
-        for attempt in range(1, TRIES + 1):
+        for attempt in range(1, MAX_TRIES + 1):
             try:
                 if self._manifest(name) == manifest:
-                    return  # it is there already
+                    return  # already mirrored
                 self.remove(name)
-                for there, here in files.items():
-                    target = self._place(f"{name}/{there}")
-                    self.files.put_file(str(here), target)
-                self.files.pipe_file(self._place(f"{name}/{MANIFEST}"), manifest)
+                for remote_name, file in files.items():
+                    target = self._prepare_path(f"{name}/{remote_name}")
+                    self.files.put_file(str(file), target)
+                self.files.pipe_file(self._prepare_path(f"{name}/{MANIFEST}"), manifest)
                 return
-            except Exception as error:  # each kind of store has its own
-                if attempt == TRIES:
+            except Exception as error:  # each kind of store has its own exceptions
+                if attempt == MAX_TRIES:
                     what = f"cannot write to {self.url}: {error}"
                     raise ResourceError(what, self.at, "fix that, then use `--resume`") from error
                 time.sleep(PAUSE_S * attempt)
@@ -107,10 +106,10 @@ class Mirror:
         return bytes(self.files.cat_file(path)) if self.files.exists(path) else None
 
     def owner(self) -> TrainState | None:
-        """Return the recipe and the rows of the run that it belongs to; None if it is empty.
+        """Return the recipe and the rows of the mirrored run; None if the mirror is empty.
 
         Raises:
-            IntegrityError: If it holds a run, and does not say of which recipe.
+            IntegrityError: If the mirror contains a run, but not its recipe.
         """
         content = self._read(RUN)
         if content is None and not any(self._manifest(name) for name in self.names()):
@@ -120,7 +119,7 @@ class Mirror:
             return TrainState(recipe=dict(facts["recipe"]), data=dict(facts["data"]))
         except (ValueError, TypeError, KeyError) as error:
             what = f"{self.url} holds a run, and its {RUN} does not say of which recipe"
-            raise IntegrityError(what, self.at, ANOTHER) from error
+            raise IntegrityError(what, self.at, OTHER_MIRROR) from error
 
     def compare(self, recipe: Recipe, now: TrainState | None = None) -> list[str]:
         """Reject the mirror of another run.
@@ -130,10 +129,10 @@ class Mirror:
             now: The rows of this run; None before they are read.
 
         Returns:
-            What has changed since, and is allowed to.
+            The allowed changes since then.
 
         Raises:
-            LoraError: With what differs.
+            LoraError: With the differences.
         """
         owner = self.owner()
         if owner is None:
@@ -143,56 +142,56 @@ class Mirror:
         except LoraError as error:
             first = Problem(f"{self.url} is the mirror of another run", self.at)
             *others, last = error.problems
-            hint = ANOTHER + (f"; or {last.hint}" if last.hint else "")
+            hint = OTHER_MIRROR + (f"; or {last.hint}" if last.hint else "")
             raise LoraError([first, *others, Problem(last.what, last.at, hint)]) from error
 
     def claim(self, recipe: Recipe, state: TrainState) -> None:
-        """Write down that it belongs to this run, whose result is not there yet.
+        """Mark the mirror as belonging to this run, and remove an earlier result.
 
         Raises:
-            LoraError: If it belongs to another.
+            LoraError: If it belongs to another run.
         """
         self.compare(recipe, state)
         facts = json.dumps({"recipe": state.recipe, "data": state.data}, indent=2).encode()
         if self._read(RUN) != facts:
-            self.files.pipe_file(self._place(RUN), facts)
-        self.remove(FINAL)  # of the same run, before it was given more steps
+            self.files.pipe_file(self._prepare_path(RUN), facts)
+        self.remove(FINAL)  # from before the run was given more steps
 
-    def _place(self, path: str) -> str:
-        """Return where a file goes, in a folder that exists."""
+    def _prepare_path(self, path: str) -> str:
+        """Return the full path of a file in the mirror, and create its folder."""
         target = f"{self.root}/{path}"
         self.files.makedirs(target.rpartition("/")[0], exist_ok=True)
         return target
 
     def names(self) -> list[str]:
-        """Return the folders there, the best to go on from first."""
+        """Return the folders of the mirror, the best one to continue from first."""
         self.files.invalidate_cache()
         if not self.files.exists(self.root):
             return []
-        found = [str(path).rpartition("/")[2] for path in self.files.ls(self.root, detail=False)]
-        steps = sorted((name for name in found if step_of(name)), key=step_of, reverse=True)
-        return [name for name in found if name == FINAL] + steps
+        folders = [str(path).rpartition("/")[2] for path in self.files.ls(self.root, detail=False)]
+        steps = sorted((name for name in folders if step_of(name)), key=step_of, reverse=True)
+        return [name for name in folders if name == FINAL] + steps
 
     def get(self, name: str, target: Path) -> None:
-        """Copy the folder `name` from there to here, and check it.
+        """Copy a folder of the mirror to a local folder, and verify it.
 
         Raises:
-            IntegrityError: If it is not whole.
+            IntegrityError: If it is not complete.
         """
         source = f"{self.root}/{name}"
         if self._manifest(name) is None:
             raise IntegrityError("it was being written when its machine disappeared", source)
         target.mkdir(parents=True)
         for path in self.files.find(source):
-            here = target / str(path)[len(source) + 1 :]
-            if not here.resolve().is_relative_to(target.resolve()):
+            local_file = target / str(path)[len(source) + 1 :]
+            if not local_file.resolve().is_relative_to(target.resolve()):
                 raise IntegrityError(f"`{path}` lies outside its folder", source)
-            here.parent.mkdir(parents=True, exist_ok=True)
-            self.files.get_file(str(path), str(here))
+            local_file.parent.mkdir(parents=True, exist_ok=True)
+            self.files.get_file(str(path), str(local_file))
         verify_manifest(target)
 
     def remove(self, name: str) -> None:
-        """Remove a folder there, its manifest first, so that a part of it is never taken for it."""
+        """Remove a folder of the mirror, its manifest first, so that a rest of it is not used."""
         source = f"{self.root}/{name}"
         if self.files.exists(f"{source}/{MANIFEST}"):
             self.files.rm_file(f"{source}/{MANIFEST}")
@@ -201,18 +200,18 @@ class Mirror:
 
 
 def step_of(name: str) -> int:
-    """Return the step of a folder's name, 0 for any other."""
-    found = re.fullmatch(r"step-(\d+)", name)
-    return int(found[1]) if found else 0
+    """Return the step in the name of a folder, 0 for other names."""
+    match = re.fullmatch(r"step-(\d+)", name)
+    return int(match[1]) if match else 0
 
 
 def mirror_checkpoint(recipe: Recipe, step: int, sizes: dict[str, int]) -> None:
-    """Copy a checkpoint to the mirror, with what belongs to it, then remove the oldest there.
+    """Copy a checkpoint, its logs and the best adapter to the mirror, then remove old ones there.
 
     Args:
-        recipe: Its `checkpoint` section says where, and how many are kept.
+        recipe: The `checkpoint` section has the address, and how many checkpoints to keep.
         step: The step of the checkpoint.
-        sizes: The logs, which must stand in the output folder, and their sizes.
+        sizes: The sizes of the log files in the output folder, by name.
     """
     output, mirror = recipe.output_path, Mirror(recipe)
     checkpoint = checkpoint_folder(output, step)
@@ -228,23 +227,25 @@ def mirror_checkpoint(recipe: Recipe, step: int, sizes: dict[str, int]) -> None:
 
 
 def mirror_result(recipe: Recipe) -> None:
-    """Copy the output folder of a complete run to the mirror, if there is one, but no checkpoints.
+    """Copy the output folder of a complete run to its mirror, without checkpoints.
+
+    Nothing happens if the recipe has no mirror.
 
     Raises:
         LoraError: If the mirror belongs to another run.
-        ResourceError: If it cannot be written there.
+        ResourceError: If the mirror cannot be written.
     """
     if recipe.checkpoint.mirror is None:
         return
-    mirror, left = Mirror(recipe), (f"output/{FOLDER}/", "output/.")
+    mirror, excluded = Mirror(recipe), (f"output/{FOLDER}/", "output/.")
     with _reaching(mirror):
         mirror.compare(recipe)
     files = _inside(recipe.output_path, "output")
-    mirror.put(FINAL, {k: v for k, v in files.items() if not k.startswith(left)})
+    mirror.put(FINAL, {k: v for k, v in files.items() if not k.startswith(excluded)})
 
 
 def _inside(folder: Path, prefix: str) -> dict[str, Path]:
-    """Return the files of a folder by their names in it."""
+    """Return the files of a folder by their relative names, with a prefix."""
     return {
         f"{prefix}/{file.relative_to(folder).as_posix()}": file
         for file in sorted(folder.rglob("*"))
@@ -253,17 +254,17 @@ def _inside(folder: Path, prefix: str) -> dict[str, Path]:
 
 
 def open_mirror(recipe: Recipe, resume: bool) -> None:
-    """Fill the output folder from the mirror, where that has more than the folder.
+    """Restore the output folder from the mirror, if the mirror is ahead of it.
 
-    The checkpoint comes last, and appears whole: until then, the next try starts from scratch.
+    The checkpoint is restored last and atomically: if restoring is interrupted, it starts over.
 
     Args:
         recipe: Names the mirror and the output folder.
-        resume: Whether the run goes on; a new one needs a mirror that is empty.
+        resume: Whether the run is resumed; a new run needs an empty mirror.
 
     Raises:
         LoraError: If the mirror belongs to another run.
-        ResourceError: If it cannot be read.
+        ResourceError: If the mirror cannot be read.
     """
     if recipe.checkpoint.mirror is None:
         return
@@ -271,7 +272,9 @@ def open_mirror(recipe: Recipe, resume: bool) -> None:
     with _reaching(mirror):
         if not resume and mirror.owner() is not None:
             what = f"{mirror.url} holds a run already, and a mirror belongs to one"
-            raise LoraError(what, mirror.at, f"go on with that run with `--resume`, or {ANOTHER}")
+            raise LoraError(
+                what, mirror.at, f"go on with that run with `--resume`, or {OTHER_MIRROR}"
+            )
         if not resume or (output / "report.json").exists():
             return
         changed = bool(mirror.compare(recipe))
@@ -281,12 +284,12 @@ def open_mirror(recipe: Recipe, resume: bool) -> None:
 
 @contextmanager
 def _reaching(mirror: Mirror) -> Iterator[None]:
-    """Say which mirror it is that cannot be read."""
+    """Convert errors within the context to an error that names the mirror."""
     try:
         yield
     except LoraError:
         raise
-    except Exception as error:  # each kind of store has its own
+    except Exception as error:  # each kind of store has its own exceptions
         what = f"cannot read from {mirror.url}: {error}"
         hint = "is it the right address, and can it be reached? Without it: "
         hint += "`--set checkpoint.mirror=null`"
@@ -294,14 +297,14 @@ def _reaching(mirror: Mirror) -> Iterator[None]:
 
 
 def _restore(mirror: Mirror, output: Path, changed: bool) -> None:
-    """Take the best of what the mirror has; the result only if the recipe is still its own."""
+    """Restore the best folder of the mirror; the final result only if the recipe is unchanged."""
     say = Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print
-    here = max((step for step, _ in checkpoints(output)), default=0)
+    last_step = max((step for step, _ in checkpoints(output)), default=0)
     staging = output / ".mirror.tmp"
     for name in mirror.names():
         if name == FINAL and changed:
             continue
-        if name != FINAL and step_of(name) <= here:
+        if name != FINAL and step_of(name) <= last_step:
             return
         shutil.rmtree(staging, ignore_errors=True)
         try:
@@ -316,7 +319,9 @@ def _restore(mirror: Mirror, output: Path, changed: bool) -> None:
 
 def _take_result(staging: Path, output: Path, _: str) -> None:
     files = [file for file in (staging / "output").rglob("*") if file.is_file()]
-    for file in sorted(files, key=lambda file: file.name == "report.json"):  # it says: complete
+    for file in sorted(
+        files, key=lambda file: file.name == "report.json"
+    ):  # it marks the run as complete
         _move(file, output / file.relative_to(staging / "output"))
     shutil.rmtree(staging)
 

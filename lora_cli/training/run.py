@@ -354,7 +354,7 @@ class Run:
         state, judge, best = self.state, self.judge, self.state.best
         if best is None or "validation" not in self.data:
             return
-        if judge.chose(best) and not self.saver.measured_otherwise:
+        if judge.used_metric_of(best) and not self.saver.measured_otherwise:
             return
         which = f"the best adapter so far (step {best['step']}, by `{best['metric']}`)"
         self.log.say(f"{which} is measured anew, by `{judge.metric}`")

@@ -190,7 +190,7 @@ class StepLog:
         }
         steps_left = self.batches.total_steps - state.step
         self.run_log.trained(record, steps_left * measured["seconds_per_step"])
-        for text in (*(bad.warning() for bad in self.unlogged.bad_steps), *self.gpu.news()):
+        for text in (*(bad.warning() for bad in self.unlogged.bad_steps), *self.gpu.new_notes()):
             self.run_log.say(text)
         self.unlogged.clear_state()
         self.unlogged = UnloggedSteps(state, self.accelerator.device, self.unlogged.bad_streak)
