@@ -130,8 +130,8 @@ def test_the_memory_is_written_into_the_draft(
      "Фильм очень хороший, советую", "antidisestablishmentarianism", "https://a.example/b?c=d"],
 )  # fmt: skip
 def test_the_guessed_length_is_on_the_long_side(text: str) -> None:
-    assert len(text.split()) <= text_lengths.guessed_tokens(text) <= 2 * len(text)
-    assert text_lengths.guessed_tokens(text) >= len(text) / 4
+    assert len(text.split()) <= text_lengths.estimated_tokens(text) <= 2 * len(text)
+    assert text_lengths.estimated_tokens(text) >= len(text) / 4
 
 
 def test_a_guessed_length_says_so(tmp_path: Path) -> None:

@@ -127,8 +127,8 @@ def test_lengths_of_a_new_task_shrink_with_the_memory(
     rows = [("word " * 400 + str(i), "word " * 100 + str(i)) for i in range(20)]
     whole = drafted(base, tmp_path, table(("de", "en"), rows)).values["task"]
     lengths = [whole["max_source_length"], whole["max_target_length"]]
-    monkeypatch.setattr("lora_cli.recipe_draft.memory_budget.SHORTEST", 8)
-    monkeypatch.setattr("lora_cli.recipe_draft.memory_budget.FIXED", 2**30)
+    monkeypatch.setattr("lora_cli.recipe_draft.memory_budget.MIN_LENGTH", 8)
+    monkeypatch.setattr("lora_cli.recipe_draft.memory_budget.OVERHEAD_BYTES", 2**30)
     shape = draft.describe_base(str(base)).shape
     assert shape is not None
     monkeypatch.setattr(

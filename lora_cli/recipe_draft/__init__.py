@@ -1,4 +1,4 @@
-"""A first recipe for a file of rows, with the reasons of its values beside them."""
+"""Draft a recipe for a data file, with the reason for each value as a comment."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many rows would lose their whole answer if their end were cut."""
+"""Count the rows that would lose their whole answer if long examples were truncated."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ def rows_without_answer(
     length: int,
     turns: TurnCounter | None = None,
 ) -> tuple[int, int] | None:
-    """Return in how many of some rows the prompt alone is as long as an example may be.
+    """Count the rows whose prompt alone has at least `length` tokens.
 
     Args:
-        splits: The rows of train, and of other files; a sample of them is measured.
-        base: Its tokenizer counts; without one, nothing is known.
+        splits: The rows of train, and of other files, of which a sample is measured.
+        base: The base model, whose tokenizer counts.
         chosen: The task.
-        length: `max_length`, in tokens.
-        turns: Counts conversations with the chat template.
+        length: `max_length` in tokens.
+        turns: Counts the tokens of conversations with the chat template.
 
     Returns:
-        Those rows, and how many were measured; None if there are none.
+        The number of such rows, and the number of measured rows. None if there are no such rows, or
+        if the tokenizer is not available.
     """
     if base.tokenizer is None or not (chosen.is_chat or "prompt_column" in chosen.keys):
         return None
@@ -35,8 +36,12 @@ def rows_without_answer(
     if chosen.is_chat:
         if turns is None:
             return None
-        asked = [turns.prompt(one) for row in rows for one in conversations_of(row, chosen)]
-        lengths = [tokens for tokens in asked if tokens is not None]
+        prompt_lengths = [
+            turns.prompt(conversation)
+            for row in rows
+            for conversation in conversations_of(row, chosen)
+        ]
+        lengths = [tokens for tokens in prompt_lengths if tokens is not None]
     else:
         lengths = base.tokens([[_prompt(row, chosen)] for row in rows])
     count = sum(tokens >= length for tokens in lengths)
@@ -44,6 +49,6 @@ def rows_without_answer(
 
 
 def _prompt(row: dict[str, Any], chosen: Proposal) -> str:
-    """Return what stands before the answer."""
+    """Return the text before the answer."""
     keys = chosen.keys
     return str(row.get(keys["prompt_column"]) or "") + str(keys.get("separator", ""))

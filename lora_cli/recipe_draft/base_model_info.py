@@ -1,4 +1,4 @@
-"""What is known of the base model without loading it: its family, its size, its tokenizer."""
+"""Describe a base model without loading its weights: its type, size and tokenizer."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ from lora_cli.recipe_draft.memory_budget import Shape
 from lora_cli.unexpected_errors import own_words
 
 SIZE = re.compile(r"(?i)(?<![a-z0-9.])(?:(\d+)x)?(\d+(?:\.\d+)?)([bm])(?![a-z])")
-PIPELINE = "model_index.json"  # of diffusers
-SPEAKING = "speecht5"
-SECONDS = 5  # to wait for the Hub
-SAMPLE = 2000  # rows whose length is measured
+PIPELINE = "model_index.json"  # written by diffusers
+SPEECH_SYNTHESIS = "speecht5"
+TIMEOUT_S = 5  # timeout of a request to the Hub
+SAMPLE = 2000  # number of rows whose length is measured
 
 
 @dataclass(frozen=True)
 class Base:
-    """A base model, as far as it is at hand (a folder, a package, or the Hub's cache).
+    """Properties of a base model, as far as they are known.
 
     Args:
-        name: As the recipe names it.
-        tokenizer: Its tokenizer, or None.
-        can_write: It continues texts; True where that is not known.
-        positions: Tokens that it can take, if that is known.
-        hidden_size: Width of its layers, if that is known.
-        shape: Its sizes, if they are known.
-        size_from: What says how many parameters it has.
-        sees: It reads pictures and no texts; None where that is not known.
-        is_encoder_decoder: It reads one text and writes another.
-        hears: It writes down what is said in recordings.
-        hears_languages: It hears several languages, and needs to know which is spoken.
-        speaker_size: How many numbers tell it who speaks, if it says texts aloud.
-        lacks_letters: It was pretrained on recordings alone, and gets a vocabulary of letters.
-        embeds: It has the files of sentence-transformers.
-        draws: It draws pictures, as models of diffusers do.
-        picture_side: The side of the pictures that it draws, in pixels.
-        drawing: Keys of `evaluate.drawing` with which it usually draws; none: the defaults.
-        model_type: What transformers calls its architecture, or diffusers its pipeline, if that is
-            known.
+        name: Name in the recipe.
+        tokenizer: The tokenizer; None if it is not available.
+        can_write: Whether it is a causal language model; True if unknown.
+        positions: Maximum number of input tokens; None if unknown.
+        hidden_size: Hidden size; None if unknown.
+        shape: Sizes that determine memory use; None if unknown.
+        size_from: Where the number of parameters is from.
+        sees: Whether its input is images instead of text; None if unknown.
+        is_encoder_decoder: Whether it is an encoder-decoder of text.
+        hears: Whether it transcribes speech.
+        hears_languages: Whether it transcribes several languages, and must be told which.
+        speaker_size: Size of its speaker embedding, if it synthesises speech.
+        lacks_letters: Whether it was pretrained without transcripts, and needs a new vocabulary.
+        embeds: Whether it has the files of sentence-transformers.
+        draws: Whether it is a diffusion model that generates images.
+        picture_side: Side of its generated images in pixels.
+        drawing: Values of `evaluate.drawing` that are usual for it; empty for the defaults.
+        model_type: The `model_type` of transformers or the pipeline class of diffusers; None if
+            unknown.
     """
 
     name: str
@@ -70,7 +70,7 @@ class Base:
 
     @property
     def language_codes(self) -> Sequence[str]:
-        """The languages that it asks for, by its own codes; none, if it asks for none."""
+        """Codes of the languages that it must be told; empty if it needs none."""
         from lora_cli.tasks.generation.seq2seq_texts import has_languages, language_codes
 
         if self.tokenizer is None or not has_languages(self.tokenizer):
@@ -83,25 +83,25 @@ class Base:
         return self.tokenizer is not None and not getattr(self.tokenizer, "chat_template", None)
 
     def tokens(self, texts: Sequence[Sequence[str]]) -> list[int]:
-        """Return the length of each row's texts in tokens, the special ones included."""
+        """Return the length of the texts of each row in tokens, including special tokens."""
         from lora_cli.tasks.texts.tokenize_long_texts import token_ids
 
         total = [0] * len(texts)
         for column in zip(*texts, strict=True):
-            # bytes that are not text stop the tokenizer; their rows are skipped later, and counted
-            read = (text.encode("utf-8", "replace").decode() for text in column)
-            encoded = (token_ids(self.tokenizer, text) for text in read)
+            # lone surrogates would stop the tokenizer; their rows are skipped and counted later
+            clean = (text.encode("utf-8", "replace").decode() for text in column)
+            encoded = (token_ids(self.tokenizer, text) for text in clean)
             total = [a + len(ids) for a, ids in zip(total, encoded, strict=True)]
         return total
 
 
 def describe_base(name: str) -> Base:
-    """Return what is known of a model; its weights are not read.
+    """Describe a base model without reading its weights.
 
-    The configuration and the tokenizer of a model on the Hub are downloaded, if they can be.
+    The configuration and the tokenizer of a Hub model are downloaded if possible.
 
     Raises:
-        LoraError: If the name is that of a folder or a package which is not there.
+        LoraError: If a local model does not exist, or the model cannot be read.
     """
     from transformers import AutoConfig
     from transformers.models.auto import modeling_auto as known_models
@@ -114,10 +114,10 @@ def describe_base(name: str) -> Base:
     local = folder.is_dir() or name.startswith((".", "/", "~"))
     source = locate(str(folder.absolute()) if local else name, "--model")
     if (pipeline := _pipeline_in(Path(source))) is not None:
-        return _drawing(name, Path(source), pipeline)
+        return _describe_diffusion(name, Path(source), pipeline)
     try:
-        config = _from_hub(AutoConfig, source, local)
-    except Exception as error:  # a damaged configuration raises anything
+        config = _load(AutoConfig, source, local)
+    except Exception as error:  # a damaged configuration can raise any error
         known = isinstance(error, OSError | ValueError)
         if local or name.startswith("package:") or not known:
             what = str(error).strip().splitlines()[0] if known and str(error) else own_words(error)
@@ -126,17 +126,17 @@ def describe_base(name: str) -> Base:
         return Base(name, shape=shape_by_name(name), size_from="by its name")
     check_config(config, _recipe_of(name))
     kind = config.model_type
-    both = _translates(config)
-    writes = kind in known_models.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not both
-    encodes = kind in known_models.MODEL_FOR_MASKED_LM_MAPPING_NAMES or "ernie" in kind
+    is_encoder_decoder = _is_encoder_decoder(config)
+    is_causal = kind in known_models.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not is_encoder_decoder
+    is_encoder = kind in known_models.MODEL_FOR_MASKED_LM_MAPPING_NAMES or "ernie" in kind
     if kind in known_models.MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES:
         return Base(name, can_write=False, sees=True, model_type=kind)
     sees = kind in known_models.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
-    if sees and not (writes or encodes):
+    if sees and not (is_causal or is_encoder):
         shape = _shape_of(config, False)
         return Base(name, can_write=False, shape=shape, sees=True, model_type=kind)
-    if kind == "whisper" or kind == SPEAKING or kind in CTC_MODELS:
-        return _of_sound(name, config)
+    if kind == "whisper" or kind == SPEECH_SYNTHESIS or kind in CTC_MODELS:
+        return _describe_speech(name, config)
     text_config = config.get_text_config()
     limit = getattr(text_config, "max_position_embeddings", None) or None
     tokenizer = _tokenizer_of(source, local)
@@ -145,26 +145,26 @@ def describe_base(name: str) -> Base:
     return Base(
         name,
         tokenizer,
-        writes and not encodes,
+        is_causal and not is_encoder,
         None if limit == 1 << 30 else limit,
         getattr(text_config, "hidden_size", None),
-        _shape_of(config, writes and not encodes),
+        _shape_of(config, is_causal and not is_encoder),
         sees=False,
         model_type=kind,
-        is_encoder_decoder=both,
+        is_encoder_decoder=is_encoder_decoder,
         embeds=_has_modules(source),
     )
 
 
-def _drawing(name: str, folder: Path, pipeline: str) -> Base:
-    """Return what is known of a model of several parts."""
+def _describe_diffusion(name: str, folder: Path, pipeline: str) -> Base:
+    """Describe a diffusion pipeline."""
     from lora_cli.models.diffusion_base import FAMILIES, DiffusionBase
 
     if pipeline not in FAMILIES:
         return Base(name, can_write=False, model_type=pipeline)
     kind = next(kind for kind, spec in TASKS.items() if spec.draws)
-    place = {"name": str(folder.absolute())}
-    values = {"model": place, "task": {"type": kind}, "data": {"path": "none"}}
+    model = {"name": str(folder.absolute())}
+    values = {"model": model, "task": {"type": kind}, "data": {"path": "none"}}
     recipe = Recipe.model_validate(values).with_origin(Origin({"model.name": f"--model {name}"}))
     base = DiffusionBase(recipe)
     parameters = sum(p.numel() for p in base.empty(()).parameters())
@@ -174,13 +174,13 @@ def _drawing(name: str, folder: Path, pipeline: str) -> Base:
     )  # fmt: skip
 
 
-def _of_sound(name: str, config: Any) -> Base:
-    """Return what is known of a model that writes down what is said, or that speaks."""
+def _describe_speech(name: str, config: Any) -> Base:
+    """Describe a model for speech recognition or synthesis."""
     from lora_cli.tasks.speech.decoders import CTC_MODELS
     from lora_cli.tasks.speech.new_vocabulary import lacks_vocabulary
     from lora_cli.tasks.speech.spoken_languages import is_multilingual
 
-    speaks = config.model_type == SPEAKING
+    speaks = config.model_type == SPEECH_SYNTHESIS
     return Base(
         name,
         can_write=False,
@@ -196,35 +196,35 @@ def _of_sound(name: str, config: Any) -> Base:
 
 
 def _has_modules(source: str) -> bool:
-    """Return whether sentence-transformers' own file lies beside a model that is at hand."""
+    """Return whether a local or cached model has the files of sentence-transformers."""
     from transformers.utils.hub import cached_file
 
-    found = cached_file(
+    modules_file = cached_file(
         source, "modules.json", local_files_only=True, _raise_exceptions_for_missing_entries=False
     )
-    return found is not None
+    return modules_file is not None
 
 
 def _tokenizer_of(source: str, local: bool) -> Any:
-    """Return the tokenizer of a model, or None if it is not at hand.
+    """Return the tokenizer of a model; None if it is not available.
 
     Raises:
-        LoraError: If it is damaged.
+        LoraError: If the tokenizer is damaged.
     """
     from transformers import AutoTokenizer
 
     try:
-        return _from_hub(AutoTokenizer, source, local)
+        return _load(AutoTokenizer, source, local)
     except (OSError, ValueError):
         return None
-    except Exception as error:  # a damaged file raises anything
+    except Exception as error:  # a damaged file can raise any error
         hint = "copy or download tokenizer.json and tokenizer_config.json again"
         what = f"cannot read the tokenizer of the model: {own_words(error)}"
         raise LoraError(what, "--model", hint) from error
 
 
-def _translates(config: Any) -> bool:
-    """Return whether a model reads one text and writes another."""
+def _is_encoder_decoder(config: Any) -> bool:
+    """Return whether a model is an encoder-decoder of text."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
     is_known = config.model_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
@@ -232,48 +232,48 @@ def _translates(config: Any) -> bool:
 
 
 def _pipeline_in(folder: Path) -> str | None:
-    """Return the class of a model of several parts, as diffusers writes it into its folder."""
+    """Return the pipeline class in the folder of a diffusers model; None if it is not one."""
     try:
-        found = json.loads((folder / PIPELINE).read_text(encoding="utf-8"))
+        index = json.loads((folder / PIPELINE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    name = found.get("_class_name") if isinstance(found, dict) else None
+    name = index.get("_class_name") if isinstance(index, dict) else None
     return name if isinstance(name, str) else None
 
 
 def _recipe_of(name: str) -> Recipe:
-    """Return a recipe that says no more than the model, with the option as its place."""
+    """Return a minimal recipe with the model, whose errors refer to `--model`."""
     any_task = {"type": next(iter(TASKS))}
     values = {"model": {"name": name}, "task": any_task, "data": {"path": "none.csv"}}
     return Recipe.model_validate(values).with_origin(Origin({"model.name": f"--model {name}"}))
 
 
-def _from_hub(kind: Any, source: str, local: bool) -> Any:
-    """Return a configuration or a tokenizer: from the disk, or else from the Hub."""
+def _load(kind: Any, source: str, local: bool) -> Any:
+    """Load a configuration or tokenizer from disk, or otherwise from the Hub."""
     try:
         return kind.from_pretrained(source, local_files_only=True)
     except (OSError, ValueError):
-        if local or source.startswith("/") or not _hub_answers():
+        if local or source.startswith("/") or not _hub_is_reachable():
             raise
     return kind.from_pretrained(source)
 
 
 @functools.cache
-def _hub_answers() -> bool:
-    """Return whether the Hub can be reached: asked once, for its own client tries for a minute."""
+def _hub_is_reachable() -> bool:
+    """Return whether the Hub can be reached, with one short request: its client retries long."""
     from huggingface_hub import constants, get_session
 
     if constants.HF_HUB_OFFLINE:
         return False
     try:
-        get_session().head(constants.ENDPOINT, timeout=SECONDS)
-    except Exception:  # of whichever library it speaks through
+        get_session().head(constants.ENDPOINT, timeout=TIMEOUT_S)
+    except Exception:  # of any HTTP library
         return False
     return True
 
 
 def _shape_of(config: Any, can_write: bool) -> Shape | None:
-    """Return the sizes of a model, counted without memory for its weights."""
+    """Return the sizes of a model, which is built on the meta device, without weights."""
     import torch
     from transformers import AutoModel, AutoModelForCausalLM
 
@@ -281,7 +281,7 @@ def _shape_of(config: Any, can_write: bool) -> Shape | None:
     try:
         with torch.device("meta"):
             parameters = sum(p.numel() for p in kind.from_config(config).parameters())
-    except Exception:  # of other people's code, and of configurations that build no such model
+    except Exception:  # remote code, or a configuration that does not fit the class
         return None
     text = config.get_text_config()
     inner = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 0
@@ -295,7 +295,7 @@ def _shape_of(config: Any, can_write: bool) -> Shape | None:
 
 
 def shape_by_name(name: str) -> Shape | None:
-    """Return the number of parameters that a name gives: `Llama-3.1-8B`, `mixtral-8x7b`."""
+    """Return the number of parameters in a model name: `Llama-3.1-8B`, `mixtral-8x7b`."""
     match = SIZE.search(name.rpartition("/")[2])
     if match is None:
         return None

@@ -1,4 +1,4 @@
-"""COCO files, and folders of pictures with a file of boxes each, for `lora init`."""
+"""Find annotated images for `lora init`: COCO files, and folders with annotation files."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from lora_cli.recipe.spec import is_file
 from lora_cli.recipe_draft.choose_splits import SPLIT_WORDS, Keys, files_beside
 from lora_cli.recipe_draft.data_folder import recipe_of_folder
 
-SAMPLE = 100  # pictures whose files of boxes are looked at
+SAMPLE = 100  # number of images whose annotation files are inspected
 YOLO_LINE = re.compile(r"\d[.\deE+-]*(\s+[-+.\deE]+){4,}\s*")
 
 
 def read_boxes(source: Path) -> DataFile | None:
-    """Return the train rows of a file or a folder of pictures with boxes, or None of others."""
-    if not source.is_dir() and not _is_one_file(source):
+    """Return the train rows of a COCO file or an annotated folder; None for other sources."""
+    if not source.is_dir() and not _is_annotation_file(source):
         return None
     task = next(
         {"type": name} for name, spec in TASKS.items() if spec.model_construct().boxes_column
@@ -42,25 +42,27 @@ def read_boxes(source: Path) -> DataFile | None:
     else:
         return None
     rows = list(read_files(recipe, files))
-    good: list[dict[str, Any]] = [r.columns for r in rows if r.columns is not None and not r.error]
+    readable: list[dict[str, Any]] = [
+        r.columns for r in rows if r.columns is not None and not r.error
+    ]
     errors = [row for row in rows if row.columns is None or row.error]
     column, boxes = next(iter(recipe.task.media_columns)), recipe.task.boxes_column
-    return DataFile(source, {}, {}, good, errors, [column, str(boxes)], True, about)
+    return DataFile(source, {}, {}, readable, errors, [column, str(boxes)], True, about)
 
 
 def boxes_beside(source: Path, target: Path) -> Keys:
-    """Return the COCO files of validation and test that belong to one of train.
+    """Return the COCO files of validation and test that belong to a train file.
 
-    They stand next to it (`instances_val2017.json`), or in the folders of the splits next to its
-    own (`valid/_annotations.coco.json`).
+    They are next to it (`instances_val2017.json`), or in sibling folders that are named by split
+    (`valid/_annotations.coco.json`).
 
     Args:
-        source: The file of train.
+        source: The train file.
         target: Where the recipe will be written; its paths are relative to that folder.
     """
     keys: Keys = {}
     for split in SPLIT_WORDS:
-        for other in [*files_beside(source, split), *_in_folders(source, split)][:1]:
+        for other in [*files_beside(source, split), *_in_sibling_folders(source, split)][:1]:
             what = f"{other.name} next to the file"
             if other.parent != source.absolute().parent:
                 what = f"in the folder {other.parent.name} next to that of the file"
@@ -78,23 +80,25 @@ def boxes_beside(source: Path, target: Path) -> Keys:
     return keys
 
 
-def _in_folders(source: Path, split: str) -> list[Path]:
-    """Return the files of the name of one in `train/` in the folder of another split."""
+def _in_sibling_folders(source: Path, split: str) -> list[Path]:
+    """Return the file of the same name in the folder of another split, for one in `train/`."""
     folder = source.absolute().parent
     if not re.fullmatch(r"(?i)train(ing)?(\d{4})?", folder.name):
         return []
-    words = re.compile(rf"(?i)({SPLIT_WORDS[split]})(\d{{4}})?")
-    found = (other / source.name for other in sorted(folder.parent.iterdir()))
-    return [file for file in found if words.fullmatch(file.parent.name) and file.is_file()]
+    folder_pattern = re.compile(rf"(?i)({SPLIT_WORDS[split]})(\d{{4}})?")
+    candidates = (other / source.name for other in sorted(folder.parent.iterdir()))
+    return [
+        file for file in candidates if folder_pattern.fullmatch(file.parent.name) and file.is_file()
+    ]
 
 
-def _is_one_file(source: Path) -> bool:
+def _is_annotation_file(source: Path) -> bool:
     return source.is_file() and (source.suffix.lower() in (".yaml", ".yml") or is_coco(source))
 
 
-def _has_boxes(picture: Path) -> bool:
-    """Return whether the file next to a picture holds boxes; a text file may hold its caption."""
-    file = annotation_file(picture)
+def _has_boxes(image: Path) -> bool:
+    """Return whether the file next to an image has boxes; a text file may be its caption."""
+    file = annotation_file(image)
     if file is None or file.suffix == ".xml":
         return file is not None
     lines = file.read_text(encoding="utf-8", errors="replace").splitlines()

@@ -1,4 +1,4 @@
-"""How long conversations are once the chat template has written them."""
+"""Measure the length of conversations as formatted by the chat template."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from lora_cli.tasks.proposal import Proposal
 
 
 class TurnCounter:
-    """Counts the tokens of conversations as the chat template writes them.
+    """Counts the tokens of conversations as formatted by the chat template.
 
     Args:
-        tokenizer: It counts.
-        template: The chat template, where the tokenizer has none.
+        tokenizer: The tokenizer.
+        template: A chat template to use instead of the tokenizer's.
     """
 
     def __init__(self, tokenizer: Any, template: str | None = None) -> None:
         from lora_cli.tasks.generation.chat_template import (
-            ChatTemplate,  # torch, which most drafts do not need
+            ChatTemplate,  # needs torch, which most drafts do not
         )
 
         if template is not None:
@@ -30,20 +30,20 @@ class TurnCounter:
         self._template = ChatTemplate(tokenizer)
 
     def whole(self, conversation: Conversation) -> int | None:
-        """Return the tokens of a conversation, or None if the template does not write it."""
-        return self._count(conversation.messages, conversation.tools, ask=False)
+        """Return the number of tokens of a conversation; None if the template rejects it."""
+        return self._count(conversation.messages, conversation.tools, is_prompt=False)
 
     def prompt(self, conversation: Conversation) -> int | None:
-        """Return the tokens before the first answer, or None if the template does not write it."""
+        """Return the number of tokens before the first answer; None if the template rejects it."""
         roles = [message["role"] for message in conversation.messages]
-        before = conversation.messages[: roles.index("assistant")]
-        return self._count(before, conversation.tools, ask=True)
+        prompt_turns = conversation.messages[: roles.index("assistant")]
+        return self._count(prompt_turns, conversation.tools, is_prompt=True)
 
-    def _count(self, messages: Sequence[dict[str, Any]], tools: Any, ask: bool) -> int | None:
+    def _count(self, messages: Sequence[dict[str, Any]], tools: Any, is_prompt: bool) -> int | None:
         try:
             text = (
                 self._template.prompt(messages, tools)
-                if ask
+                if is_prompt
                 else self._template.write(messages, tools)
             )
         except LoraError:
@@ -53,7 +53,7 @@ class TurnCounter:
 
 
 def conversations_of(row: dict[str, Any], chosen: Proposal) -> list[Conversation]:
-    """Return the conversations of a row; none if it cannot be trained."""
+    """Return the conversations of a row; empty if it cannot be used for training."""
     form, column = chosen.keys["format"], chosen.keys.get("messages_column")
     if conversation_error(row, form, column):
         return []

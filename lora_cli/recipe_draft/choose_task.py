@@ -1,4 +1,4 @@
-"""Which task a table is for: that of the task type which is most certain of it."""
+"""Choose the task for a table: the proposal of the task type with the highest certainty."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from lora_cli.recipe import TASKS
 from lora_cli.tasks import task_types
 from lora_cli.tasks.proposal import NO_LABEL, BaseFacts, Certainty, Proposal, Table
 
-READABLE = ("text", "category", *CONVERSATIONS)
+READABLE_KINDS = ("text", "category", *CONVERSATIONS)
 
 
 def choose_task(table: Table, base: BaseFacts) -> Proposal:
-    """Return the task of a table.
+    """Return the proposed task for a table.
 
     Raises:
-        LoraError: If it cannot be decided, or no task reads such rows.
+        LoraError: If the task is ambiguous, or no task supports such rows.
     """
     _require_columns(table)
-    found = [kind.propose(table, base) for kind in task_types()]
-    proposals = [*filter(None, [*found, _unreadable(table)])]
+    proposed = [kind.propose(table, base) for kind in task_types()]
+    proposals = [*filter(None, [*proposed, _nested_table(table)])]
     if not proposals:
         hint = f"name what is learned: `--text COLUMN --label COLUMN` ({listed(table.columns)})"
         raise LoraError("no task reads such rows", table.place, hint)
-    chosen = max(proposals, key=lambda one: (one.certainty, one.error is None))
+    chosen = max(proposals, key=lambda proposal: (proposal.certainty, proposal.error is None))
     if chosen.error is not None:
         raise chosen.error
     if chosen.check is not None:
@@ -40,7 +40,7 @@ def choose_task(table: Table, base: BaseFacts) -> Proposal:
 
 
 def _require_suitable(chosen: Proposal, base: BaseFacts) -> None:
-    """Reject a base that cannot get the head of the task, such as a Mamba for a classifier."""
+    """Reject a base model that cannot have the task's head, such as Mamba for classification."""
     kinds = dict(zip(TASKS, task_types(), strict=False))
     task: Any = kinds.get(chosen.keys["type"])
     model_type = base.model_type
@@ -52,26 +52,28 @@ def _require_suitable(chosen: Proposal, base: BaseFacts) -> None:
 
 
 def _require_columns(table: Table) -> None:
-    """Reject an option that names no column of the file; `--label none` names none on purpose."""
+    """Reject an option that does not name a column of the file; `--label none` is allowed."""
     by_name: Collection[str] = table.by_name
-    named = {"--text": table.text, "--pair": table.pair, "--label": table.label}
-    for option, name in named.items():
+    options = {"--text": table.text, "--pair": table.pair, "--label": table.label}
+    for option, name in options.items():
         is_none = option == "--label" and name == NO_LABEL
         if name is not None and name not in by_name and not is_none:
             hint = did_you_mean(name, by_name, "its columns are")
             raise LoraError(f"{table.place} has no column `{name}`", option, hint)
 
 
-def _unreadable(table: Table) -> Proposal | None:
-    """Return the error of a table whose columns are all inside another, if it is such a one."""
-    inside = [column for column in table.columns if column.kind == "other"]
-    turns = (one for one in inside if isinstance(table.rows[0].get(one.name), list))
-    nested = next(turns, inside[0] if inside else None)
+def _nested_table(table: Table) -> Proposal | None:
+    """Return a proposal with an error if all columns of a table are nested in one column."""
+    nested_columns = [column for column in table.columns if column.kind == "other"]
+    turns = (
+        column for column in nested_columns if isinstance(table.rows[0].get(column.name), list)
+    )
+    nested = next(turns, nested_columns[0] if nested_columns else None)
     if nested is None or table.text is not None:
         return None
-    # one object that holds all rows has a version or a name too, as SQuAD's
-    is_whole = len(table.rows) == 1 and len(table.rows[0][nested.name]) > 1
-    if any(column.kind in READABLE for column in table.columns) and not is_whole:
+    # a single object with all rows may also have a version or name, as in SQuAD
+    has_all_rows = len(table.rows) == 1 and len(table.rows[0][nested.name]) > 1
+    if any(column.kind in READABLE_KINDS for column in table.columns) and not has_all_rows:
         return None
     what = f"the columns stand inside `{nested.name}`, and no task looks there"
     error = LoraError(what, table.place, unnesting_hint(nested, table.rows, table.place))

@@ -1,4 +1,4 @@
-"""YAML with comments: a section a block, a key a line, what says so behind it or above it."""
+"""Write a recipe as YAML, with the reason for a value as a comment after or above it."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def commented_yaml(values: dict[str, Any], why: dict[str, str], head: Sequence[s
     """Return a mapping of sections as YAML.
 
     Args:
-        values: Sections and their keys; what lies deeper is written in one line.
-        why: Comments, by key with dots. A mapping with comments of its own is written as a block.
-        head: The first lines, which are comments.
+        values: Sections and their keys; nested values are written on one line.
+        why: Comments by dotted key. A mapping whose keys have comments is written as a block.
+        head: Comment lines at the top.
     """
     lines = [f"# {line}" for line in head]
     for name, section in values.items():
@@ -35,9 +35,11 @@ def commented_yaml(values: dict[str, Any], why: dict[str, str], head: Sequence[s
 def _entry(key: str, value: Any, path: tuple[str, ...], why: dict[str, str]) -> list[str]:
     indent = "  " * (len(path) - 1)
     dotted = ".".join(path)
-    comment = plain(why.get(dotted, ""))
-    inside = any(other.startswith(f"{dotted}.") for other in why)
-    if isinstance(value, dict) and (inside or (len(path) == 1 and len(value) > 1 and not comment)):
+    comment = one_line(why.get(dotted, ""))
+    has_nested_comments = any(other.startswith(f"{dotted}.") for other in why)
+    if isinstance(value, dict) and (
+        has_nested_comments or (len(path) == 1 and len(value) > 1 and not comment)
+    ):
         lines = [f"{indent}{key}:"]
         for name, item in value.items():
             lines += _entry(name, item, (*path, name), why)
@@ -49,14 +51,14 @@ def _entry(key: str, value: Any, path: tuple[str, ...], why: dict[str, str]) -> 
 def _with_comment(lines: list[str], comment: str, indent: str) -> list[str]:
     if not comment:
         return lines
-    behind = f"{lines[0]}  # {comment}"
-    if len(lines) == 1 and len(behind) <= WIDTH:
-        return [behind]
+    same_line = f"{lines[0]}  # {comment}"
+    if len(lines) == 1 and len(same_line) <= WIDTH:
+        return [same_line]
     return [f"{indent}# {comment}", *lines]
 
 
 def _flow(entry: dict[str, Any]) -> str:
-    """Return one key with its value: mappings and lists in brackets, words without."""
+    """Return a key with its value in YAML flow style."""
     key, value = next(iter(entry.items()))
     width = WIDTH - 10 if isinstance(value, list) else 10_000
     text = yaml.dump(
@@ -68,27 +70,27 @@ def _flow(entry: dict[str, Any]) -> str:
         allow_unicode=True,
         width=width,
     )
-    first, *more = text.removesuffix("...\n").rstrip("\n").splitlines()
-    return "\n".join([f"{key}: {first}", *(f"  {line.strip()}" for line in more)])
+    first, *following = text.removesuffix("...\n").rstrip("\n").splitlines()
+    return "\n".join([f"{key}: {first}", *(f"  {line.strip()}" for line in following)])
 
 
-def plain(text: str) -> str:
-    """Return a text as one line that may stand in a comment."""
-    line = "".join(letter if letter.isprintable() else " " for letter in text)
+def one_line(text: str) -> str:
+    """Return a text as one printable line, for a comment."""
+    line = "".join(character if character.isprintable() else " " for character in text)
     return " ".join(line.split())
 
 
 def write_recipe(target: Path, text: str, extra_files: dict[str, str]) -> None:
-    """Write a recipe, its schema for editors, and the files that it names.
+    """Write a recipe, the schema for editors, and the files that the recipe refers to.
 
-    Files that are there already stay as they are; a schema that this program wrote is renewed.
+    Existing files are left unchanged, except for a schema written by `lora`, which is updated.
 
     Raises:
         LoraError: If the recipe exists already, or its folder does not.
     """
     reject_existing(target)
     schema = target.parent / SCHEMA
-    if not schema.exists() or _is_our_schema(schema):
+    if not schema.exists() or _is_recipe_schema(schema):
         write_atomically(schema, json.dumps(recipe_schema(), indent=1))
     for name, content in extra_files.items():
         file = target.parent / name
@@ -97,18 +99,18 @@ def write_recipe(target: Path, text: str, extra_files: dict[str, str]) -> None:
     write_atomically(target, text)
 
 
-def _is_our_schema(file: Path) -> bool:
-    """Return whether a file is the schema of recipes, perhaps that of another version."""
+def _is_recipe_schema(file: Path) -> bool:
+    """Return whether a file is a recipe schema of this or another version."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return False
     title = recipe_schema()["title"]
-    return isinstance(found, dict) and found.get("title") == title and "$defs" in found
+    return isinstance(content, dict) and content.get("title") == title and "$defs" in content
 
 
 def reject_existing(target: Path) -> None:
-    """Check that nothing is there yet, and that the folder exists."""
+    """Raise an error if the recipe file exists, or its folder does not."""
     if target.exists():
         hint = "name another file with `-o FILE`, or remove this one first"
         raise LoraError(f"{target} exists already, and is not overwritten", "-o", hint)

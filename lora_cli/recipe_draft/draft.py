@@ -1,4 +1,4 @@
-"""From a data file and a model's name to a recipe with comments."""
+"""Draft a recipe with comments from a data file and the name of a base model."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ from lora_cli.recipe_draft.draft_training import add_training
 from lora_cli.recipe_draft.draft_values import Draft
 from lora_cli.recipe_draft.hints import without_overrides
 from lora_cli.recipe_draft.media_rows import media_splits, read_media_folder
-from lora_cli.recipe_draft.memory_budget import GIB, Card, card_here
-from lora_cli.recipe_draft.text_lengths import length_of, unknown_share
+from lora_cli.recipe_draft.memory_budget import GIB, Card, local_card
+from lora_cli.recipe_draft.text_lengths import length_of, unknown_token_warning
 from lora_cli.tasks.proposal import Proposal, Table
 
-NEW_NAMES = {"text_pair_column": "text_2"}  # of columns; else as their key
-MANY_LABELS = 500  # more are not written out, but found in the train rows
+NEW_NAMES = {"text_pair_column": "text_2"}  # column names that differ from their key
+MAX_LABELS = 500  # more labels are not listed in the recipe, but collected from the train rows
 CHATML = """\
 {%- for message in messages -%}
 <|im_start|>{{ message['role'] }}
@@ -62,28 +62,28 @@ def draft_recipe(
     pair: str | None = None,
     memory: float | None = None,
 ) -> Draft:
-    """Return a recipe for a data file.
+    """Draft a recipe for a data file.
 
     Args:
-        source: The data file.
-        model: Hub id, folder or `package:NAME/FOLDER` of the base model.
-        target: Where the recipe will be written; its paths are relative to that folder.
-        text: The column of the text, if the user names it.
-        label: The column of the label, or the completion, if the user names it.
-        pair: The column of the second text, which the label compares with the first.
-        memory: Of the GPU that trains it, in GiB. None: that of the GPU of this machine.
-        second: Another text file whose lines belong to those of the first: the translation.
+        source: The data file or folder.
+        model: Hub ID, folder or `package:NAME/FOLDER` of the base model.
+        target: Path of the recipe; its paths are relative to that folder.
+        text: Text column, if the user names it.
+        label: Label or completion column, if the user names it.
+        second: A second text file with the translation of each line of the first.
+        pair: Column of the second text, which the label compares with the first.
+        memory: GPU memory in GiB; None for the GPU of this machine.
 
     Raises:
-        LoraError: If the file cannot be read, or it cannot be decided what to learn from it.
+        LoraError: If the file cannot be read, or the task is ambiguous.
     """
     try:
-        return _drafted(source, model, target, text, label, second, pair, memory)
+        return _draft(source, model, target, text, label, second, pair, memory)
     except LoraError as error:
         raise without_overrides(error) from error
 
 
-def _drafted(
+def _draft(
     source: Path,
     model: str,
     target: Path,
@@ -93,7 +93,7 @@ def _drafted(
     pair: str | None,
     memory: float | None,
 ) -> Draft:
-    """Return the recipe; errors may speak of keys that only a recipe has."""
+    """Draft the recipe; hints of errors may suggest `--set`, which `lora init` does not have."""
     boxes = read_boxes(source) if second is None else None
     media: tuple[DataFile, MediaKind] | None = None if boxes is None else (boxes, "image")
     if second is None and media is None:
@@ -105,36 +105,36 @@ def _drafted(
     base = describe_base(model)
     columns = [describe(name, file.rows, _delimiter(file)) for name in file.columns]
     if file.form.get("label_from") == "fasttext":
-        columns = [_divided_by_spaces(column) for column in columns]
+        columns = [_with_several_labels(column) for column in columns]
     place = file.path.name if kind is None else str(source)
     are_lines = second is not None
     table = Table(columns, file.rows, place, text, label, pair, kind, are_lines)
     chosen = choose_task(table, base)
     file, columns, chosen = _with_names(file, columns, chosen)
     file, columns = _renamed(file, columns, chosen)
-    card = card_here() if memory is None else Card(memory * GIB, f"a GPU of {memory:g} GiB")
+    card = local_card() if memory is None else Card(memory * GIB, f"a GPU of {memory:g} GiB")
     draft = Draft({"model": {"name": _relative(model, target, base)}}, {})
     if kind is not None:
         other_rows: Rows = []
         splits = media_splits(file, kind, chosen.keys, target)
     else:
         splits, other_rows = choose_splits(file, columns, chosen, target)
-    _name_numbers(file, chosen)
-    _task(draft, base, chosen, [file.rows, other_rows])
-    _data(draft, file, columns, chosen, target, splits)
+    _name_numbered_labels(file, chosen)
+    _add_task(draft, base, chosen, [file.rows, other_rows])
+    _add_data(draft, file, columns, chosen, target, splits)
     limits = _limits(chosen)
     add_training(draft, base, len(usable_rows(file.rows, chosen)), card, list(limits))
-    warning = unknown_share([file.rows, other_rows], base, chosen) if limits else None
+    warning = unknown_token_warning([file.rows, other_rows], base, chosen) if limits else None
     if warning is not None:
         draft.findings.append(("unknown", warning))
     draft.values["output_dir"] = _output_dir(file.path, target)
     add_findings(draft, file, chosen)
-    Recipe.model_validate(draft.values)  # what is wrong here is ours
+    Recipe.model_validate(draft.values)  # an error here is a bug
     return draft
 
 
-def _divided_by_spaces(column: Column) -> Column:
-    """Return fastText's column of labels as what it is, if some row has several."""
+def _with_several_labels(column: Column) -> Column:
+    """Return the label column of a fastText file as a list column if any row has several labels."""
     if column.name != "label" or not any(" " in value for value in column.counts):
         return column
     counts: Counter[str] = Counter()
@@ -145,7 +145,7 @@ def _divided_by_spaces(column: Column) -> Column:
 
 
 def _output_dir(source: Path, target: Path) -> str:
-    """Return a folder for the results: called as the recipe, or as the data if that is `recipe`."""
+    """Return the output folder, named after the recipe, or after the data for `recipe.yaml`."""
     name = target.stem if target.stem != "recipe" else source.absolute().name
     if target.stem == "recipe" and not source.is_dir():
         if name.partition(".")[0].lower() in SPLIT_NAMES:  # `ag_news/train.csv`
@@ -160,7 +160,7 @@ def _delimiter(file: DataFile) -> str:
 
 
 def _relative(model: str, target: Path, base: Base) -> str:
-    """Return a model's name as the recipe has to write it: a folder as seen from the recipe."""
+    """Return the name of a model for the recipe; folders become relative to the recipe."""
     folder = Path(model).expanduser()
     if Path(model).is_absolute() or model.startswith("~") or not folder.is_dir():
         return model
@@ -171,23 +171,23 @@ def _relative(model: str, target: Path, base: Base) -> str:
 def _with_names(
     file: DataFile, columns: list[Column], chosen: Proposal
 ) -> tuple[DataFile, list[Column], Proposal]:
-    """Name the columns of a file without a header after what they are used for."""
+    """Name the columns of a file without a header after their role in the task."""
     if file.named or "columns" not in file.form:
         return file, columns, chosen
     roles = [key for key, name in chosen.keys.items() if key.endswith("_column") and name]
-    new = {chosen.keys[key]: NEW_NAMES.get(key, key.removesuffix("_column")) for key in roles}
-    old = {name: column for column, name in new.items()}
+    new_names = {chosen.keys[key]: NEW_NAMES.get(key, key.removesuffix("_column")) for key in roles}
+    old_names = {name: column for column, name in new_names.items()}
 
     def renamed(value: Any) -> Any:
-        return new.get(value, value) if isinstance(value, str) else value
+        return new_names.get(value, value) if isinstance(value, str) else value
 
     def row_error(row: dict[str, Any]) -> str:
         assert chosen.row_error is not None
-        return chosen.row_error({old.get(name, name): value for name, value in row.items()})
+        return chosen.row_error({old_names.get(name, name): value for name, value in row.items()})
 
     why = {}
     for key, reason in chosen.why.items():
-        for column, name in new.items():
+        for column, name in new_names.items():
             reason = reason.replace(f"`{column}`", f"`{name}`")
         why[key] = reason
     rows = [{renamed(name): value for name, value in row.items()} for row in file.rows]
@@ -200,7 +200,7 @@ def _with_names(
         keys={key: renamed(value) if key in roles else value for key, value in chosen.keys.items()},
         why=why,
         inputs=[renamed(name) for name in chosen.inputs],
-        limits={k: [renamed(name) for name in some] for k, some in limits.items()} or None,
+        limits={k: [renamed(name) for name in limited] for k, limited in limits.items()} or None,
         row_error=row_error if chosen.row_error is not None else None,
     )
     return file, [replace(column, name=renamed(column.name)) for column in columns], named
@@ -209,110 +209,114 @@ def _with_names(
 def _renamed(
     file: DataFile, columns: list[Column], chosen: Proposal
 ) -> tuple[DataFile, list[Column]]:
-    """Return a file as `data.columns` lets the task read it."""
+    """Rename the columns of a file according to the proposed `data.columns`."""
     if not chosen.renamed:
         return file, columns
-    new = Table(columns, file.rows, "").renamed(chosen.renamed)
-    names = [column.name for column in new.columns]
-    return replace(file, rows=list(new.rows), columns=names), list(new.columns)
+    renamed = Table(columns, file.rows, "").renamed(chosen.renamed)
+    names = [column.name for column in renamed.columns]
+    return replace(file, rows=list(renamed.rows), columns=names), list(renamed.columns)
 
 
 # ----------------------------------------------------------------------------------------- task
 
 
-def _task(draft: Draft, base: Base, chosen: Proposal, splits: Sequence[Rows]) -> None:
+def _add_task(draft: Draft, base: Base, chosen: Proposal, splits: Sequence[Rows]) -> None:
     for key, value in chosen.keys.items():
         if (key, value) not in (("format", "openai"), ("problem", "single_label")):
             draft.put("task", key, value, chosen.why.get(key, ""))
     if "" in chosen.why:
         draft.why["task.type"] = chosen.why[""]
-    _labels(draft, chosen)
+    _add_labels(draft, chosen)
     if chosen.is_chat and base.tokenizer is not None:
         _require_tool_template(base, chosen, splits)
     if chosen.is_chat and base.lacks_template:
         draft.put("task", "chat_template", TEMPLATE, "the model has none; this is ChatML")
         draft.extra_files[TEMPLATE] = CHATML
     for key, columns in _limits(chosen).items():
-        _length(draft, base, replace(chosen, inputs=columns), splits, key)
+        _add_length(draft, base, replace(chosen, inputs=columns), splits, key)
 
 
-def _name_numbers(file: DataFile, chosen: Proposal) -> None:
-    """Name labels that are numbers as parquet files name them: `ClassLabel` in their metadata."""
-    inside = split_files(file.path, file.form, "train") if file.path.is_dir() else [file.path]
-    if not (chosen.labels and inside) or any(kind_by_name(one.name) != "parquet" for one in inside):
+def _name_numbered_labels(file: DataFile, chosen: Proposal) -> None:
+    """Replace numbered labels by the `ClassLabel` names in the metadata of parquet files."""
+    files = split_files(file.path, file.form, "train") if file.path.is_dir() else [file.path]
+    if not (chosen.labels and files) or any(kind_by_name(file.name) != "parquet" for file in files):
         return
-    named = parquet_label_names(recipe_of_folder(file.path, {"type": chosen.keys["type"]}), inside)
+    names_by_column = parquet_label_names(
+        recipe_of_folder(file.path, {"type": chosen.keys["type"]}), files
+    )
     column = chosen.keys.get("label_column") or chosen.keys.get("objects_column") or "objects"
-    names = named.get(column, [])
+    names = names_by_column.get(column, [])
     if names and all(label.isdecimal() and int(label) < len(names) for label in chosen.labels):
         chosen.labels = Counter({name: chosen.labels[str(i)] for i, name in enumerate(names)})
         chosen.are_ordered = True
 
 
-def _labels(draft: Draft, chosen: Proposal) -> None:
-    """Write out the labels, unless each has a column of its own or they are very many."""
+def _add_labels(draft: Draft, chosen: Proposal) -> None:
+    """List the labels in the recipe, unless each has its own column or there are too many."""
     labels = chosen.labels
-    if labels and "label_columns" not in chosen.keys and len(labels) <= MANY_LABELS:
+    if labels and "label_columns" not in chosen.keys and len(labels) <= MAX_LABELS:
         names = sorted(labels, key=_label_order(labels))
         if chosen.labels_are_folders:
-            names = sorted(labels)  # as all tools order them
+            names = sorted(labels)  # the usual order of image folders
         if chosen.are_ordered:
             names = list(labels)
-        whole = all(name == str(int(name)) for name in names if _is_whole(name)) and all(
+        are_integers = all(name == str(int(name)) for name in names if _is_whole(name)) and all(
             map(_is_whole, names)
         )
         rarest = min(labels, key=lambda name: labels[name])
         commonest = max(labels, key=lambda name: labels[name])
-        spread = f"rows of each: {labels[rarest]:,} (`{rarest}`) to {labels[commonest]:,}"
-        spread += f" (`{commonest}`)"
+        frequencies = f"rows of each: {labels[rarest]:,} (`{rarest}`) to {labels[commonest]:,}"
+        frequencies += f" (`{commonest}`)"
         if labels[rarest] == labels[commonest]:
-            spread = f"{counted(labels[rarest], 'row')} of each"
+            frequencies = f"{counted(labels[rarest], 'row')} of each"
         draft.put(
             "task",
             "labels",
-            [int(name) for name in names] if whole else names,
-            "; ".join([counted(len(names), "label"), spread, *_same_but_for_case(names)]),
+            [int(name) for name in names] if are_integers else names,
+            "; ".join([counted(len(names), "label"), frequencies, *_case_note(names)]),
         )
 
 
 def _limits(chosen: Proposal) -> dict[str, list[str]]:
-    """Return, for each key that limits a length in tokens, the columns that it limits."""
+    """Return the columns that each key for a maximum length in tokens applies to."""
     if chosen.limits is not None:
         return chosen.limits
     has_length = "max_length" in TASKS[chosen.keys["type"]].model_fields
     return {"max_length": chosen.inputs} if has_length else {}
 
 
-def _length(draft: Draft, base: Base, chosen: Proposal, splits: Sequence[Rows], key: str) -> None:
-    """Choose the longest input, and what is cut of longer ones."""
+def _add_length(
+    draft: Draft, base: Base, chosen: Proposal, splits: Sequence[Rows], key: str
+) -> None:
+    """Choose the maximum length, and which end of longer examples is truncated."""
     turns = None
     if chosen.is_chat and base.tokenizer is not None:
         turns = TurnCounter(base.tokenizer, CHATML if base.lacks_template else None)
     length, why = length_of(splits, base, chosen, turns)
     draft.put("task", key, length, why)
-    if (without := rows_without_answer(splits, base, chosen, length, turns)) is not None:
-        count, of = without
+    if (without_answer := rows_without_answer(splits, base, chosen, length, turns)) is not None:
+        count, total = without_answer
         draft.put(
             "task",
             "truncate",
             "left",
-            f"in {count:,} of {counted(of, 'row')} the prompt alone has so many tokens: cut at "
+            f"in {count:,} of {counted(total, 'row')} the prompt alone has so many tokens: cut at "
             "their end (`right`) they would be left out; so they lose their beginning",
         )
 
 
 def _require_tool_template(base: Base, chosen: Proposal, splits: Sequence[Rows]) -> None:
-    """Reject conversations with tools or calls that the model's chat template would leave out."""
+    """Reject conversations with tools that the chat template of the model would omit."""
     template = CHATML if base.lacks_template else str(base.tokenizer.chat_template)
     form, column = chosen.keys["format"], chosen.keys.get("messages_column")
-    found = set()
+    used_keys = set()
     for row in (row for rows in splits for row in rows):
         if conversation_error(row, form, column):
-            continue  # it is skipped, and said so
+            continue  # such rows are skipped and counted elsewhere
         for conversation in read_conversations(row, form, column):
-            found |= {"tools"} if conversation.tools else set()
-            found |= {"tool_calls" for m in conversation.messages if m.get("tool_calls")}
-    for key in sorted(found):
+            used_keys |= {"tools"} if conversation.tools else set()
+            used_keys |= {"tool_calls" for m in conversation.messages if m.get("tool_calls")}
+    for key in sorted(used_keys):
         if key not in template:
             raise LoraError(
                 f"the rows have `{key}`, which the chat template of `{base.name}` does not write",
@@ -321,12 +325,16 @@ def _require_tool_template(base: Base, chosen: Proposal, splits: Sequence[Rows])
             )
 
 
-def _same_but_for_case(names: Sequence[str]) -> list[str]:
-    """Return which labels may be meant to be one."""
-    alike: dict[str, list[str]] = {}
+def _case_note(names: Sequence[str]) -> list[str]:
+    """Return a note on labels that differ only in case."""
+    by_folded_name: dict[str, list[str]] = {}
     for name in names:
-        alike.setdefault(name.casefold(), []).append(name)
-    pairs = [" and ".join(f"`{name}`" for name in some) for some in alike.values() if some[1:]]
+        by_folded_name.setdefault(name.casefold(), []).append(name)
+    pairs = [
+        " and ".join(f"`{name}`" for name in variants)
+        for variants in by_folded_name.values()
+        if variants[1:]
+    ]
     return (
         [f"{', '.join(pairs)} differ in case only: fix the rows if they are one"] if pairs else []
     )
@@ -349,7 +357,7 @@ def _label_order(labels: Any) -> Any:
 # ----------------------------------------------------------------------------------------- data
 
 
-def _data(
+def _add_data(
     draft: Draft,
     file: DataFile,
     columns: list[Column],
@@ -368,25 +376,25 @@ def _data(
         draft.put("data", "columns", chosen.renamed, "so that the chat template writes all turns")
     label = next((c for c in columns if c.name == chosen.keys.get("label_column")), None)
     if label and chosen.keys.get("problem") == "regression":
-        for key, mark in label.numbers._asdict().items():
-            if mark != getattr(FormatSpec(), key):
+        for key, character in label.numbers._asdict().items():
+            if character != getattr(FormatSpec(), key):
                 example = next(text for text in label.counts if {".", ","} & set(half_width(text)))
                 value = as_number(example, label.numbers)
-                file.form[key] = mark
+                file.form[key] = character
                 file.why[key] = f"in `{label.name}`: {example} is {value:.15g}"
     if file.form:
         draft.put("data", "format", file.form)
         for key, why in file.why.items():
             draft.why[f"data.format.{key}"] = why
     errors = [error.place for error in file.errors]
-    blank = sum(is_unusable(row, chosen) for row in file.rows)
-    if errors or blank:
-        said = []
+    n_blank = sum(is_unusable(row, chosen) for row in file.rows)
+    if errors or n_blank:
+        reasons = []
         if errors:
             what = f"{counted(len(errors), 'row')} cannot be read, the first at {errors[0]}"
-            said.append(f"{what} ({file.errors[0].error})")
-        if blank:
-            said.append(
-                f"{counted(blank, 'row')} {'lacks' if blank == 1 else 'lack'} a text or a label"
+            reasons.append(f"{what} ({file.errors[0].error})")
+        if n_blank:
+            reasons.append(
+                f"{counted(n_blank, 'row')} {'lacks' if n_blank == 1 else 'lack'} a text or a label"
             )
-        draft.put("data", "on_bad_row", "skip", "; ".join(said))
+        draft.put("data", "on_bad_row", "skip", "; ".join(reasons))

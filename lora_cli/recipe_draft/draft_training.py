@@ -1,4 +1,4 @@
-"""The adapter and the training of a draft: by the task, the number of rows and the memory."""
+"""Choose the adapter and training settings from the task, number of rows and GPU memory."""
 
 from __future__ import annotations
 
@@ -24,34 +24,36 @@ from lora_cli.recipe_draft.memory_budget import (
 def add_training(
     draft: Draft, base: Base, count: int, card: Card | None, limits: Sequence[str]
 ) -> None:
-    """Choose the adapter and the training by the task, the number of rows and the memory.
+    """Choose the adapter and training settings from the task, number of rows and GPU memory.
 
     Args:
-        draft: Has its task; gets `adapter`, `train` and what the training takes.
+        draft: The draft with its task; `adapter`, `train` and `memory` are added in place.
         base: The base model.
-        count: How many rows there are.
-        card: The GPU that trains it, if it is known.
+        count: Number of rows.
+        card: The GPU to train on; None if unknown.
         limits: The keys of the task that limit a length in tokens.
     """
-    large = base.shape is not None and base.shape.parameters > LARGE
-    usual = TASKS[draft.values["task"]["type"]].usual_training
-    writes = usual.writes or (base.can_write and (base.hidden_size is not None or large))
-    small = base.hidden_size is not None and base.hidden_size <= 512
-    if writes:
+    is_large = base.shape is not None and base.shape.parameters > LARGE
+    defaults = TASKS[draft.values["task"]["type"]].usual_training
+    is_generative = defaults.writes or (
+        base.can_write and (base.hidden_size is not None or is_large)
+    )
+    is_small = base.hidden_size is not None and base.hidden_size <= 512
+    if is_generative:
         adapter: dict[str, Any] = {"rank": 16, "alpha": 32, "dropout": 0.05}
         why, rate, batch, accumulation = "usual for language models", 2e-4, 4, 4
     else:
         adapter = {"rank": 8, "alpha": 16, "dropout": 0.1}
         why = "better than query and value alone where it was measured"
-        rate, batch, accumulation = (1e-3 if small else 5e-4), usual.step, 1
-    if usual.all_linear:
+        rate, batch, accumulation = (1e-3 if is_small else 5e-4), defaults.step, 1
+    if defaults.all_linear:
         adapter["target_modules"] = "all-linear"
     draft.values["adapter"] = adapter
-    draft.why["adapter"] = usual.targets_note or why
-    rate = usual.rate_scale * (usual.learning_rate or rate)
+    draft.why["adapter"] = defaults.targets_note or why
+    rate = defaults.rate_scale * (defaults.learning_rate or rate)
     if count < 200:
         batch, accumulation = min(batch, 8), 1
-    epochs = next(epochs for most, epochs in usual.epochs if count < most)
+    epochs = next(epochs for max_rows, epochs in defaults.epochs if count < max_rows)
     task = draft.values["task"]
     length = sum(task[key] for key in limits) or 1
     shape = base.shape or Shape(0)
@@ -64,15 +66,15 @@ def add_training(
     draft.put("train", "epochs", epochs, f"for {counted(count, 'row')}")
     _add_memory_savings(draft, fit, card)
     draft.put("train", "optimizer", {"type": "adamw", "learning_rate": rate})
-    kind = "cosine" if writes else "linear"
+    kind = "cosine" if is_generative else "linear"
     draft.put("train", "scheduler", {"type": kind, "warmup_ratio": 0.06})
     draft.put("train", "precision", fit.precision, _precision_reason(fit, shape, card))
-    _add_evaluation(draft, base, usual.metrics)
+    _add_evaluation(draft, base, defaults.metrics)
     draft.memory = _memory_finding(fit, base, card)
 
 
 def _add_memory_savings(draft: Draft, fit: Fit, card: Card | None) -> None:
-    """Choose how the training fits into memory."""
+    """Add the settings that make training fit into memory."""
     why = "halve it, and double the next, if memory runs out"
     draft.put("train", "micro_batch_size", fit.micro_batch, why)
     draft.put("train", "gradient_accumulation_steps", fit.accumulation)
@@ -102,18 +104,18 @@ def _precision_reason(fit: Fit, shape: Shape, card: Card | None) -> str:
 
 
 def _memory_finding(fit: Fit, base: Base, card: Card | None) -> str:
-    """Return what the training takes, and where it runs."""
+    """Describe the memory that training needs, and the GPU."""
     if base.shape is None:
         unknown = "the model's size is not known"
         return f"{unknown}, so memory is not either: `--memory` has no effect" if card else unknown
     size = f"{in_words(base.shape.parameters)} parameters, {base.size_from}"
-    how = fit.precision + (" on a base in 4 bits" if fit.four_bit else "")
-    how += ", gradient checkpointing" if fit.checkpointing else ""
+    settings = fit.precision + (" on a base in 4 bits" if fit.four_bit else "")
+    settings += ", gradient checkpointing" if fit.checkpointing else ""
     if base.sees or base.hears or base.draws or base.speaker_size is not None:
-        return f"{size}; {how}"
+        return f"{size}; {settings}"
     if not base.shape.is_known:
-        return f"{size}; {how}; what a step takes is not known without its configuration"
-    needed = f"about {gib(fit.needed)} GiB in {how}"
+        return f"{size}; {settings}; what a step takes is not known without its configuration"
+    needed = f"about {gib(fit.needed)} GiB in {settings}"
     if card is not None:
         return f"{size}: {needed}, of {gib(card.memory)} GiB on {card.name}"
     advice = "; there is no GPU here: `--memory 24` drafts for one of 24 GiB"

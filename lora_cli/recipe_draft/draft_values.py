@@ -1,4 +1,4 @@
-"""A recipe that is being drafted: its values, and the reasons of them."""
+"""A drafted recipe: its values, and the reason for each."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ HEAD = [
 
 @dataclass
 class Draft:
-    """A recipe, with the reasons of its values.
+    """A drafted recipe, with the reason for each value.
 
     Args:
         values: The recipe, section by section.
-        why: By key with dots, what says so; a comment in the file.
-        findings: What was inferred and from what, to print: (name, finding).
-        extra_files: Files that the recipe names, by name, to be written next to it.
-        memory: What training takes, in words.
+        why: The reason for a value, by dotted key; written as a comment.
+        findings: The inferred values and their reasons to print, as (name, finding).
+        extra_files: Contents of files to write next to the recipe, by name.
+        memory: The memory that training needs, in words.
     """
 
     values: dict[str, Any]

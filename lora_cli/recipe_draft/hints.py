@@ -1,4 +1,4 @@
-"""Hints of errors as `lora init` can follow them: it has no `--set`, and no recipe yet."""
+"""Adapt hints of errors to `lora init`, which has no `--set` and no recipe yet."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import replace
 from lora_cli.errors import LoraError, Problem
 
 OVERRIDE = re.compile(r"""`--set (?P<quote>['"]?)(?P<key>[\w.]+)=(?P<value>.*?)(?P=quote)`""")
-WITHOUT = "`lora init` has no `--set`: change the file, or write the recipe by hand"
+NO_OVERRIDES = "`lora init` has no `--set`: change the file, or write the recipe by hand"
 
 
 def without_overrides(error: LoraError) -> LoraError:
-    """Return an error whose hints name keys of a recipe where they named `--set KEY=VALUE`."""
+    """Return an error whose hints name recipe keys instead of `--set KEY=VALUE`."""
     problems = [_without_override(problem) for problem in error.problems]
     return type(error)(problems)
 
@@ -22,4 +22,4 @@ def _without_override(problem: Problem) -> Problem:
     if "--set" not in hint:
         return problem
     keys = OVERRIDE.sub(r"`\g<key>: \g<value>` in a recipe", hint)
-    return replace(problem, hint=f"{keys} ({WITHOUT})")
+    return replace(problem, hint=f"{keys} ({NO_OVERRIDES})")

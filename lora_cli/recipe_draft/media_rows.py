@@ -1,4 +1,4 @@
-"""A folder of pictures or of sound, for `lora init`: its rows, and which of them are held out."""
+"""Read a folder of images or audio for `lora init`, and choose its held-out files."""
 
 from __future__ import annotations
 
@@ -29,16 +29,17 @@ from lora_cli.recipe_draft.data_folder import recipe_of_folder, task_reading
 
 UNITS: dict[MediaKind, str] = {"image": "picture", "audio": "recording"}
 UTF_8 = "utf-8"
-FEWEST_FOR_A_TENTH = 200
+MIN_ROWS_FOR_TENTH = 200
 
 
 def read_media_folder(folder: Path) -> tuple[DataFile, MediaKind] | None:
-    """Return the train files of a folder of pictures or sound, and which of the two they are.
+    """Read the train files of a folder of images or audio.
 
-    Their first column is the file, the second the label, if the folders in it name classes.
+    The first column is the media file, the second the label, if the folder has class folders.
 
     Returns:
-        None if the folder holds no such files, or a table that describes them.
+        The rows, and the kind of media. None if the folder has no media files, or has a table that
+        describes them.
     """
     if not folder.is_dir():
         return None
@@ -53,13 +54,16 @@ def read_media_folder(folder: Path) -> tuple[DataFile, MediaKind] | None:
 
 
 def _texts_of(folder: Path, kind: MediaKind) -> tuple[str, list[str | None], tuple[str, str]]:
-    """Return the column of the text files next to the train files, what they hold, their encoding.
+    """Read the text files next to the train files.
 
-    Some tasks read them and others do not: which one is meant is decided later.
+    Only some tasks use them, but the task is chosen later.
+
+    Returns:
+        The name of their column, their texts, and their encoding with its reason.
     """
     for name, spec in TASKS.items():
-        blank = spec.model_construct()
-        if blank.transcript_column is not None and kind in blank.media_columns.values():
+        section = spec.model_construct()
+        if section.transcript_column is not None and kind in section.media_columns.values():
             recipe = recipe_of_folder(folder, {"type": name})
             files = files_of(recipe, "train", "train")
             encoding = _encoding_of(files)
@@ -71,11 +75,11 @@ def _texts_of(folder: Path, kind: MediaKind) -> tuple[str, list[str | None], tup
 
 
 def _encoding_of(files: Sequence[Path]) -> tuple[str, str]:
-    """Return the encoding of the text files next to files, and what says so."""
-    texts = {text: None for found in transcript_files(files).values() for text in found}
+    """Return the encoding of the text files next to media files, with its reason."""
+    texts = {text: None for candidates in transcript_files(files).values() for text in candidates}
     raw = [part for text in texts if not (part := text.read_bytes()).isascii()]
     first = encoding_of(raw[0]) if raw else (UTF_8, "")
-    # two bytes a letter cannot be joined; of older encodings, more letters tell more
+    # UTF-16 texts cannot be joined; for legacy encodings, more text improves the detection
     return first if first[0].startswith("utf-16") else encoding_of(b"\n".join(raw))
 
 
@@ -91,18 +95,18 @@ def _rows_of(folder: Path, recipe: Recipe, files: list[Path], kind: MediaKind) -
     form = {} if encoding == UTF_8 else {"encoding": encoding}
     if any(texts):
         columns.append(text)
-        rows = [{**row, text: own} for row, own in zip(rows, texts, strict=True)]
+        rows = [{**row, text: content} for row, content in zip(rows, texts, strict=True)]
     return DataFile(folder, form, {"encoding": why}, rows, [], columns, True, about)
 
 
 def media_splits(file: DataFile, kind: MediaKind, task: dict[str, Any], target: Path) -> Keys:
-    """Return which files are held out: those of a split in a folder, or next to it, or drawn.
+    """Choose the held-out files: split folders, annotation files of splits, or drawn files.
 
     Args:
-        file: The rows of a folder, or of a file with the boxes of pictures.
-        kind: What the files are.
-        task: The keys of the recipe's `task`.
-        target: Where the recipe will be written; its paths are relative to that folder.
+        file: The rows of a media folder or of an annotation file.
+        kind: The kind of media.
+        task: The `task` section of the recipe.
+        target: Path of the recipe; its paths are relative to that folder.
     """
     recipe = recipe_of_folder(file.path, task)
     unit = UNITS[kind]
@@ -116,7 +120,7 @@ def media_splits(file: DataFile, kind: MediaKind, task: dict[str, Any], target: 
             what = f"{counted(len(files), unit)} in the folder of this name"
             keys[split] = split, coco_summary(files[0]) if is_coco(files[0]) else what
         except LoraError:
-            fraction = 0.1 if len(file.rows) >= FEWEST_FOR_A_TENTH else 0.2
+            fraction = 0.1 if len(file.rows) >= MIN_ROWS_FOR_TENTH else 0.2
             why = "drawn from train, as many of each label; " if stratify else "drawn from train; "
             why += f"no {unit} is on both sides"
             keys[split] = ({"from": "train", "fraction": fraction, **stratify}, why)

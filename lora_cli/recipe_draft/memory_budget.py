@@ -1,8 +1,8 @@
-"""How a model is trained within the memory of a GPU: its precision, and what a step sees at once.
+"""Fit training into GPU memory by the choice of precision, micro-batch size and other settings.
 
-The sizes are estimates. They were compared with the peaks that training an 8B Llama at 2 x 4,096
-tokens takes: 72 GiB without gradient checkpointing (estimated: 73), 29 GiB with it (estimated: 30);
-and at 1 x 4,096 tokens with it and a base in 4 bits: 15 GiB (estimated: 14).
+The sizes are estimates. For comparison, the measured peaks of training an 8B Llama with 2 x 4,096
+tokens: 72 GiB without gradient checkpointing (estimate: 73), 29 GiB with it (estimate: 30). With
+1 x 4,096 tokens, gradient checkpointing and a 4-bit base: 15 GiB (estimate: 14).
 """
 
 from __future__ import annotations
@@ -12,26 +12,26 @@ from dataclasses import dataclass, replace
 from lora_cli.errors import LoraError
 
 GIB = 2**30
-LARGE = 1_000_000_000  # parameters; a larger model is kept in 16 bits whatever trains it
-SMALL = 200_000_000  # parameters; a smaller model gains little from 16 bits
-USABLE = 0.88  # share of a GPU's memory that a run can have
-FIXED = 1.0 * GIB  # what CUDA, its libraries and the allocator's gaps take
-ADAPTER_BYTES = 0.01 * 16  # of each parameter: about one in a hundred is trained, 16 bytes each
-NF4_BYTES = 0.52  # of a weight in 4 bits, with its scales
-BYTES_PER_LOGIT = 10  # in bf16, in float32, and their gradient
-SHORTEST = 256  # tokens; below, examples are cut to pieces
+LARGE = 1_000_000_000  # parameters; larger models always use 16 bits
+SMALL = 200_000_000  # parameters; smaller models gain little from 16 bits
+USABLE = 0.88  # share of GPU memory available to a run
+OVERHEAD_BYTES = 1.0 * GIB  # CUDA, its libraries, and fragmentation of the allocator
+ADAPTER_BYTES = 0.01 * 16  # per base parameter: about 1 % as many are trained, 16 bytes each
+NF4_BYTES = 0.52  # per weight in NF4, including scales
+BYTES_PER_LOGIT = 10  # in bf16, in float32, and the gradient
+MIN_LENGTH = 256  # tokens; do not truncate examples further
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a model that its memory depends on.
+    """The sizes of a model that determine its memory use.
 
     Args:
-        parameters: How many it has.
-        layers: Blocks; 0 if that is not known.
-        hidden: Width of a block.
-        inner: Width of its feed-forward part.
-        vocabulary: Outputs of the language model's head; 0 if it has none.
+        parameters: Number of parameters.
+        layers: Number of blocks; 0 if unknown.
+        hidden: Hidden size.
+        inner: Intermediate size of the feed-forward layers.
+        vocabulary: Vocabulary size of the language model head; 0 without one.
     """
 
     parameters: int
@@ -48,16 +48,16 @@ class Shape:
 
 @dataclass(frozen=True)
 class Fit:
-    """How a step is computed.
+    """Settings with which training fits into memory.
 
     Args:
         precision: fp32, fp16 or bf16.
-        micro_batch: Examples of a forward pass.
-        accumulation: Forward passes of a step.
-        checkpointing: Activations are computed again in the backward pass.
-        length: Longest example in tokens.
-        needed: Memory in bytes, as far as it can be estimated.
-        four_bit: The frozen base is kept in 4 bits.
+        micro_batch: Examples per forward pass.
+        accumulation: Forward passes per step.
+        checkpointing: Whether to use gradient checkpointing.
+        length: Maximum length of an example in tokens.
+        needed: Estimated memory in bytes.
+        four_bit: Whether to quantize the frozen base to 4 bits.
     """
 
     precision: str
@@ -74,9 +74,9 @@ class Card:
     """A GPU.
 
     Args:
-        memory: In bytes.
-        name: As it is called in comments: `NVIDIA L4`, or `a GPU of 24 GiB`.
-        has_bf16: It computes in bf16.
+        memory: Memory in bytes.
+        name: Name in comments: `NVIDIA L4`, or `a GPU of 24 GiB`.
+        has_bf16: Whether it supports bf16.
     """
 
     memory: float
@@ -84,8 +84,8 @@ class Card:
     has_bf16: bool = True
 
 
-def card_here() -> Card | None:
-    """Return the GPU of this machine, the smallest if there are several, or None."""
+def local_card() -> Card | None:
+    """Return the GPU of this machine with the least memory; None without a GPU."""
     import torch
 
     if not torch.cuda.is_available():
@@ -96,51 +96,54 @@ def card_here() -> Card | None:
 
 
 def needed_bytes(shape: Shape, fit: Fit) -> float:
-    """Return the memory that training an adapter takes, estimated."""
+    """Estimate the memory for training an adapter in bytes."""
     width = 4 if fit.precision == "fp32" else 2
     tokens = fit.micro_batch * fit.length
     inner = shape.inner or 4 * shape.hidden
-    of_layer = width * (9 * shape.hidden + 4 * inner)  # what the backward pass of a block reads
+    layer_bytes = width * (
+        9 * shape.hidden + 4 * inner
+    )  # activations saved for the backward pass of a block
     if fit.checkpointing:
-        activations = shape.layers * width * shape.hidden + of_layer
+        activations = shape.layers * width * shape.hidden + layer_bytes
     else:
-        activations = shape.layers * of_layer
+        activations = shape.layers * layer_bytes
     activations += shape.vocabulary * BYTES_PER_LOGIT
     weights: float = shape.parameters * width
     if fit.four_bit:
-        outer = min(
+        unquantized = min(
             2 * shape.vocabulary * shape.hidden, shape.parameters
-        )  # they keep their numbers
-        weights = outer * width + (shape.parameters - outer) * NF4_BYTES
-    return FIXED + weights + shape.parameters * ADAPTER_BYTES + tokens * activations
+        )  # embeddings and head are not quantized
+        weights = unquantized * width + (shape.parameters - unquantized) * NF4_BYTES
+    return OVERHEAD_BYTES + weights + shape.parameters * ADAPTER_BYTES + tokens * activations
 
 
 def fit_to(
     shape: Shape, card: Card | None, micro_batch: int, accumulation: int, length: int
 ) -> Fit:
-    """Return how a model is trained: as asked for if that fits, else in smaller parts.
+    """Return settings that fit into memory: the requested ones, or otherwise more economical ones.
 
-    A large base that does not fit in 16 bits is kept in 4, before examples are cut.
+    In order: smaller micro-batches, gradient checkpointing, a 4-bit base (for large models), and
+    shorter examples. The number of examples per step stays the same.
 
     Args:
-        shape: The model's sizes.
-        card: The GPU that trains it; None where it is not known, or the CPU.
-        micro_batch: Examples of a forward pass, where memory allows.
-        accumulation: Forward passes of a step, likewise.
-        length: Longest example in tokens.
+        shape: The sizes of the model.
+        card: The GPU to train on; None for the CPU, or if unknown.
+        micro_batch: Requested examples per forward pass.
+        accumulation: Requested forward passes per step.
+        length: Requested maximum length of an example in tokens.
 
     Raises:
-        LoraError: If the weights alone are larger than the memory.
+        LoraError: If no settings fit into memory.
     """
     precision = "fp32"
     if shape.parameters > (SMALL if card else LARGE):
         precision = "bf16" if card is None or card.has_bf16 else "fp16"
     examples = micro_batch * accumulation
     sizes = [n for n in (micro_batch, micro_batch // 2, 1) if n >= 1 and examples % n == 0]
-    plain = [(size, False) for size in sizes if size >= min(2, micro_batch)]
-    tries = [(size, checkpointing, False) for size, checkpointing in plain]
+    without_checkpointing = [(size, False) for size in sizes if size >= min(2, micro_batch)]
+    tries = [(size, checkpointing, False) for size, checkpointing in without_checkpointing]
     tries += [(size, True, False) for size in sizes]
-    if card is None:  # nothing to fit into: memory is spared where the model is large
+    if card is None:  # no limit, but save memory if the model is large
         large = shape.parameters > LARGE
         tries = [(1, True, False)] if large else [(micro_batch, False, False)]
     elif shape.parameters > LARGE and shape.is_known:
@@ -149,14 +152,14 @@ def fit_to(
         tries = [tries[-1] if shape.parameters > LARGE else tries[0]]
     while True:
         for size, checkpointing, four_bit in tries:
-            parts = examples // size
-            fit = Fit(precision, size, parts, checkpointing, length, 0.0, four_bit)
+            passes = examples // size
+            fit = Fit(precision, size, passes, checkpointing, length, 0.0, four_bit)
             fit = replace(fit, needed=needed_bytes(shape, fit))
             if card is None or fit.needed <= USABLE * card.memory:
                 return fit
-        if length <= SHORTEST or not shape.is_known:
+        if length <= MIN_LENGTH or not shape.is_known:
             break
-        length = max(SHORTEST, length // 2)
+        length = max(MIN_LENGTH, length // 2)
     assert card is not None
     raise LoraError(
         f"a model of {in_words(shape.parameters)} parameters needs about {gib(fit.needed)} GiB to "
@@ -168,12 +171,12 @@ def fit_to(
 
 
 def in_words(parameters: int) -> str:
-    """Return a number of parameters: `22.7 million`, `8.0 billion`."""
+    """Format a number of parameters: `22.7 million`, `8.0 billion`."""
     if parameters >= 1e9:
         return f"{parameters / 1e9:.1f} billion"
     return f"{parameters / 1e6:.1f} million" if parameters >= 1e6 else f"{parameters:,}"
 
 
 def gib(size: float) -> str:
-    """Return bytes in GiB."""
+    """Format a number of bytes in GiB, without the unit."""
     return f"{size / GIB:.0f}" if size >= 10 * GIB else f"{size / GIB:.1f}"
