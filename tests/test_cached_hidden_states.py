@@ -27,7 +27,7 @@ from transformers import (
 import lora_cli.training.run as training_run
 from lora_cli.adapters.frozen_lower_layers import FrozenLayers
 from lora_cli.recipe import load_recipe
-from lora_cli.tasks.hidden_states import STATES, KeptState, states_of_batch
+from lora_cli.tasks.hidden_states import STATES, CachedState, states_of_batch
 from lora_cli.training import load_trainable_model
 
 Json = dict[str, Any]
@@ -320,9 +320,9 @@ def test_nothing_is_said_where_all_layers_are_trained(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------ in batches
 
 
-def states(*tensors: Tensor) -> Iterator[dict[str, KeptState]]:
+def states(*tensors: Tensor) -> Iterator[dict[str, CachedState]]:
     for tensor in tensors:
-        yield {"layer": KeptState.of(tensor)}
+        yield {"layer": CachedState.of(tensor)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -22,7 +22,7 @@ from lora_cli.preprocessing.cached_hidden_states import (
     passes_over,
     with_cached_hidden_states,
 )
-from lora_cli.tasks.hidden_states import STATES, KeptState
+from lora_cli.tasks.hidden_states import STATES, CachedState
 
 
 class Examples(list[Any]):
@@ -227,7 +227,7 @@ def test_what_enters_the_head_is_tried_before_what_the_last_layers_compute(
 def test_losses_agree_up_to_rounding_of_what_is_kept(
     dtype: torch.dtype, loss: float, near: float, far: float | None, monkeypatch: Any
 ) -> None:
-    kept = {"a": KeptState(np.zeros(8, dtype=np.uint8), dtype, (2,))}
+    kept = {"a": CachedState(np.zeros(8, dtype=np.uint8), dtype, (2,))}
     monkeypatch.setattr(_States, "_compute", lambda self, split, positions: [kept])
     brought: list[Any] = []
 
@@ -269,8 +269,8 @@ def test_examples_of_the_same_shape_are_computed_together() -> None:
     assert found == [[3], [0, 2], [5, 6], [7], [1, 4]]
 
 
-def kept(n: int, dtype: torch.dtype = torch.float32) -> dict[str, KeptState]:
-    return {"a": KeptState(np.arange(n, dtype=np.uint8), dtype, (2,))}
+def kept(n: int, dtype: torch.dtype = torch.float32) -> dict[str, CachedState]:
+    return {"a": CachedState(np.arange(n, dtype=np.uint8), dtype, (2,))}
 
 
 @pytest.mark.parametrize(

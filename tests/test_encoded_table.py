@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lora_cli.preprocessing.encoded_table import EncodedTable, TableWithStates
-from lora_cli.tasks.hidden_states import STATES, KeptState
+from lora_cli.tasks.hidden_states import STATES, CachedState
 
 FEATURES = datasets.Features({
     "input_ids": datasets.List(datasets.Value("int32")),
@@ -75,7 +75,7 @@ def test_states_are_those_of_their_example_wherever_the_file_has_them(table: Enc
     whole = column.slice(2, 23)  # a chunk may be a part of a larger array
     chunks = pa.chunked_array([whole.slice(0, 4), whole.slice(4, 1), whole.slice(5)])
     states = datasets.Dataset(pa.table({"layer": chunks}))
-    like = KeptState(np.empty(0, dtype=np.uint8), torch.uint8, ())
+    like = CachedState(np.empty(0, dtype=np.uint8), torch.uint8, ())
     joined = TableWithStates(table, states, order, {"layer": like})
     assert joined.n_bytes == sum(map(len, kept.values()))
     asked = [22, 0, *order[:6].tolist(), 7, 7]

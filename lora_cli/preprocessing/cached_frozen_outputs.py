@@ -24,7 +24,7 @@ from lora_cli.data.dataset_cache import cached_dataset
 from lora_cli.errors import counted, warn
 from lora_cli.preprocessing.encode import cache_key
 from lora_cli.preprocessing.encoded_table import EncodedTable
-from lora_cli.tasks.cached_tensors import FEATURE, hash_of, kept, restored
+from lora_cli.tasks.cached_tensors import FEATURE, hash_of, restored, to_cached
 from lora_cli.tasks.contract import Task, prepared_for_evaluation
 from lora_cli.tasks.examples import Batch, Encoded, Example
 
@@ -161,7 +161,7 @@ class _Outputs:
             if not start and self.accelerator.is_main_process:
                 self._announce(split_name, split, expected)
             for i in range(stop - start):
-                yield {name: kept(tensor[i]) for name, tensor in outputs.items()}
+                yield {name: to_cached(tensor[i]) for name, tensor in outputs.items()}
 
     def _announce(self, name: str, split: Encoded, n_bytes: float) -> None:
         names = " and ".join(f"`{part}`" for part in self.parts)

@@ -29,10 +29,10 @@ from lora_cli.preprocessing.cached_frozen_outputs import in_words
 from lora_cli.preprocessing.encode import cache_key
 from lora_cli.preprocessing.encoded_table import EncodedTable, TableWithStates
 from lora_cli.recipe import Recipe
-from lora_cli.tasks.cached_tensors import kept as bytes_of
+from lora_cli.tasks.cached_tensors import to_cached
 from lora_cli.tasks.contract import Task, prepared_for_evaluation
 from lora_cli.tasks.examples import Encoded, Example
-from lora_cli.tasks.hidden_states import STATES, KeptState
+from lora_cli.tasks.hidden_states import STATES, CachedState
 from lora_cli.tasks.texts.padding import ROUNDING
 
 N_DRAWS = 4  # of some examples, to test whether training changes the layers' inputs at random
@@ -250,21 +250,21 @@ class _States:
         return True
 
     @staticmethod
-    def _dtype_of(states: dict[str, KeptState]) -> torch.dtype:
+    def _dtype_of(states: dict[str, CachedState]) -> torch.dtype:
         return next(iter(states.values())).dtype
 
-    def _compute(self, split: Encoded, positions: Sequence[int]) -> list[dict[str, KeptState]]:
+    def _compute(self, split: Encoded, positions: Sequence[int]) -> list[dict[str, CachedState]]:
         """Return the states of examples of the same shape."""
         task = self.task
         batch = task.collate(_prepared(task, split, positions)).to(self.accelerator.device)
         with self.layers.recording() as states, torch.no_grad(), self.accelerator.autocast():
             task.forward(self.model, batch)
-        by_example: list[dict[str, KeptState]] = [{} for _ in positions]
+        by_example: list[dict[str, CachedState]] = [{} for _ in positions]
         for name, tensor in states.items():
             if len(tensor) != len(positions):
                 raise _ShapeMismatchError("its layers do not compute a block for each example")
             for i in range(len(positions)):
-                by_example[i][name] = KeptState.of(tensor[i])
+                by_example[i][name] = CachedState.of(tensor[i])
         return by_example
 
     def with_states(self, split: Encoded, limit: int) -> tuple[Encoded, int]:
@@ -308,7 +308,7 @@ class _States:
         split: Encoded,
         groups: list[list[int]],
         limit: int,
-        first_states: dict[str, KeptState],
+        first_states: dict[str, CachedState],
     ) -> Iterator[dict[str, bytes]]:
         """Yield the states of each example, group after group.
 
@@ -352,11 +352,11 @@ class _States:
         tensors += [(n, p) for n, p in self.model.named_parameters() if not p.requires_grad]
         for name, tensor in tensors:
             state.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            state.update(bytes_of(tensor)["data"])
+            state.update(to_cached(tensor)["data"])
         return state.hexdigest()
 
 
-def _require_same_form(states: dict[str, KeptState], like: dict[str, KeptState]) -> None:
+def _require_same_form(states: dict[str, CachedState], like: dict[str, CachedState]) -> None:
     if not all(state.is_like(like[name]) for name, state in states.items()):
         raise _ShapeMismatchError("the hidden states of examples differ in more than their length")
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from lora_cli.tasks.examples import Example
-from lora_cli.tasks.hidden_states import STATES, KeptState
+from lora_cli.tasks.hidden_states import STATES, CachedState
 
 
 class EncodedTable:
@@ -80,7 +80,7 @@ class TableWithStates(EncodedTable):
         examples: EncodedTable,
         states: Any,
         order: NDArray[np.int64],
-        like: Mapping[str, KeptState],
+        like: Mapping[str, CachedState],
     ) -> None:
         super().__init__(examples.dataset)
         self.like = like

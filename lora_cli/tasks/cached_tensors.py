@@ -1,4 +1,4 @@
-"""Tensors of an example as its cache keeps them: bytes, a shape and a dtype, without loss."""
+"""Tensors of an example in its cache: bytes, a shape and a dtype, without any loss."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 KEYS = {"data", "shape", "dtype"}
 FEATURE = {"data": "large_binary", "shape": ["int32"], "dtype": "string"}
-"""The types of the three, as `datasets` names them; of a list, that of its items."""
+"""The types of these keys, as `datasets` names them; a list stands for a list of its item."""
 
 
-def kept(tensor: Tensor) -> dict[str, Any]:
-    """Return a tensor as it is kept."""
+def to_cached(tensor: Tensor) -> dict[str, Any]:
+    """Return a tensor in the form in which it is cached."""
     tensor = tensor.detach().cpu().contiguous()
     data = tensor.view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
     dtype = str(tensor.dtype).removeprefix("torch.")
@@ -22,11 +22,11 @@ def kept(tensor: Tensor) -> dict[str, Any]:
 
 
 def restored(example: dict[str, Any]) -> dict[str, Any]:
-    """Return an example with its kept values as tensors again."""
-    return {name: _tensor(value) if _is_kept(value) else value for name, value in example.items()}
+    """Return an example with its cached values converted back to tensors."""
+    return {name: _tensor(value) if _is_cached(value) else value for name, value in example.items()}
 
 
-def _is_kept(value: Any) -> bool:
+def _is_cached(value: Any) -> bool:
     return isinstance(value, dict) and value.keys() == KEYS
 
 
@@ -41,10 +41,10 @@ def _tensor(value: dict[str, Any]) -> Tensor:
 def hash_of(part: nn.Module) -> str:
     """Return a hash (xxh3, 128 bits) of all tensors of a frozen model.
 
-    They are read as they are in memory: a model that was loaded in another dtype answers otherwise.
+    It depends on their values in memory, so a model that is loaded in another dtype has another.
     """
     state = xxhash.xxh3_128()
     for name, tensor in part.state_dict().items():
         state.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        state.update(kept(tensor)["data"])
+        state.update(to_cached(tensor)["data"])
     return state.hexdigest()

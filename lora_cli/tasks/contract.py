@@ -52,21 +52,21 @@ class Task(TaskAnswers, TaskMetrics, TaskModel):
     unit: str = "token"
     """What `cost` counts."""
     layout: str = "as the examples are"
-    """How the examples of a batch are arranged in its tensors, in words."""
+    """How the examples of a batch are arranged in its tensors, for the report."""
     same_in_any_batch: bool = False
     """Whether an example's outputs are known not to depend on the others in its batch."""
     several_inputs: bool = False
-    """Whether an example takes several rows in the tensors of a batch, one for each text."""
+    """Whether an example has several rows in the tensors of a batch, one for each text."""
     waits_for_device: bool = False
-    """Whether the loss copies something to the host in every step, such as to assign boxes."""
+    """Whether the loss copies values to the host in every step, for example to assign boxes."""
     couples_examples: bool = False
     """Whether the loss compares the examples of a step with each other (in-batch negatives).
 
-    `forward` then returns a tensor with as many rows as each target. Those of several micro-batches
-    make a larger batch, of which `losses` is the loss.
+    `forward` then returns a tensor with as many rows as each target. The tensors of several
+    micro-batches are joined to one larger batch, and `losses` receives that.
     """
     max_length: int | None = None
-    """The length at which examples are cut or divided, in `unit`s; None if they are not."""
+    """The length at which examples are truncated or split, in `unit`s; None for no limit."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
@@ -115,20 +115,20 @@ class Task(TaskAnswers, TaskMetrics, TaskModel):
     @property
     @abstractmethod
     def base_facts(self) -> dict[str, Any]:
-        """What else of the base decides the result, besides its tensors.
+        """Everything about the base that affects the result, besides its tensors.
 
-        `config` has the keys of config.json that change the computation; for a base of several
-        parts, the name of the part comes before each (`unet.sample_size`). If the base has them,
-        there are also `tokenizer`, `chat_template` and `processor`.
+        `config` contains the keys of config.json that change the computation. If the base has
+        several parts, each key is prefixed with the name of its part (`unet.sample_size`).
+        `tokenizer`, `chat_template` and `processor` are included if the base has them.
         """
 
     @abstractmethod
     def cache_key(self) -> list[str]:
-        """Return all that an encoded row depends on, besides the row itself."""
+        """Return everything that an encoded row depends on, besides the row itself."""
 
     @property
     def length_note(self) -> str | None:
-        """A warning if `max_length` is more than the model can read, else None."""
+        """A warning if `max_length` is more than the model can read; otherwise None."""
         return None
 
     @property
@@ -150,9 +150,9 @@ class Task(TaskAnswers, TaskMetrics, TaskModel):
 
     @abstractmethod
     def encode(self, rows: Sequence[dict[str, Any]]) -> list[list[Example]]:
-        """Return the examples of each row. They are small, and are cached on the disk.
+        """Return the examples of each row. They should be small, since they are cached on disk.
 
-        An example of a row longer than `max_length` has the length of the row as `full_length`.
+        If a row is longer than `max_length`, its examples have its length as `full_length`.
         """
 
     @abstractmethod
@@ -164,7 +164,7 @@ class Task(TaskAnswers, TaskMetrics, TaskModel):
         """Return what an example costs, in `unit`s."""
 
     def encode_to_train(self, rows: Sequence[dict[str, Any]]) -> list[list[Example]]:
-        """Return the examples of train rows, which may have more keys than other examples."""
+        """Return the examples of training rows, which may have more keys than other examples."""
         return self.encode(rows)
 
     def train_features(self) -> dict[str, str]:
@@ -182,7 +182,7 @@ class Task(TaskAnswers, TaskMetrics, TaskModel):
         """Check that the model can read the examples.
 
         Raises:
-            LoraError: If it cannot. The caller adds the place of the row.
+            LoraError: If it cannot. The caller adds the location of the row.
         """
 
     def why_nothing(self, row: dict[str, Any]) -> str:
@@ -190,12 +190,12 @@ class Task(TaskAnswers, TaskMetrics, TaskModel):
         return self.longer_hint
 
     def prepare(self, example: Example, rng: np.random.Generator, training: bool) -> Example:
-        """Return an example ready to be collated: decoded, augmented, with its noise drawn.
+        """Return an example ready to be collated: decoded, augmented, with its noise.
 
         Args:
-            example: One of those that `encode` returned.
+            example: An example that `encode` returned.
             rng: The only source of random numbers. It is seeded with (seed, step, row) in training,
-                and with (seed, row) else, so that every evaluation draws the same.
+                and otherwise with (seed, row), so that all evaluations get the same numbers.
             training: Whether to augment.
         """
         return example
@@ -244,8 +244,8 @@ class Task(TaskAnswers, TaskMetrics, TaskModel):
         """Return an encoded example for people to read: some facts, and what the model sees.
 
         Args:
-            example: One of those that `encode` returned.
-            colour: Whether to mark what is trained by colour.
+            example: An example that `encode` returned.
+            colour: Whether to mark the trained parts by colour.
         """
         return [], ""
 
@@ -254,7 +254,7 @@ class Task(TaskAnswers, TaskMetrics, TaskModel):
         return shown_value([row.get(column) for column in self.input_columns().values()])
 
     def thumbnail(self, row: dict[str, Any]) -> str | None:
-        """Return a small picture of a row for the report, or its sound, as a `data:` address."""
+        """Return a small image of a row for the report, or its sound, as a `data:` URL."""
         return None
 
     def shown_reference(self, row: dict[str, Any]) -> str | None:
@@ -272,7 +272,7 @@ class Task(TaskAnswers, TaskMetrics, TaskModel):
         return 0.0, None
 
     def trained_share(self, split: Encoded) -> float | None:
-        """Return the share of a split's units that are trained, if it is neither all nor none."""
+        """Return the share of a split's units that are trained, if only some of them are."""
         return None
 
     # -- packing
@@ -291,7 +291,7 @@ class Task(TaskAnswers, TaskMetrics, TaskModel):
         self.packed(split)
 
     def fit_as(self, other: Task) -> None:
-        """Adopt what another instance of the task has chosen for the model."""
+        """Adopt the settings that another instance of the task has chosen for the model."""
 
     # -- loss and predictions
 
@@ -304,7 +304,7 @@ class Task(TaskAnswers, TaskMetrics, TaskModel):
         inputs, states = without_states(batch.inputs)
         if not states:
             return self.forward(model, batch)
-        assert self.frozen_layers is not None, "states of a model that is not known"
+        assert self.frozen_layers is not None, "cached states need the model that computed them"
         with self.frozen_layers.skipping(states):
             return self.forward(model, replace(batch, inputs=inputs))
 
@@ -333,7 +333,7 @@ class Task(TaskAnswers, TaskMetrics, TaskModel):
         return predictions
 
     compares_rows: bool = False
-    """Whether a row's prediction depends on those of the whole split, which `compared` gets."""
+    """Whether a row's prediction depends on all rows of the split, as in `compared`."""
 
     def compared(self, found: Sequence[Prediction], split: Encoded) -> list[Prediction]:
         """Return the predictions for the rows of a split, each with its losses.
@@ -345,7 +345,7 @@ class Task(TaskAnswers, TaskMetrics, TaskModel):
         raise NotImplementedError
 
     joins_examples: bool = False
-    """Whether the examples of a row have one answer together, made by `join`."""
+    """Whether the examples of a row have one common answer, which `join` returns."""
 
     def join(self, row: dict[str, Any], parts: Sequence[Prediction]) -> Prediction:
         """Return the predictions for all examples of a row as one; the losses are added later."""

@@ -1,4 +1,4 @@
-"""Scores have to be finite: what a model says with NaN or infinity behind it is no answer."""
+"""Checks that weights and scores are finite: an answer computed from NaN is not an answer."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ WEIGHTS = "are the weights of the base or of the adapter damaged, or of a model 
 
 
 def likely_cause(model: nn.Module, recipe: Recipe | None = None) -> str:
-    """Return a hint to why a model's outputs are NaN or infinity.
+    """Return a hint about why a model's outputs are NaN or infinite.
 
     Args:
         model: The model, with its adapter attached if it has one.
-        recipe: Says in which precision the model ran; None for float32.
+        recipe: The recipe, for the precision in which the model ran; None for float32.
     """
     layers = lora_layers(model)
     name = max(layers, key=lambda name: abs(layers[name].scaling), default=None)
@@ -36,13 +36,13 @@ def likely_cause(model: nn.Module, recipe: Recipe | None = None) -> str:
 
 @torch.no_grad()
 def require_finite_weights(model: nn.Module, at: str) -> None:
-    """Reject a model of which a weight is NaN or infinity.
+    """Reject a model that has a NaN or infinite weight.
 
-    Its outputs do not always tell: torch's attention on the CPU makes zeros of a row of NaN.
+    The outputs do not always show it: torch's attention on the CPU turns a row of NaN into zeros.
 
     Args:
         model: The model that is going to be used.
-        at: Where it is named.
+        at: The location for the error message, such as the recipe key that names the model.
 
     Raises:
         NumericsError: With the name of the first such weight.
@@ -63,16 +63,16 @@ def require_finite(
     recipe: Recipe | None = None,
     at: str = "the model with its adapter",
 ) -> None:
-    """Reject scores of which one is NaN or infinity.
+    """Reject scores that contain NaN or infinity.
 
     Args:
         scores: Scores (B, C) of rows.
-        model: What they come from.
-        recipe: Of the model.
-        at: Where to say that they stand.
+        model: The model that computed them.
+        recipe: The model's recipe, if it is known.
+        at: The location for the error message.
 
     Raises:
-        NumericsError: With what is likely the cause.
+        NumericsError: If a score is not finite. Its hint names the likely cause.
     """
     if not bool(torch.isfinite(scores).all()):
         bad = scores[~torch.isfinite(scores)].flatten()[0].item()
@@ -81,21 +81,21 @@ def require_finite(
 
 
 class FiniteScores:
-    """Looks at the scores of each new token while a language model writes; changes none.
+    """A logits processor for generation that checks the scores of each new token.
 
     Args:
-        model: The model that writes.
+        model: The model that generates.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return the scores (B, vocabulary) as they are.
+        """Return the scores (B, vocabulary) unchanged.
 
         Raises:
-            NumericsError: If one is NaN or infinity. Minus infinity rules a token out, unless all
-                have it.
+            NumericsError: If a score is NaN or infinite. Minus infinity is allowed, since it rules
+                a token out, unless it rules out all tokens.
         """
         ruled_out = scores == -torch.inf
         none_left = ruled_out.all(-1, keepdim=True)
