@@ -104,7 +104,7 @@ needs_jq = pytest.mark.skipif(shutil.which("jq") is None, reason="jq is not inst
 def run_hint(error: LoraError, folder: Path) -> str:
     """Run the command in the hint of an error, where the file lies; return the hint."""
     hint = error.problems[0].hint or ""
-    found = re.search(r"`((?:python|zcat|jq)[^`]*)`", hint)
+    found = re.search(r"`((?:python|zcat|jq|sed)[^`]*)`", hint)
     assert found is not None, hint
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = os.environ | {"PATH": path}

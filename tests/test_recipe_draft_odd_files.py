@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 import pandas
 import pytest
 import tiny
-from drafting import Init, classification, labelled, lines, said, table, texts
+from drafting import Init, classification, labelled, lines, run_hint, said, table, texts
 
 from lora_cli.data.load_rows import load_rows
 from lora_cli.data.text_encoding import encoding_of
@@ -238,6 +239,10 @@ FOREIGN = [
     ("rows.csv", bytes(range(1, 256)) * 20, "not text", "csv, tsv"),
     ("rows.jsonl", lines([{"tokens": ["a", "b"], "ner_tags": [0, i % 5]} for i in range(20)])
      .encode(), "`ner_tags` holds the numbers of tags", "tag_names"),
+    ("rows.arff", ("% by Weka\n@RELATION opinions\n@ATTRIBUTE text string\n@DATA\n"
+     + "'a film',pos\n" * 9).encode(), "an ARFF file", "write it as csv"),
+    ("rows.txt", "".join(f"{i % 2} 1:0.5 7:{i}\n" for i in range(30)).encode(),
+     "numbers of features .libsvm.", "the texts"),
     ("rows.csv", table(["path", "speaker"], [[f"a/{i}.wav", "xy"[i % 2]] for i in range(30)])
      .encode(), "files of sound or pictures .`path`: a/0.wav", "--text COLUMN"),
 ]  # fmt: skip
@@ -252,6 +257,51 @@ def test_what_is_something_else_is_named(
         init(name, content, model)
     assert hint in (caught.value.problems[0].hint or "")
     assert not (tmp_path / "recipe.yaml").exists()
+
+
+OPINIONS = list(zip(texts(40), ["good", "bad"] * 20, strict=True))
+OTHER_TABLES = [
+    ("rows.md", "| text | label |\n|:-----|---:|\n" + "".join(
+        f"| {text} | {label} |\n" for text, label in OPINIONS), "a table of Markdown"),
+    ("rows.md.gz", "text | label\n-- | --\n" + "".join(
+        f"{text} | {label}\n" for text, label in OPINIONS), "a table of Markdown"),
+    ("rows.dat", "text::label\n" + "".join(
+        f"{text}::{label}\n" for text, label in OPINIONS), "`::` divides each line"),
+    ("rows.txt", "text +++$+++ label\n" + "".join(
+        f"{text} +++$+++ {label}\n" for text, label in OPINIONS), ". divides each line"),
+    ("rows.csv", table(["text", "label"], [[repr(text.encode()), label] for text, label in
+        OPINIONS]), "`text` is written as Python writes bytes"),
+    ("rows.tsv", table(["text", "label"], [[repr(text.encode()), label] for text, label in
+        OPINIONS], "\t"), "`text` is written as Python writes bytes"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "content", "what"), OTHER_TABLES)
+def test_the_hint_for_a_table_of_another_kind_writes_one_that_is_read(
+    name: str, content: str, what: str, init: Init, tmp_path: Path
+) -> None:
+    raw = content.encode()
+    with pytest.raises(LoraError, match=what) as caught:
+        init(name, gzip.compress(raw) if name.endswith(".gz") else raw)
+    run_hint(caught.value, tmp_path)
+    written = next(path for path in (tmp_path / "rows.tsv", tmp_path / "decoded.csv")
+                   if path.is_file() and path.name != name)  # fmt: skip
+    assert said(init(written.name, written)) == PLAIN
+    delimiter = "\t" if written.suffix == ".tsv" else ","
+    rows = list(csv.reader(written.read_text().splitlines(), delimiter=delimiter))
+    assert [tuple(row) for row in rows[1:]] == OPINIONS
+
+
+def test_names_with_two_colons_are_no_columns(init: Init) -> None:
+    rows = [{"text": f"std::{text}", "label": ["bad", "good"][i % 2]}
+            for i, text in enumerate(texts(40))]  # fmt: skip
+    assert said(init("rows.jsonl", lines(rows))) == PLAIN
+
+
+def test_fields_divided_by_a_control_character_are_a_table(init: Init) -> None:
+    content = "".join(f"{i}\x01{text}\x01{label}\n" for i, (text, label) in enumerate(OPINIONS))
+    recipe = init("rows.txt", content)
+    assert (recipe.data.format.delimiter, recipe.task.labels) == ("\x01", ["bad", "good"])
 
 
 # ------------------------------------------------------------------------------------- too little

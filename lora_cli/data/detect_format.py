@@ -19,6 +19,7 @@ from lora_cli.data.detect_table import DELIMITERS, DetectedFormat, find_delimite
 from lora_cli.data.file_formats import KINDS, read_rows
 from lora_cli.data.json_layouts import reject_whole_file
 from lora_cli.data.labelled_text import FASTTEXT, label_source
+from lora_cli.data.other_tables import reject_other_tables
 from lora_cli.data.text_encoding import BOM, LINE_END, encoding_of, lines_of
 from lora_cli.data.text_lines import RawRow, unreadable
 from lora_cli.data.unreadable_files import reject_binary, reject_control_characters
@@ -95,7 +96,10 @@ def read_data_file(path: Path) -> DataFile:
         raise LoraError("the file is empty", str(path), EMPTY)
     reject_binary(raw, path)
     if not raw.startswith(PARQUET):
-        reject_control_characters(raw, encoding_of(raw)[0], path)
+        encoding = encoding_of(raw)[0]
+        reject_control_characters(raw, encoding, path)
+        sample = _sample(raw, encoding)
+        reject_other_tables(sample, path, find_delimiter(sample) is not None)
     detected = _detect(raw, path)
     spec = FormatSpec.model_validate(detected.values)
     rows = list(read_rows(path, spec))
@@ -226,7 +230,7 @@ def _kind(text: str, by_name: str | None) -> str:
         return "json"  # although it is broken
     if by_name == "text":
         has_two_columns = any({line.count(mark) for line in lines} == {1} for mark in ";|")
-        return "csv" if has_two_columns or find_delimiter(text, "\t") else "text"
+        return "csv" if has_two_columns or find_delimiter(text, "\t\x01") else "text"
     if by_name == "csv":
         return "csv"
     return "csv" if find_delimiter(text) else "text"

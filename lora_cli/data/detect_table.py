@@ -17,7 +17,7 @@ from lora_cli.data.text_encoding import lines_of
 from lora_cli.errors import LoraError
 from lora_cli.recipe import FormatSpec
 
-DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "vertical bar"}
+DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "vertical bar", "\x01": "Ctrl-A"}
 SPARE_DELIMITERS = "\t;|^~\x1f"  # for a single-column file whose texts contain commas
 MAX_TITLE_LINES = 10
 MAX_RECORDS = 2000  # compared with the header

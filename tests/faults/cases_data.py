@@ -583,6 +583,17 @@ INIT: dict[str, tuple[str, str | bytes, tuple[str, ...]]] = {
         "rows.jsonl", "".join(json.dumps({"id": f"q{i}", "question": {"stem": "where?"},
                                           "answerKey": "AB"[i % 2]}) + "\n"
                               for i in range(8)), ()),
+    "an ARFF file": ("rows.arff", "@relation r\n@attribute t string\n@data\n'a film'\n", ()),
+    "a libsvm file": ("rows.txt", "1 1:0.5 7:2\n0 3:1\n" * 9, ()),
+    "a table of Markdown": ("rows.md", "| text | label |\n|---|---|\n" + "| a | x |\n" * 9, ()),
+    "columns divided by two colons": ("rows.dat", "1::a film::x\n" * 9, ()),
+    "texts written as bytes": (
+        "rows.csv", "text,label\n" + "".join(f"b'a film {i} to see',{'ab'[i % 2]}\n"
+                                             for i in range(30)), ()),
+    "two texts whose names say nothing": (
+        "rows.csv", "first,other\n" + "".join(
+            f"a long text of some words {i} and more of them,a short text {i} of words\n"
+            for i in range(30)), ("--model", "../bases/llama")),
     "bytes that are no text": ("rows.csv", bytes(range(1, 256)) * 9, ()),
     "lists of tokens and numbers of tags": (
         "rows.jsonl", '{"tokens": ["a", "b"], "tags": [0, 1]}\n' * 9, ()),

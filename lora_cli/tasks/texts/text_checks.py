@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,13 +12,19 @@ from lora_cli.data.unsupported_rows import Finding, several_answers
 from lora_cli.errors import LoraError
 from lora_cli.tasks.proposal import Proposal, Table
 
+MOSTLY = 0.9  # of the rows
+BYTES = re.compile(r"(?s)b('.*'|\".*\")")
+
 
 def check_texts(table: Table, chosen: Proposal) -> None:
     """Check that texts, and their label, are all that the rows would teach.
 
     Raises:
-        LoraError: If a part that matters is inside objects, or there are several answers to rank.
+        LoraError: If texts are written as bytes, if a part that matters is inside objects, or if
+            there are several answers to rank.
     """
+    for column in chosen.inputs:
+        _require_decoded([row.get(column) for row in table.rows], column, table.place)
     if chosen.is_chat:
         return
     if not table.names_columns:
@@ -29,6 +36,30 @@ def check_texts(table: Table, chosen: Proposal) -> None:
         # texts that are learned alone say nothing of the other columns, if the user says so
         learned = chosen.keys.get("label_column") if table.text is not None else None
         reject_rows(table.rows, table.place, lambda row: several_answers(row, learned))
+
+
+def _require_decoded(values: Sequence[Any], column: str, place: str) -> None:
+    """Reject texts that are written as Python writes bytes: `b'a film'`.
+
+    Raises:
+        LoraError: If they are; its hint decodes them.
+    """
+    if not values or sum(_is_bytes(value) for value in values) < MOSTLY * len(values):
+        return
+    hint = "decode them before they are written: `.decode()`"
+    if place.lower().endswith((".csv", ".tsv")):
+        mark = ", sep='\\t'" if place.lower().endswith(".tsv") else ""
+        script = (
+            f"import ast, pandas; rows = pandas.read_csv({place!r}{mark}); rows[{column!r}] = "
+            f"[ast.literal_eval(text).decode() for text in rows[{column!r}]]; "
+            "rows.to_csv('decoded.csv', index=False)"
+        )
+        hint = f'decode them: `python -c "{script}"`'
+    raise LoraError(f"`{column}` is written as Python writes bytes: `b'…'`", place, hint)
+
+
+def _is_bytes(value: Any) -> bool:
+    return isinstance(value, str) and BYTES.fullmatch(value.strip()) is not None
 
 
 def reject_rows(
