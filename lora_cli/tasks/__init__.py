@@ -1,6 +1,6 @@
-"""Tasks: what differs between kinds of work. One file each, named as the recipe's `task.type`.
+"""Tasks: everything that differs between kinds of work. Each `task.type` has a file of that name.
 
-A task needs torch, so it is imported when it is built: what a table could be for is said without.
+Tasks need torch, so each is imported only when it is built.
 """
 
 from __future__ import annotations
@@ -33,18 +33,20 @@ def build_task(recipe: Recipe, learned: Learned | None = None) -> Task:
 
     Args:
         recipe: The recipe.
-        learned: Gets what the task learns of its rows; None: a new one, `task.learned`.
+        learned: Where the task stores what it learns from its rows; None for a new object.
     """
     return _built(_type_of(recipe.task), recipe, learned)
 
 
 def build_training_task(recipe: Recipe, learned: Learned | None = None) -> Task:
-    """Return the task that the recipe names, to train it: with its teacher, if it has one.
+    """Return the task that the recipe names for training, with its teacher if it has one.
 
-    Args: As of `build_task`.
+    Args:
+        recipe: The recipe.
+        learned: Where the task stores what it learns from its rows; None for a new object.
 
     Raises:
-        LoraError: If the teacher is not there, or was trained for something else.
+        LoraError: If the teacher does not exist, or was trained for something else.
     """
     if recipe.train.distill is None:
         return build_task(recipe, learned)

@@ -48,7 +48,7 @@ class CausalLM(WritingTask):
     rows: RowFormat
     forward_options = {"use_cache": False}
     looks_back_only = True
-    can_fill_left = False  # with padding on the right, no token of a text can see it
+    can_fill_left = False  # causal attention never sees padding on the right
 
     def __init__(self, recipe: Recipe, spec: CausalLMSpec) -> None:
         super().__init__(recipe)
@@ -104,10 +104,10 @@ class CausalLM(WritingTask):
         return not (self.is_chat or self.spec.split_special_tokens)
 
     def _keeps_template(self) -> bool:
-        """Return whether the chat template of a trained adapter is used, not the recipe's file."""
-        said = self.recipe.is_overridden("task.chat_template")
+        """Return whether to use the chat template of a trained adapter, not the recipe's file."""
+        is_overridden = self.recipe.is_overridden("task.chat_template")
         folder = self.trained_in
-        return folder is not None and read_computation(folder) is not None and not said
+        return folder is not None and read_computation(folder) is not None and not is_overridden
 
     def _pad_id(self) -> int:
         """Return the id for padding.
@@ -153,7 +153,7 @@ class CausalLM(WritingTask):
     def compared_columns(self) -> list[str]:
         """Return the columns of prompts and answers, since prompts can be the same in every row."""
         if columns := self.spec.instruction_columns:
-            return [*columns, "history"]  # after which the same question is another
+            return [*columns, "history"]  # the same question may continue another conversation
         return [*self.input_columns().values(), *self.target_columns().values()]
 
     def input_error(self, row: dict[str, Any]) -> str:
@@ -165,19 +165,19 @@ class CausalLM(WritingTask):
         return causal_lm_encoders.target_error(row, self.spec, list(self.target_columns().values()))
 
     def more_text_columns(self) -> list[str]:
-        """Return the columns of answers, and those that are inserted into a conversation."""
+        """Return the columns of answers, and those whose texts are inserted into a conversation."""
         more = ["system", "tools", "functions", "history"] if self.is_chat else []
         return [*self.target_columns().values(), *self.spec.instruction_columns, *more]
 
     def unsupported(self, row: dict[str, Any]) -> tuple[str, str] | None:
-        """Return an error and a hint for a row with other answers than the recipe reads.
+        """Return an error and a hint for a row with answers that the recipe does not read.
 
-        Rows of plain text can have any other columns.
+        Rows of plain text may have any other columns.
         """
         return unsupported(row) if self.is_chat or self.is_pair else None
 
     def encode(self, rows: Sequence[dict[str, Any]]) -> list[list[Example]]:
-        """Return the examples of each row, without those in which nothing is trained."""
+        """Return the examples of each row, except those in which nothing is trained."""
         return self.rows.encode(rows)
 
     def why_nothing(self, row: dict[str, Any]) -> str:
@@ -199,10 +199,10 @@ class CausalLM(WritingTask):
         )
 
     def check_trial(self, model: nn.Module, example: Example, logits: Tensor) -> None:
-        """Check that the model does not see the tokens that it has to predict.
+        """Check that the model cannot see the tokens that it has to predict.
 
         Raises:
-            LoraError: If a change of the last token changes the predictions before it.
+            LoraError: If changing the last token changes the predictions before it.
         """
         super().check_trial(model, example, logits)
         *others, last = example["input_ids"]
@@ -222,16 +222,16 @@ class CausalLM(WritingTask):
     # --------------------------------------------------------------------------- batches
 
     def collate(self, examples: Sequence[Example]) -> Batch:
-        """Return the examples padded to the longest; an example may be a pack of several.
+        """Return the examples padded to the longest one. An example may be a pack of several texts.
 
-        In a pack, positions start again at 0 for each text, and there is no attention mask. From
-        that transformers builds a block mask (if the cache is off), so that no text sees another.
+        In a pack, positions restart at 0 for each text, and there is no attention mask. Without a
+        cache, transformers then builds a block-diagonal mask, so that no text sees another.
         """
         ids = [example["input_ids"] for example in examples]
         inputs = {"input_ids": fill(ids, self.pad, self.pad_multiple)}
         n_tokens = sum(len(sequence) for sequence in ids)
         if "position_ids" in examples[0]:
-            # the padding counts as a text of its own
+            # padding is treated as another text
             width = inputs["input_ids"].shape[1]
             positions = [example["position_ids"] for example in examples]
             positions = [np.append(row, np.arange(width - len(row))) for row in positions]
@@ -239,8 +239,8 @@ class CausalLM(WritingTask):
         elif self.padding.mask:
             inputs["attention_mask"] = mask_of(ids, self.pad_multiple)
         padded = fill([example["labels"] for example in examples], IGNORED, self.pad_multiple)
-        padded[:, 0] = IGNORED  # the first token is predicted from nothing
-        # found on the host, because finding it on the device would wait for the device
+        padded[:, 0] = IGNORED  # there is nothing to predict the first token from
+        # computed on the host, since on the device it would need a synchronisation
         trained = padded[:, 1:] != IGNORED
         row, column = trained.nonzero(as_tuple=True)
         targets = {"labels": padded, "positions": row * padded.shape[1] + column}
@@ -273,7 +273,7 @@ class CausalLM(WritingTask):
 
     def shown(self, example: Example, colour: bool) -> tuple[list[str], str]:
         """Return the text of an encoded example, with the trained tokens marked."""
-        # the first token is predicted from nothing
+        # there is nothing to predict the first token from
         trained = [i > 0 and label != IGNORED for i, label in enumerate(example["labels"])]
         return [], marked(self.tokenizer, example["input_ids"], trained, colour)
 
@@ -315,23 +315,23 @@ class CausalLM(WritingTask):
         return problems
 
     def _add_answers(self, model: nn.Module, batch: Batch, predictions: list[Prediction]) -> None:
-        """Let the model answer what comes before the last trained span of each example."""
+        """Generate an answer to the text before the last trained span of each example."""
         prompts, references, stops = [], [], self.stop_ids(model)
-        asked = [i for i, row in enumerate(batch.rows) if self.is_answered(row)]
+        answered_rows = [i for i, row in enumerate(batch.rows) if self.is_answered(row)]
         for ids, labels in (
             (batch.inputs["input_ids"][i].tolist(), batch.targets["labels"][i].tolist())
-            for i in asked
+            for i in answered_rows
         ):
             last = max(i for i, label in enumerate(labels) if label != IGNORED)
             first = last
-            while labels[first - 1] != IGNORED:  # the label of the first token always is
+            while labels[first - 1] != IGNORED:  # stops at the first token at the latest
                 first -= 1
             prompts.append(ids[:first])
             span = labels[first : last + 1]
-            wanted = until_stop(span, stops)
-            references.append(decode(self.tokenizer, wanted, is_cut=wanted == span))
+            reference_ids = until_stop(span, stops)
+            references.append(decode(self.tokenizer, reference_ids, is_cut=reference_ids == span))
         answers = self.generate(model, prompts) if prompts else []
-        for i, answer, reference in zip(asked, answers, references, strict=True):
+        for i, answer, reference in zip(answered_rows, answers, references, strict=True):
             prediction = predictions[i]
             prediction.prediction, prediction.reference = answer, reference
             prediction.metric_inputs["text"] = (answer, reference)
@@ -346,7 +346,7 @@ class CausalLM(WritingTask):
         return [[text] for text in self.generate(model, prompts)]
 
     def parse_input(self, typed: str) -> dict[str, Any]:
-        """Return a row with a text that a user has typed; in a chat it is the user's turn."""
+        """Return a row with a typed text, which in a chat is the user's turn."""
         if not self.is_chat or self.spec.instruction_columns:
             return super().parse_input(typed)
         turn = {"role": "user", "content": typed}
@@ -380,16 +380,16 @@ class CausalLM(WritingTask):
         return self.shortened(self.rows.prompt(row))
 
     def text_prompt(self, text: str) -> list[int]:
-        """Return the token ids of a typed text that the model is to continue."""
+        """Return the token ids of a typed text, for the model to continue."""
         return self.prompt(self.parse_input(text))
 
     def chat_prompt(self, messages: list[Message]) -> list[int]:
-        """Return the token ids of a conversation that the assistant is to continue."""
+        """Return the token ids of a conversation, for the assistant to continue."""
         assert isinstance(self.rows, Chat)
         return self.rows.ask(messages)
 
     def shortened(self, prompt: list[int]) -> list[int]:
-        """Return a prompt without its beginning, if it is too long and the recipe allows that."""
+        """Return a prompt, without its beginning if it is too long and the recipe allows that."""
         room = self.room_for_prompt
         if room is None or self.spec.truncate != "left":
             return prompt
@@ -403,19 +403,20 @@ class CausalLM(WritingTask):
     def sample(
         self, model: nn.Module, rows: Sequence[dict[str, Any]]
     ) -> list[tuple[str, str, str]]:
-        """Return how the model continues rows, always with the most likely token."""
+        """Return the model's greedy continuation of each row."""
         prompts = [self.sample_prompt(row) for row in rows]
         written = self.continue_greedily(model, [ids for ids, _, _ in prompts])
         return [
-            (shown, wanted, text) for (_, shown, wanted), text in zip(prompts, written, strict=True)
+            (shown, reference, text)
+            for (_, shown, reference), text in zip(prompts, written, strict=True)
         ]
 
     def sample_prompt(self, row: dict[str, Any]) -> tuple[list[int], str, str]:
-        """Return the prompt of a sample as token ids and as text, and the row's own answer."""
-        ids, wanted = self.rows.sample(row)
+        """Return the prompt of a sample as token ids and as text, and the reference."""
+        ids, reference = self.rows.sample(row)
         room = self.max_length
         if self.positions is not None:  # the continuation takes positions too
             room = min(room, max(self.positions - SAMPLE_NEW_TOKENS, self.positions // 2))
         last = ids[-room:]
         shown = str(self.tokenizer.decode(last, skip_special_tokens=not self.is_chat))
-        return last, shown if last == ids else shown.lstrip(REPLACEMENT), wanted
+        return last, shown if last == ids else shown.lstrip(REPLACEMENT), reference

@@ -48,7 +48,7 @@ class Batch:
         targets: The targets of `losses`.
         items: For each term of the loss, the items of each example (B,): rows, tokens, or their
             weights. They stay on the host, so that no step waits for the device.
-        cost: The size of the batch in the task's `unit`: tokens without padding, or pictures.
+        cost: The size of the batch in the task's `unit`, such as tokens without padding.
         rows: The position of each example's row in its split.
     """
 
@@ -82,13 +82,13 @@ class Prediction:
 
     Args:
         row: The position of its row in the split.
-        prediction: The answer as users know it: the name of a label, a number, a text.
+        prediction: The answer in the user's terms: the name of a label, a number, a text.
         reference: The answer of the row, in the same form.
         scores: Probabilities by name.
         metric_inputs: For each channel of the metrics, a pair (prediction, reference).
         losses: For each term of the loss, its sum and the number of items of the example.
-        details: What else is written into the line of the prediction, by name.
-        outputs: Outputs of the model by which rows of the split are compared.
+        details: Further values for the line of the prediction, by name.
+        outputs: Outputs of the model by which the rows of the split are compared.
     """
 
     row: int
@@ -101,11 +101,10 @@ class Prediction:
     outputs: Any = None
 
     def weighted_loss(self, weights: Mapping[str, float]) -> tuple[float, float]:
-        """Return the example's loss, and the number of items over which it is a sum.
+        """Return the example's loss, and the number of items over which it is summed.
 
-        Terms with different numbers of items cannot be added. If there are several terms, the loss
-        is the weighted sum of their means, and counts as one item. A term without items is left
-        out.
+        Terms with different numbers of items cannot be added. So with several terms, the loss is
+        the weighted sum of their means, and counts as one item. A term without items is left out.
 
         Args:
             weights: The weight of each term, as in `Task.loss_weights`.
@@ -123,27 +122,27 @@ class Prediction:
 
 @dataclass
 class Encoded:
-    """The examples of a split, encoded and cached on the disk.
+    """The examples of a split, encoded and cached on disk.
 
-    `lengths` has the cost of each example, `full_lengths` the cost of its row before it was cut at
-    `max_length` or divided.
+    `lengths` contains the cost of each example, and `full_lengths` the cost of its row before it
+    was truncated to `max_length` or split.
     """
 
     rows: Rows
     examples: Any  # datasets.Dataset
     lengths: NDArray[np.int64]
     full_lengths: NDArray[np.int64]
-    rows_without_example: int = 0  # rows of which the cut at `max_length` left nothing to train
+    rows_without_example: int = 0  # rows in which nothing is left to train after truncation
 
     def __len__(self) -> int:
         return len(self.examples)
 
     @property
     def sets(self) -> NDArray[np.int64]:
-        """The number of each example's set, in the order of `rows.sets`; 0 if nothing is mixed."""
+        """The index of each example's data set in `rows.sets`; 0 if no data sets are mixed."""
         of_row = np.zeros(len(self.rows), dtype=np.int64)
         for number, positions in enumerate(self.rows.sets.values()):
             of_row[positions] = number
-        # [:] reads the column at once, which iterating over it does not
+        # [:] reads the whole column at once, unlike iterating over it
         found: NDArray[np.int64] = of_row[np.array(self.examples["row"][:], dtype=np.int64)]
         return found

@@ -122,9 +122,9 @@ class ImageClassification(PictureTask, Classification):
 
     def shown(self, example: Example, colour: bool) -> tuple[list[str], str]:
         """Return the label of an example, and the size of its picture."""
-        about, _ = super().shown(example, colour)
+        lines, _ = super().shown(example, colour)
         facts, (height, width) = picture_facts(example["image"]), self.size
-        return about, (
+        return lines, (
             f"{described(example['image'])}: {facts.width} x {facts.height} pixels, "
             f"read as {width} x {height}"
         )

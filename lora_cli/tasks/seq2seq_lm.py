@@ -106,26 +106,26 @@ class Seq2SeqLM(SourceAndTargetTask):
         predictions = [Prediction(row, None, None) for row in batch.rows]
         if self.writes_answers:
             ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"] > 0
-            asked = [
+            answered_rows = [
                 i
                 for i, first in enumerate(batch.targets["first"].tolist())
                 if first and self.is_answered(batch.rows[i])
             ]
-            sources = [ids[i][mask[i]].tolist() for i in asked]
+            sources = [ids[i][mask[i]].tolist() for i in answered_rows]
             options = self.recipe.evaluate.generation
             texts = self.written(model, sources, options) if sources else []
-            for i, text in zip(asked, texts, strict=True):
+            for i, text in zip(answered_rows, texts, strict=True):
                 predictions[i].prediction = text
         return predictions
 
     def join(self, row: dict[str, Any], parts: Sequence[Prediction]) -> Prediction:
         """Return the one answer to a row, with all its references."""
-        said, wanted = parts[0].prediction, self.references(row)
-        reference = wanted if isinstance(row[self.spec.target_column], list) else wanted[0]
-        found = Prediction(parts[0].row, said, reference)
-        if self.writes_answers and self.is_answered(found.row):
-            found.metric_inputs["text"] = (said, reference)
-        return found
+        prediction, references = parts[0].prediction, self.references(row)
+        reference = references if isinstance(row[self.spec.target_column], list) else references[0]
+        joined = Prediction(parts[0].row, prediction, reference)
+        if self.writes_answers and self.is_answered(joined.row):
+            joined.metric_inputs["text"] = (prediction, reference)
+        return joined
 
     def output_length(self, example: Example) -> int:
         """Return how many tokens of an example have scores."""
@@ -242,10 +242,12 @@ class Seq2SeqLM(SourceAndTargetTask):
         self, model: nn.Module, rows: Sequence[dict[str, Any]]
     ) -> list[tuple[str, str, str]]:
         """Return what the model writes for rows, the most likely token every time."""
-        asked = [str(row[self.spec.source_column]) for row in rows]
+        sources_of_rows = [str(row[self.spec.source_column]) for row in rows]
         how: Truncation = "left" if self.spec.truncate_source == "left" else "right"
-        sources = [self.texts.cut(ids, "source", how) for ids in self.texts.sources(asked)]
+        sources = [
+            self.texts.cut(ids, "source", how) for ids in self.texts.sources(sources_of_rows)
+        ]
         tokens = min(SAMPLE_NEW_TOKENS, self.recipe.evaluate.generation.max_new_tokens)
         texts = self.written(model, sources, GenerationSpec(max_new_tokens=tokens))
-        wanted = [self.shown_reference(row) or "" for row in rows]
-        return list(zip(asked, wanted, texts, strict=True))
+        references = [self.shown_reference(row) or "" for row in rows]
+        return list(zip(sources_of_rows, references, texts, strict=True))

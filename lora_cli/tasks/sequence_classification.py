@@ -160,7 +160,7 @@ class SequenceClassification(Classification, TextTask):
             examples += [dict(zip(keys, v, strict=True)) for v in zip(*values, strict=True)]
         return examples
 
-    def _decisive(self, texts: list[str], wanted: int) -> list[str]:
+    def _decisive(self, texts: list[str], max_length: int) -> list[str]:
         """Return a row's texts without most of what truncation would remove.
 
         Tokenizers store what they cut off, in a pair each part of one text with each part of the
@@ -168,7 +168,7 @@ class SequenceClassification(Classification, TextTask):
         the longer one.
         """
         tokenizer, last = self.text_tokenizer, self.spec.truncate == "left"
-        ends = [end_of_text(tokenizer, text, wanted, last) for text in texts]
+        ends = [end_of_text(tokenizer, text, max_length, last) for text in texts]
         if len(texts) > 1 and ends != texts:
             full, cut = (
                 [len(token_ids(tokenizer, text, special=False)) for text in some]

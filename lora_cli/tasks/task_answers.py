@@ -23,7 +23,7 @@ class TaskAnswers(TaskRows):
     answer_folder: Path | None = None
     """The folder for answers that are files; None for the working directory."""
     answer_files: str = "pictures"
-    """What answers are, where they are files: a part of the folder's name."""
+    """The kind of files that answers are written to, as a part of the folder's name."""
 
     def parse_input(self, typed: str) -> dict[str, Any]:
         """Return a row with the input that a user typed.
@@ -92,10 +92,10 @@ class TaskAnswers(TaskRows):
         return []
 
     def draw_pictures(self, model: nn.Module, prompts: Sequence[str]) -> list[Any]:
-        """Return the picture that a model draws for each text, as an image of Pillow."""
+        """Return the image that the model generates for each text, as a Pillow image."""
         raise NotImplementedError
 
     @property
     def writer(self) -> Any:
-        """The task itself, if its model writes text and can converse; else None."""
+        """The task itself if its model writes text and can converse; otherwise None."""
         return None

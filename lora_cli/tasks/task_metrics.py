@@ -100,8 +100,8 @@ class TaskMetrics(ABC):
                 problems.append(Problem(f"metric `{name}` is a Python script", at, allow))
             elif not is_script(name) and name not in (LOSS, *known_metrics()):
                 what = f"metric `{name}` is not built in, and on the Hub metrics are Python code"
-                meant = did_you_mean(name, known_metrics(), "built in are")
-                problems.append(Problem(what, at, f"{meant}; or {allow}"))
+                suggestion = did_you_mean(name, known_metrics(), "built in are")
+                problems.append(Problem(what, at, f"{suggestion}; or {allow}"))
         return problems
 
     def metric_definitions(self) -> dict[str, str]:
@@ -112,8 +112,10 @@ class TaskMetrics(ABC):
         lines["loss"] = self.loss_definition
         if len(self.loss_weights) > 1:
             for term, weight in self.loss_weights.items():
-                about = f"a term of the loss, of weight {weight:g}: the mean over the items that "
-                lines[self.result_of_term(term)] = f"{about}it counts"
+                description = (
+                    f"a term of the loss, of weight {weight:g}: the mean over the items that "
+                )
+                lines[self.result_of_term(term)] = f"{description}it counts"
         return lines
 
     def result_of_term(self, term: str) -> str:

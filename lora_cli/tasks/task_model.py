@@ -18,14 +18,14 @@ from lora_cli.tasks.examples import Batch
 
 
 class TaskModel(ABC):
-    """The methods of a task about its model, which for most tasks is one of transformers."""
+    """The methods of a task about its model, which most tasks take from transformers."""
 
     recipe: Recipe
     drawn: frozenset[str]  # parameters that the base's checkpoint lacks
     auto_class: Any
     """The transformers class that builds the model."""
     other_auto_classes: tuple[Any, ...] = ()
-    """Those that build models of another kind, for which the task has a class of its own."""
+    """Classes for models of another kind, for which the task has a subclass."""
     has_head: bool = False
     """Whether the task adds a head to the pretrained model."""
 
@@ -73,11 +73,10 @@ class TaskModel(ABC):
         """
 
     def frozen_parts(self, model: nn.Module) -> Mapping[str, nn.Module]:
-        """Return frozen models whose outputs for an example are computed once and cached.
+        """Return the frozen models whose outputs for an example are computed once and cached.
 
-        They may be parts of the model, or other models that the task has, such as a teacher. The
-        cached outputs depend on their tensors, and on the example as `prepare` returns it in
-        evaluation.
+        They may be parts of the model, or other models of the task, such as a teacher. The cached
+        outputs depend on their tensors, and on the example as `prepare` returns it in evaluation.
         """
         return {}
 
@@ -86,8 +85,9 @@ class TaskModel(ABC):
     ) -> Mapping[str, Tensor | Sequence[Tensor]]:
         """Return the outputs of the frozen parts for each example of a batch, by name.
 
-        An example that is collated later has its row of each tensor (B, …), or its own of B
-        tensors. For examples without them (new rows), `forward` or `losses` has to compute them.
+        An example that is collated later contains its row of each tensor (B, …), or its own one of
+        B tensors. For examples without cached outputs (new rows), `forward` or `losses` computes
+        them.
         """
         return {}
 
@@ -100,11 +100,11 @@ class TaskModel(ABC):
         return ()
 
     def release_frozen(self) -> None:  # noqa: B027 - optional
-        """Free the task's other frozen models, when all their outputs are cached."""
+        """Free the task's other frozen models once all their outputs are cached."""
 
     @property
     def teacher_identity(self) -> dict[str, str]:
-        """The identity of the task's other frozen models, on which the result of a run depends."""
+        """The identity of the task's other frozen models, which affect the result of a run."""
         return {}
 
     @property
@@ -113,13 +113,13 @@ class TaskModel(ABC):
         return {}
 
     def complete_data(self, device: torch.device) -> None:  # noqa: B027 - optional
-        """Create missing files that the training needs, such as drawn pictures.
+        """Create missing files that training needs, such as generated images.
 
-        It is called on one process, before the data are read.
+        It is called in one process, before the data are read.
         """
 
     def try_training(self, model: nn.Module, longest: int | None = None) -> None:  # noqa: B027 - optional
-        """Compute small batches as in training, which may need more than evaluation does.
+        """Run small batches as in training, which may require more than evaluation.
 
         Raises:
             LoraError: If the model cannot compute them.
@@ -127,10 +127,10 @@ class TaskModel(ABC):
 
     @abstractmethod
     def probe(self) -> dict[str, Tensor]:
-        """Return inputs on which outputs of models are compared; they are the same every time."""
+        """Return fixed inputs on which the outputs of models are compared."""
 
     def probed(self, model: nn.Module, probe: dict[str, Tensor]) -> Tensor:
-        """Return the outputs of a model for the probe that are compared."""
+        """Return the outputs of a model for the probe, for comparison."""
         return self.tensor_of(model(**probe))
 
     def reloaded(self, folder: Path, dtype: torch.dtype) -> nn.Module:
@@ -139,12 +139,12 @@ class TaskModel(ABC):
         return model
 
     def tensor_of(self, output: Any) -> Tensor:
-        """Return the part of a model's output that is compared."""
+        """Return the part of a model's output that is used for comparison."""
         logits: Tensor = output.logits
         return logits
 
     def complete_from(self, tensors: Mapping[str, Tensor]) -> None:  # noqa: B027 - optional
-        """Learn from the tensors of another tool's adapter what a recipe would say, such as labels.
+        """Learn settings such as the labels from the tensors of another tool's adapter.
 
         Raises:
             LoraError: If the tensors do not show it.

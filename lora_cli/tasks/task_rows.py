@@ -13,7 +13,7 @@ from lora_cli.tasks.examples import Encoded, Field
 
 
 class TaskRows(ABC):
-    """The methods of a task about rows. A task without labels need not override those of labels."""
+    """The methods of a task about rows. Those about labels are optional."""
 
     recipe: Recipe
 
@@ -22,15 +22,15 @@ class TaskRows(ABC):
         """Return the columns that the task reads."""
 
     def input_columns(self) -> dict[str, str]:
-        """Return the columns that the model reads, by the place in the recipe that names them."""
+        """Return the columns that the model reads, by their location in the recipe."""
         return {self.recipe.at(f.key): f.column for f in self.fields() if f.role == "input"}
 
     def target_columns(self) -> dict[str, str]:
-        """Return the columns that the model learns to answer, in the same way."""
+        """Return the columns that the model learns to predict, by their location in the recipe."""
         return {self.recipe.at(f.key): f.column for f in self.fields() if f.role == "target"}
 
     def compared_columns(self) -> list[str]:
-        """Return the columns by which rows are compared: those that the model reads."""
+        """Return the columns by which rows are compared; by default those that the model reads."""
         return list(self.input_columns().values())
 
     @property
@@ -49,7 +49,7 @@ class TaskRows(ABC):
         return []
 
     def labels_of(self, row: dict[str, Any]) -> list[str] | None:
-        """Return the labels of a row's answer, to count and compare them; None if it has none."""
+        """Return the labels of a row, for counting and comparing; None if it has none."""
         return None
 
     @property
@@ -58,7 +58,7 @@ class TaskRows(ABC):
         return self.labels
 
     def answer_of(self, row: dict[str, Any]) -> str | None:
-        """Return a row's answer as text, to find equal inputs with different answers."""
+        """Return a row's answer as text, by which contradictions between equal inputs are found."""
         labels = self.labels_of(row)
         return None if labels is None else ", ".join(labels)
 
@@ -67,7 +67,7 @@ class TaskRows(ABC):
         return {}
 
     def learn_names(self, splits: dict[str, Rows]) -> None:  # noqa: B027 - optional
-        """Learn how the data set names its numbered labels, before any row is read or skipped."""
+        """Learn the data set's names for numbered labels, before any row is read or skipped."""
 
     def learn_form(self, splits: dict[str, Rows]) -> None:  # noqa: B027 - optional
         """Learn how the rows are written, before `row_error` checks each of them.
@@ -76,28 +76,28 @@ class TaskRows(ABC):
         """
 
     def learn_from(self, splits: dict[str, Rows]) -> None:  # noqa: B027 - optional
-        """Learn from the rows what the recipe does not say, such as the labels.
+        """Learn from the rows what the recipe leaves open, such as the labels.
 
         Values for keys of the recipe are put into `self.learned.task`.
         """
 
     @abstractmethod
     def input_error(self, row: dict[str, Any]) -> str:
-        """Return what is wrong with the columns that the model reads; empty if nothing is."""
+        """Return what is wrong with a row's inputs; empty if nothing is."""
 
     @abstractmethod
     def target_error(self, row: dict[str, Any]) -> str:
-        """Return what is wrong with the columns that it learns to answer; empty if nothing is."""
+        """Return what is wrong with a row's targets; empty if nothing is."""
 
     def unsupported(self, row: dict[str, Any]) -> tuple[str, str] | None:
-        """Return an error and a hint for a row with content that matters and that no task reads."""
+        """Return an error and a hint for a row with content that would be lost."""
         return None
 
     def needed_columns(self, training: bool = False) -> dict[str, str]:
-        """Return the columns that rows must have, by the place in the recipe that names them.
+        """Return the columns that rows must have, by their location in the recipe.
 
         Args:
-            training: Whether the rows are for training, and not for evaluation.
+            training: Whether the rows are for training, not for evaluation.
         """
         return self.input_columns() | self.target_columns()
 
@@ -106,13 +106,15 @@ class TaskRows(ABC):
 
         Args:
             row: The row.
-            training: Whether it is for training, and not for evaluation.
+            training: Whether it is for training, not for evaluation.
         """
         return self.input_error(row) or self.target_error(row) or self._byte_error(row)
 
     def _byte_error(self, row: dict[str, Any]) -> str:
         """Return the column of an answer with bytes that are not text; empty if none has."""
-        for field in self.fields():  # without their places in the recipe, which take long to find
+        for (
+            field
+        ) in self.fields():  # not `target_columns`: locations in the recipe take long to find
             value = row.get(field.column) if field.role == "target" else None
             if isinstance(value, str) and (error := byte_error(value, "UTF-8")):
                 return f"column `{field.column}`: {error}"
@@ -127,5 +129,5 @@ class TaskRows(ABC):
         return None
 
     def label_problem(self, row: dict[str, Any], place: str) -> Problem | None:
-        """Return what is wrong with the label of a streamed row, which `learn_from` did not see."""
+        """Return what is wrong with the label of a streamed row, unknown to `learn_from`."""
         return None

@@ -244,8 +244,8 @@ class TextEmbedding(EmbeddingRows):
             of_label.setdefault(int(one["label"][0]), []).append(i)
         rng, found = np.random.default_rng(1), {}
         for i, one in enumerate(facts):
-            alike = of_label[int(one["label"][0])]
-            for j in rng.permutation(alike).tolist():
+            same_label = of_label[int(one["label"][0])]
+            for j in rng.permutation(same_label).tolist():
                 if facts[j]["text"][0] != one["text"][0]:
                     found[i] = j
                     break

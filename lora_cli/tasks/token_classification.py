@@ -38,7 +38,9 @@ from lora_cli.tasks.texts.word_windows import (
 )
 
 MOST_WITHOUT_TOKEN = 0.02  # share of words without a token above which there is a warning
-Said = tuple[int, str, float]  # a word's position in its row, its tag, and the tag's probability
+TaggedWord = tuple[
+    int, str, float
+]  # a word's position in its row, its tag, and the tag's probability
 
 
 class TokenClassification(TextTask):
@@ -346,13 +348,13 @@ class TokenClassification(TextTask):
     def predictions(self, model: nn.Module, output: Tensor, batch: Batch) -> list[Prediction]:
         """Return the tags of the words of each window, of which `join` makes entities."""
         return [
-            Prediction(row, said, None)
-            for row, said in zip(
+            Prediction(row, tagged_words, None)
+            for row, tagged_words in zip(
                 batch.rows, self._read(output, batch.targets["words"]), strict=True
             )
         ]
 
-    def _read(self, logits: Tensor, words: Tensor) -> list[list[Said]]:
+    def _read(self, logits: Tensor, words: Tensor) -> list[list[TaggedWord]]:
         """Return the word, the tag and its probability for each word of each window."""
         best, which = torch.softmax(logits.float(), -1).max(-1)
         rows = zip(words.tolist(), which.tolist(), best.tolist(), strict=True)
@@ -368,34 +370,34 @@ class TokenClassification(TextTask):
     def join(self, row: dict[str, Any], parts: Sequence[Prediction]) -> Prediction:
         """Return the entities of a row, from the tags of its windows."""
         text = self._text_of(row)
-        said = [word for part in parts for word in part.prediction]
-        tags, found = self._answer(text, said)
-        wanted = self._entities_of(row, text)
-        reference = [self._place(text, entity) for entity in wanted]
+        tagged_words = [word for part in parts for word in part.prediction]
+        tags, entities = self._answer(text, tagged_words)
+        true_entities = self._entities_of(row, text)
+        reference = [self._place(text, entity) for entity in true_entities]
         inputs: dict[str, tuple[Any, Any]] = {
-            self.metric_channel: (tags, iob2_tags(wanted, len(text.places)))
+            self.metric_channel: (tags, iob2_tags(true_entities, len(text.places)))
         }
-        return Prediction(parts[0].row, found, reference, None, inputs)
+        return Prediction(parts[0].row, entities, reference, None, inputs)
 
     def _answer(
-        self, text: RowText, said: Sequence[Said]
+        self, text: RowText, tagged_words: Sequence[TaggedWord]
     ) -> tuple[list[str], list[dict[str, Any]]]:
         """Return the tags of all words of a row, and its entities as spans of the text.
 
         The score of an entity is the mean probability of the tags of its words.
         """
-        given: list[str | None] = [None] * len(text.places)
-        sure: list[float | None] = [None] * len(text.places)
-        for word, tag, p in said:
-            assert given[word] is None, "a word is predicted once"
-            given[word], sure[word] = tag, p
-        tags = complete_tags(given)
-        found = []
+        predicted: list[str | None] = [None] * len(text.places)
+        probabilities: list[float | None] = [None] * len(text.places)
+        for word, tag, p in tagged_words:
+            assert predicted[word] is None, "a word is predicted once"
+            predicted[word], probabilities[word] = tag, p
+        tags = complete_tags(predicted)
+        entities = []
         for entity in entities_of(tags):
-            known = [p for p in sure[entity.start : entity.end] if p is not None]
-            score = round(sum(known) / len(known), 6)
-            found.append({**self._place(text, entity), "score": score})
-        return tags, found
+            of_entity = [p for p in probabilities[entity.start : entity.end] if p is not None]
+            score = round(sum(of_entity) / len(of_entity), 6)
+            entities.append({**self._place(text, entity), "score": score})
+        return tags, entities
 
     @staticmethod
     def _place(text: RowText, entity: Entity) -> dict[str, Any]:
@@ -420,7 +422,7 @@ class TokenClassification(TextTask):
             for i, row in enumerate(rows)
             for example in self._examples(row, has_tags=False)
         ]
-        said: list[list[Said]] = [[] for _ in rows]
+        tagged_words: list[list[TaggedWord]] = [[] for _ in rows]
         size = max(1, len(rows))  # a long row has many windows
         for start in range(0, len(windows), size):
             batch = self.collate(windows[start : start + size]).to(device)
@@ -429,10 +431,10 @@ class TokenClassification(TextTask):
             for row, words in zip(
                 batch.rows, self._read(logits, batch.targets["words"]), strict=True
             ):
-                said[row] += words
+                tagged_words[row] += words
         return [
             [self._answer(self._text_of(row), words)[1]]
-            for row, words in zip(rows, said, strict=True)
+            for row, words in zip(rows, tagged_words, strict=True)
         ]
 
     def answer_line(self, values: Sequence[Any]) -> str:

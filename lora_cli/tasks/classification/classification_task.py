@@ -291,12 +291,12 @@ class Classification(Task):
         return [
             Prediction(
                 row,
-                said,
+                prediction,
                 self._names(label),
                 self._kept_scores(probabilities, label),
                 {self.metric_channel: (value, label if isinstance(label, float) else _ints(label))},
             )
-            for row, label, (value, said, probabilities) in zip(
+            for row, label, (value, prediction, probabilities) in zip(
                 batch.rows, labels, readings, strict=True
             )
         ]
@@ -336,15 +336,17 @@ class Classification(Task):
     def answer_columns(self) -> dict[str, str]:
         """Return `prediction` and, for labels, the probability of each; of many, of the best."""
         kinds = {"regression": "double", "multi_label": "list<string>", "single_label": "string"}
-        said = {"prediction": kinds[self.label_spec.problem]}
+        columns = {"prediction": kinds[self.label_spec.problem]}
         if len(self.labels) > MOST_COLUMNS:
             # the best of many labels are a mapping, which parquet has as JSON
-            return said | {"p": "double", "best": "string"}
-        return said | {f"p_{label}": "double" for label in self.labels}
+            return columns | {"p": "double", "best": "string"}
+        return columns | {f"p_{label}": "double" for label in self.labels}
 
     def answers_of(self, logits: Tensor) -> list[list[Any]]:
         """Return the values of `answer_columns` for each row of the model's outputs."""
-        return [[said, *self._answered(row or [])] for _, said, row in self.read(logits)]
+        return [
+            [prediction, *self._answered(row or [])] for _, prediction, row in self.read(logits)
+        ]
 
     def _answered(self, probabilities: list[float]) -> list[Any]:
         """Return the probability of each label; of many, the highest, and the best by name."""

@@ -121,8 +121,8 @@ def match_rows(own: Sequence[str], labels: Sequence[str]) -> list[int | None]:
     for label in labels:
         row = exact.get(label)
         if row is None:
-            alike = [i for i in folded.get(label.strip().casefold(), []) if i not in taken]
-            row = alike[0] if len(alike) == 1 else None
+            matches = [i for i in folded.get(label.strip().casefold(), []) if i not in taken]
+            row = matches[0] if len(matches) == 1 else None
             taken |= {row} if row is not None else set()
         rows.append(row)
     return rows

@@ -121,8 +121,8 @@ class Labels:
         found = {name: self.count(rows.select(at)) for name, at in rows.sets.items()}
         kinds = {name: {number(v) is not None for v in values} for name, values in found.items()}
         numbered, named = (
-            next((name for name, kind in kinds.items() if kind == {wanted}), None)
-            for wanted in (True, False)
+            next((name for name, kind in kinds.items() if kind == {value}), None)
+            for value in (True, False)
         )
         if numbered is not None and named is not None:
             what = f"the labels of the set `{numbered}` are numbers, and those of `{named}` names"
@@ -301,28 +301,28 @@ class Labels:
         }
 
     def _weights(self) -> Tensor | None:
-        wanted = self.class_weights
-        if not isinstance(wanted, dict):
+        weights = self.class_weights
+        if not isinstance(weights, dict):
             return None
         at = self.recipe.at("task.class_weights")
         problems = [
             Problem(
                 f"`{name}` is not a label", at, did_you_mean(name, self.names, "the labels are")
             )
-            for name in wanted
+            for name in weights
             if name not in self._positions
         ]
         problems += [
             Problem(f"the weight of `{name}` is {weight}", at, "a weight is 0 or more: 1 is usual")
-            for name, weight in wanted.items()
+            for name, weight in weights.items()
             if not 0 <= weight < math.inf
         ]
-        if not problems and not any(wanted.get(label, 1.0) for label in self.names):
+        if not problems and not any(weights.get(label, 1.0) for label in self.names):
             what = "every label weighs nothing, so nothing is learned"
             problems.append(Problem(what, at, "give one a weight above 0, or leave them out"))
         if problems:
             raise LoraError(problems)
-        return torch.tensor([float(wanted.get(label, 1.0)) for label in self.names])
+        return torch.tensor([float(weights.get(label, 1.0)) for label in self.names])
 
 
 def _is_blank(value: Any) -> bool:

@@ -62,41 +62,41 @@ class ChatTemplate:
 
     def _opened_block(self) -> str:
         question = {"role": "user", "content": "Hi"}
-        answers = [{"role": "assistant", "content": said} for said in ("0", "1")]
+        answers = [{"role": "assistant", "content": content} for content in ("0", "1")]
         try:
-            asked = self.write([question], add_generation_prompt=True)
+            prompt = self.write([question], add_generation_prompt=True)
             written = [self.write([question, answer]) for answer in answers]
         except LoraError:  # it takes no such conversation, and says so of the rows
             return ""
         shared = takewhile(
-            lambda letters: len(set(letters)) == 1, zip(asked, *written, strict=False)
+            lambda letters: len(set(letters)) == 1, zip(prompt, *written, strict=False)
         )
-        return asked[len(list(shared)) :]
+        return prompt[len(list(shared)) :]
 
     def _end_of_turn(self) -> set[int]:
-        said = "Hello"
-        messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": said}]
+        content = "Hello"
+        messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": content}]
         try:
             text = self.write(messages)
         except LoraError:  # it takes no such conversation, and says so of the rows
             return set()
-        tail = text[text.rfind(said) + len(said) :].strip()
+        tail = text[text.rfind(content) + len(content) :].strip()
         ids = self.tokenizer(tail, add_special_tokens=False, verbose=False)["input_ids"]
         return set(ids[:1]) & set(self.tokenizer.added_tokens_decoder)
 
     def _reopened(self) -> str:
-        said, question = "Hello", {"role": "user", "content": "Hi"}
-        turns = [question, {"role": "assistant", "content": said}, question]
+        content, question = "Hello", {"role": "user", "content": "Hi"}
+        turns = [question, {"role": "assistant", "content": content}, question]
         try:
-            asked, answered, goes_on = (self.write(turns[:n]) for n in (1, 2, 3))
+            prompt, with_answer, with_next_turn = (self.write(turns[:n]) for n in (1, 2, 3))
         except LoraError:  # it takes no such conversation, and says so of the rows
             return ""
-        if not answered.startswith(asked + said) or goes_on.startswith(answered):
+        if not with_answer.startswith(prompt + content) or with_next_turn.startswith(with_answer):
             return ""
-        tail = answered[len(asked + said) :]
+        tail = with_answer[len(prompt + content) :]
         ends = [self.tokenizer.added_tokens_decoder[i].content for i in self.end_of_turn]
         opened = [tail.removeprefix(end) for end in ends if tail.startswith(end)]
-        return opened[0] if opened and asked.endswith(opened[0]) else ""
+        return opened[0] if opened and prompt.endswith(opened[0]) else ""
 
     def _delimiters(self) -> set[str]:
         """Return the added tokens around a user's turn: control tokens whatever they are called."""
@@ -342,10 +342,10 @@ def _require_turn(message: Message, written: str, number: int) -> None:
     """Reject a turn of which the template does not write all: it would be lost unnoticed."""
     content, reasoning = message.get("content"), message.get("reasoning_content")
     reasoning = reasoning or message.get("reasoning") or message.get("thinking")
-    said = content if isinstance(content, str) else ""
-    if not isinstance(reasoning, str) and THINK_END in said:
-        reasoning = said.partition(THINK_END)[0].rpartition("<think>")[2]
-        said = said.rpartition(THINK_END)[2]
+    answer = content if isinstance(content, str) else ""
+    if not isinstance(reasoning, str) and THINK_END in answer:
+        reasoning = answer.partition(THINK_END)[0].rpartition("<think>")[2]
+        answer = answer.rpartition(THINK_END)[2]
     if isinstance(reasoning, str) and not _holds(written, reasoning):
         raise LoraError(
             f"turn {number}: the chat template leaves out the reasoning before the answer",
@@ -358,7 +358,7 @@ def _require_turn(message: Message, written: str, number: int) -> None:
                 f"turn {number}: the chat template does not write its call of `{name_of(call)}`",
                 hint=f"use a base model that was trained to call tools, or {ANOTHER}",
             )
-    if not _holds(written, said):
+    if not _holds(written, answer):
         raise LoraError(
             f"turn {number}: the chat template leaves out or changes what the assistant says",
             hint=ANOTHER,

@@ -176,8 +176,8 @@ def _named_pair(table: Table) -> tuple[Column, Column] | None:
     """Return the prompt and the completion that the user names: two columns of text."""
     if table.text is None or table.label not in table.by_name:
         return None
-    asked, said = table.by_name[table.text], table.by_name[table.label]
-    return (asked, said) if said.kind == "text" else None
+    prompt, completion = table.by_name[table.text], table.by_name[table.label]
+    return (prompt, completion) if completion.kind == "text" else None
 
 
 def spoken(columns: Sequence[Column], place: str, can_write: bool) -> Proposal | None:
@@ -251,16 +251,18 @@ def _has_instances(column: Column | None, rows: Sequence[dict[str, Any]]) -> boo
 def prompts(by_name: dict[str, Column]) -> Proposal | None:
     """Return the task of a prompt and its completion, where two names say so."""
     lower = {name.lower(): column for name, column in by_name.items()}
-    for prompt, completion in PROMPT_NAMES:
-        asked, said = lower.get(prompt), lower.get(completion)
-        strong = prompt == "prompt"  # no other task calls its columns so
-        if asked is None or said is None or asked.kind in ("other", "list", "blank"):
+    for prompt_name, completion_name in PROMPT_NAMES:
+        prompt, completion = lower.get(prompt_name), lower.get(completion_name)
+        strong = prompt_name == "prompt"  # no other task calls its columns so
+        if prompt is None or completion is None or prompt.kind in ("other", "list", "blank"):
             continue
-        is_one = said.kind not in ("other", "list", "blank") or said.separator is not None
-        if said.kind == "text" or (strong and is_one):
-            return prompt_and_completion(asked, said)
-        if said.rows_per_value < 2 and said.kind in ("category", "number", "id"):
-            return prompt_and_completion(asked, said)
+        is_one = (
+            completion.kind not in ("other", "list", "blank") or completion.separator is not None
+        )
+        if completion.kind == "text" or (strong and is_one):
+            return prompt_and_completion(prompt, completion)
+        if completion.rows_per_value < 2 and completion.kind in ("category", "number", "id"):
+            return prompt_and_completion(prompt, completion)
     return None
 
 
@@ -273,14 +275,14 @@ def require_context(chosen: Proposal, by_name: dict[str, Column], place: str) ->
     if "prompt_column" not in chosen.keys:
         return
     for name in _contexts(chosen, by_name):
-        asked, said = chosen.keys["prompt_column"], chosen.keys["completion_column"]
-        new = f"instruction: {field(asked)}, input: {field(name)}, output: {field(said)}"
+        prompt, completion = chosen.keys["prompt_column"], chosen.keys["completion_column"]
+        new = f"instruction: {field(prompt)}, input: {field(name)}, output: {field(completion)}"
         raise LoraError(
             f"`{name}` belongs to the prompt in {counted(by_name[name].count, 'row')}, and a "
             "recipe has one column for it",
             place,
             f"join them: {jq_command(f'{{{new}}}', place, 'joined.jsonl')}; or train without it: "
-            f"`--text {shlex.quote(asked)} --label {shlex.quote(said)}`",
+            f"`--text {shlex.quote(prompt)} --label {shlex.quote(completion)}`",
         )
 
 
@@ -300,13 +302,20 @@ def require_one_answer(by_name: dict[str, Column], place: str) -> None:
         LoraError: If they are, as in NQ-open.
     """
     lower = {name.lower(): column for name, column in by_name.items()}
-    for prompt, completion in PROMPT_NAMES:
-        asked, said = lower.get(prompt), lower.get(completion)
-        if asked is None or said is None or (asked.kind, said.kind) != ("text", "list"):
+    for prompt_name, completion_name in PROMPT_NAMES:
+        prompt, completion = lower.get(prompt_name), lower.get(completion_name)
+        if (
+            prompt is None
+            or completion is None
+            or (prompt.kind, completion.kind) != ("text", "list")
+        ):
             continue
-        if said.separator is None and len(said.counts) > MANY_ANSWERS * said.count:
-            what = f"`{said.name}` holds lists of answers, and a language model learns one"
-            first = jq_command(f"{field(said.name)} |= .[0]", place, "first.jsonl")
+        if (
+            completion.separator is None
+            and len(completion.counts) > MANY_ANSWERS * completion.count
+        ):
+            what = f"`{completion.name}` holds lists of answers, and a language model learns one"
+            first = jq_command(f"{field(completion.name)} |= .[0]", place, "first.jsonl")
             raise LoraError(what, place, f"keep the first of each: {first}")
 
 

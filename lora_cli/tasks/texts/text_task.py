@@ -162,14 +162,14 @@ class TextTask(Task):
     @property
     def length_note(self) -> str | None:
         """A warning if `max_length` is more than the model can read, else None."""
-        asked = self.spec.max_length
-        if self.max_length == asked or "max_length" not in self.spec.model_fields_set:
+        requested = self.spec.max_length
+        if self.max_length == requested or "max_length" not in self.spec.model_fields_set:
             return None
         whose = "the model has positions for"
         if self.positions is None or self.max_length < self.positions:
             whose = "the tokenizer allows"
         return (
-            f"warning: `task.max_length` is {asked}, and {whose} "
+            f"warning: `task.max_length` is {requested}, and {whose} "
             f"{counted(self.max_length, 'token')}: longer texts are cut there"
         )
 
