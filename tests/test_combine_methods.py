@@ -19,11 +19,11 @@ from lora_cli.export.combine_names import METHODS
 from lora_cli.export.low_rank_pairs import (
     Pair,
     is_plain_lora,
-    of_one_rank,
     parts_of,
     peft_tensors_of,
     plain_config,
     scale_of,
+    with_equal_ranks,
 )
 
 DENSITY = 0.4
@@ -173,7 +173,7 @@ def test_a_pair_can_be_made_larger_and_its_scale_put_into_b() -> None:
 
 def test_pairs_of_several_ranks_become_pairs_of_the_largest() -> None:
     pairs = {name: pair for name, (_, pair) in zip("ab", drawn(2, 3), strict=True)}
-    found = of_one_rank(pairs)
+    found = with_equal_ranks(pairs)
     assert [name.partition(".lora_")[2] for name in peft_tensors_of(found, {})] == [
         "A.weight", "B.weight", "A.weight", "B.weight",
     ]  # fmt: skip

@@ -79,7 +79,7 @@ def stir(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def written_out(layer: DoRALayer, x: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def by_formula(layer: DoRALayer, x: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """Return the layer as a function of A, B and m: its base with the paper's weight."""
     base = layer.base
     is_transposed = isinstance(base, nn.Embedding | Conv1D)
@@ -114,7 +114,7 @@ def test_output_and_gradients_are_those_of_the_equation(kind: str) -> None:
     stir(layer)
     x = x.double() if x.is_floating_point() else x
     y, trained = layer(x), (layer.lora_A, layer.lora_B, layer.magnitude)
-    reference = written_out(layer, x)
+    reference = by_formula(layer, x)
     assert_close(y, reference(*trained), 1e-12)
     assert_different(y, layer.base(x))
     direction = torch.randn_like(y)
@@ -157,7 +157,7 @@ def test_under_autocast_the_length_is_taken_in_float32() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(layer.length(layer.weight), length)
         assert layer(x).dtype == torch.bfloat16
-    assert_close(layer(x), written_out(layer, x)(layer.lora_A, layer.lora_B, layer.magnitude))
+    assert_close(layer(x), by_formula(layer, x)(layer.lora_A, layer.lora_B, layer.magnitude))
 
 
 def test_a_float32_adapter_on_a_bfloat16_base() -> None:

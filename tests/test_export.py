@@ -213,7 +213,7 @@ def test_what_reads_otherwise_is_never_published(
         rank = max(pair.rank for pair in pairs.values())
         return {name: pair.padded(rank) for name, pair in pairs.items()}  # the scale is lost
 
-    monkeypatch.setattr(module, "of_one_rank", wrong)
+    monkeypatch.setattr(module, "with_equal_ranks", wrong)
     with pytest.raises(IntegrityError, match="the outputs differ by"):
         export(folder, tmp_path / "out", reader)
     assert not (tmp_path / "out").exists()
@@ -301,7 +301,7 @@ def test_mlx_lm_is_said_to_miss_what_only_transformers_5_reads(
     written = json.loads((tmp_path / "config.json").read_text())
     monkeypatch.setattr(mlx_reader, "config_as_written", lambda recipe: written)
     source: Any = SimpleNamespace(task=SimpleNamespace(config=of_base, recipe=None))
-    found = mlx_reader._positions_lost(source)
+    found = mlx_reader._unread_rope_settings(source)
     wanted = said if style == "nested" else []
     assert len(found) == len(wanted)
     assert all(part in line for part, line in zip(wanted, found, strict=True))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lora_cli.errors import LoraError
 from lora_cli.export import merge as merging
 from lora_cli.export import merge_quantized as quantized
-from lora_cli.export.merge_quantized import BASES, Candidate, Trained, in_words, use_numbers
+from lora_cli.export.merge_quantized import BASES, Candidate, TrainedModel, in_words, use_weights
 
 
 @pytest.mark.parametrize("values", [(0.5, 0.9), (0.9, 0.5), (None, None)])
@@ -26,7 +26,7 @@ def test_both_bases_are_merged_and_the_better_is_written(
     )
     plain, weights = SimpleNamespace(name="plain"), {"layer": torch.ones(2)}
     given: Any = SimpleNamespace(joint="joint")
-    trained = Trained(weights, torch.tensor([2.0, 4.0]), "m", value=0.7)
+    trained = TrainedModel(weights, torch.tensor([2.0, 4.0]), "m", value=0.7)
 
     def merged(of: Any, what: Any, numbers: dict[str, Tensor]) -> Any:
         assert (of, what) == (plain, given)
@@ -35,7 +35,7 @@ def test_both_bases_are_merged_and_the_better_is_written(
         return SimpleNamespace(outputs=trained.outputs + far, model="dequantised" if numbers else
                                "original")  # fmt: skip
 
-    def measured(of: Trained, who: Any, model: str) -> float | None:
+    def metric_of(of: TrainedModel, who: Any, model: str) -> float | None:
         assert (of, who) == (trained, plain)
         return values[BASES.index(model)]
 
@@ -46,13 +46,13 @@ def test_both_bases_are_merged_and_the_better_is_written(
         written.append(found.model)
         return SimpleNamespace(choice=[])
 
-    def was_trained(of: Any, joint: Any) -> Trained:
+    def was_trained(of: Any, joint: Any) -> TrainedModel:
         assert (of, joint) == (task, "joint")
         return trained
 
-    monkeypatch.setattr(merging, "what_was_trained", was_trained)
+    monkeypatch.setattr(merging, "measure_trained", was_trained)
     monkeypatch.setattr(merging, "_without_quantization", lambda of: plain if of is task else None)
-    for name, function in (("_merged", merged), ("measured", measured), ("_write", write)):
+    for name, function in (("_merged", merged), ("metric_of", metric_of), ("_write", write)):
         monkeypatch.setattr(merging, name, function)
     result = merging._merge(task, given, Path("to"))
     wanted = "original" if values == (0.5, 0.9) else "dequantised"
@@ -69,7 +69,7 @@ def test_both_bases_are_merged_and_the_better_is_written(
 
 
 def test_without_rows_nothing_is_said_of_a_metric() -> None:
-    trained = Trained({}, torch.zeros(1))
+    trained = TrainedModel({}, torch.zeros(1))
     both = [Candidate(name, 0.25, None) for name in BASES]
     assert in_words(both, both[1], trained) == [
         "merged into the dequantised base: outputs differ by 2.5e-01",
@@ -80,7 +80,7 @@ def test_without_rows_nothing_is_said_of_a_metric() -> None:
 def test_numbers_of_codes_are_copied_into_the_layers() -> None:
     model = nn.ModuleDict({"a": nn.Linear(2, 3), "b": nn.Linear(2, 3)})
     kept = model["b"].weight.detach().clone()
-    use_numbers(model, {"a": torch.full((3, 2), 5.0)})
+    use_weights(model, {"a": torch.full((3, 2), 5.0)})
     assert bool((model["a"].weight == 5.0).all())
     assert torch.equal(model["b"].weight, kept)
 
@@ -100,7 +100,7 @@ def test_a_model_that_was_read_is_trained_as_the_merged_one() -> None:
     merged, reloaded = nn.Linear(2, 2), nn.Linear(2, 2)
     merged.bias.requires_grad_(False)
     reloaded.weight.requires_grad_(False)
-    merging._require_gradients(reloaded, like=merged)
+    merging._match_requires_grad(reloaded, like=merged)
     assert (reloaded.weight.requires_grad, reloaded.bias.requires_grad) == (True, False)
     assert (merged.weight.requires_grad, merged.bias.requires_grad) == (True, False)
 
@@ -148,7 +148,7 @@ def test_a_model_is_measured_where_there_are_rows_and_a_metric(
         quantized, "evaluate", lambda *given: asked.append(given) or {"f1": 0.5, "loss": 9.0}
     )
     model: Any = "model"
-    found = quantized.measured(Trained({}, torch.zeros(1), metric, rows=rows), task, model)
+    found = quantized.metric_of(TrainedModel({}, torch.zeros(1), metric, rows=rows), task, model)
     if rows is None or metric is None:
         assert (found, asked, task.fitted) == (None, [], [])
         return
@@ -186,8 +186,8 @@ def test_what_was_trained_is_measured_on_the_validation_rows(
         quantized, "best_by", lambda recipe, of: ("f1", mode) if recipe is of.recipe else None
     )
     seen: list[Any] = []
-    monkeypatch.setattr(quantized, "measured", lambda *given: seen.append(given) or 0.25)
-    found = quantized.what_was_trained(task, saved)
+    monkeypatch.setattr(quantized, "metric_of", lambda *given: seen.append(given) or 0.25)
+    found = quantized.measure_trained(task, saved)
     assert attached == [(task.model, "adapter", ["b"], task.drawn)]
     assert found.weights == {}
     assert found.outputs.tolist() == [1.0]

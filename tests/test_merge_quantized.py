@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification
 
 from lora_cli.evaluation.evaluate_adapter import evaluate_adapter
 from lora_cli.export.merge import merge_adapter
-from lora_cli.export.merge_quantized import Candidate, Trained, better
+from lora_cli.export.merge_quantized import Candidate, TrainedModel, better_candidate
 from lora_cli.models.quantized_linear import QuantizedLinear
 from lora_cli.recipe import load_adapter_recipe, load_recipe
 from lora_cli.training import train
@@ -109,7 +109,7 @@ def test_an_adapter_without_matrices_is_merged_too(adapter: str, tmp_path: Path)
      ((0.8, 0.8), False, "dequantised"), ((None, None), False, "dequantised")],
 )  # fmt: skip
 def test_the_better_one_is_chosen(values: tuple[Any, Any], lower: bool, wanted: str) -> None:
-    trained = Trained({}, torch.zeros(1), "m", lower)
+    trained = TrainedModel({}, torch.zeros(1), "m", lower)
     both = [Candidate("dequantised", 1e-6, values[0]), Candidate("original", 1e-2, values[1])]
-    assert better(both, trained).base == wanted
-    assert better(both[::-1], trained).base == wanted
+    assert better_candidate(both, trained).base == wanted
+    assert better_candidate(both[::-1], trained).base == wanted

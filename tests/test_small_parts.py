@@ -29,7 +29,7 @@ from lora_cli.adapters.whole_update import WholeUpdate, core_shape, has_wide_ker
 from lora_cli.errors import LoraError
 from lora_cli.export import merge as merging
 from lora_cli.export import merge_quantized
-from lora_cli.export.merge_quantized import Candidate, Trained, better, in_words
+from lora_cli.export.merge_quantized import Candidate, TrainedModel, better_candidate, in_words
 from lora_cli.metrics import MetricContext
 from lora_cli.metrics import builtin_metrics as metrics
 from lora_cli.metrics.metric_set import MetricSet
@@ -202,13 +202,13 @@ def candidate(base: str, difference: float, value: float | None) -> Candidate:
 
 
 def test_the_better_of_two_merges() -> None:
-    none = Trained({}, torch.zeros(1))
+    none = TrainedModel({}, torch.zeros(1))
     near, far = candidate("dequantised", 0.1, None), candidate("original", 0.2, None)
-    assert better([far, near], none) is near
-    found = Trained({}, torch.zeros(1))
+    assert better_candidate([far, near], none) is near
+    found = TrainedModel({}, torch.zeros(1))
     found.metric, found.value = "accuracy", 0.75
     low, high = candidate("dequantised", 0.1, 0.5), candidate("original", 0.2, 0.7501)
-    assert better([low, high], found) is high
+    assert better_candidate([low, high], found) is high
     assert in_words([low, high], high, found) == [
         "trained, on the quantised base: accuracy 0.7500",
         "merged into the dequantised base: accuracy 0.5000 (-0.2500), outputs differ by 1.0e-01",
@@ -216,7 +216,7 @@ def test_the_better_of_two_merges() -> None:
         "  <- written",
     ]
     found.lower_is_better = True
-    assert better([low, high], found) is low
+    assert better_candidate([low, high], found) is low
     assert in_words([near], near, none) == [
         "merged into the dequantised base: outputs differ by 1.0e-01  <- written"
     ]
@@ -232,14 +232,14 @@ def test_both_merges_are_measured_in_float32_on_the_cpu(monkeypatch: pytest.Monk
         merge_quantized, "start_accelerator", lambda recipe, cpu: seen.append((recipe, cpu))
     )
     monkeypatch.setattr(merge_quantized, "evaluate", lambda *_: {"f1": 0.5, "accuracy": 0.25})
-    trained = Trained({}, torch.zeros(1))
+    trained = TrainedModel({}, torch.zeros(1))
     rows: Any = object()
     for given, metric in ((None, None), (rows, None), (None, "f1")):
         trained.rows, trained.metric = given, metric
-        assert merge_quantized.measured(trained, task, model) is None
+        assert merge_quantized.metric_of(trained, task, model) is None
     assert seen == []
     trained.rows, trained.metric = rows, "f1"
-    assert merge_quantized.measured(trained, task, model) == 0.5
+    assert merge_quantized.metric_of(trained, task, model) == 0.5
     assert seen == [({"train.precision": "fp32", "model.dtype": None}, True), model]
 
 
@@ -263,9 +263,9 @@ def test_a_quantised_base_is_measured_on_rows_that_can_be_read_at_once(
     monkeypatch.setattr(merge_quantized, "load_adapter", lambda *_, drawn: None)
     monkeypatch.setattr(merge_quantized, "load_data", lambda *_: {"validation": "rows"})
     monkeypatch.setattr(merge_quantized, "best_by", lambda *_: ("f1", mode))
-    monkeypatch.setattr(merge_quantized, "measured", lambda *_: 0.75)
+    monkeypatch.setattr(merge_quantized, "metric_of", lambda *_: 0.75)
     saved: Any = None
-    found = merge_quantized.what_was_trained(task, saved)
+    found = merge_quantized.measure_trained(task, saved)
     # as the checkpoint stores them: GPT-2's layers are the other way round
     assert [tuple(weight.shape) for weight in found.weights.values()] == [(2, 3), (3, 2)]
     for weight, wanted in zip(found.weights.values(), (drawn[0], drawn[1].T), strict=True):
@@ -309,7 +309,7 @@ def test_the_quantised_base_is_merged_both_ways_and_the_better_is_written(
     best: int, written: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights = {"a": torch.ones(1)}
-    trained = Trained(weights, torch.tensor([2.0]))
+    trained = TrainedModel(weights, torch.tensor([2.0]))
     trained.metric, trained.value = "f1", 0.5
     task: Any = SimpleNamespace(recipe=SimpleNamespace(model=SimpleNamespace(quantization="nf4")))
     values = iter([0.9, 0.1] if best == 0 else [0.1, 0.9])
@@ -319,10 +319,10 @@ def test_the_quantised_base_is_merged_both_ways_and_the_better_is_written(
         merged_with.append(numbers)
         return SimpleNamespace(outputs=torch.tensor([2.5]), model=None, weights=numbers)
 
-    monkeypatch.setattr(merging, "what_was_trained", lambda *_: trained)
+    monkeypatch.setattr(merging, "measure_trained", lambda *_: trained)
     monkeypatch.setattr(merging, "_without_quantization", lambda _: task)
     monkeypatch.setattr(merging, "_merged", merged)
-    monkeypatch.setattr(merging, "measured", lambda *_: next(values))
+    monkeypatch.setattr(merging, "metric_of", lambda *_: next(values))
     monkeypatch.setattr(
         merging, "_write", lambda merged, *_: SimpleNamespace(numbers=merged.weights)
     )

@@ -1,1 +1,1 @@
-"""What becomes of a trained adapter: a stand-alone model."""
+"""Merge, combine, export and upload trained adapters."""

@@ -1,4 +1,4 @@
-"""What an adapter's file changes of a model, parameter by parameter."""
+"""Determine which parameters of a model an adapter's file changes, and how."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class AdaptedParameter:
         target: The module, its rank and its alpha.
         module: The module without an adapter; may be on the meta device.
         kind: The type of the adapter.
-        tensors: What the layer adds, by its own names.
-        shapes: Of those, where they are not the usual ones.
-        use_rslora: How it is scaled.
-        weight: Factor of the update, where several adapters are added.
-        of_all: The update of all experts, once it was multiplied out.
+        tensors: The layer's parameters by the layer's names.
+        shapes: Their shapes, if they differ from the default.
+        use_rslora: Whether the scaling is alpha / sqrt(rank).
+        weight: The factor of the update when several adapters are added.
+        of_all: The cached update of all experts.
     """
 
     target: Target
@@ -50,11 +50,11 @@ class AdaptedParameter:
     of_all: Tensor | None = None
 
     def layer(self) -> LoRALayer:
-        """Return a layer that has the tensors of the file, on the CPU."""
+        """Return an adapter layer with the tensors of the file, on the CPU."""
         target = self.target
         if target.parameter is not None:
-            named = (self.module, target.parameter, target.rank, target.alpha)
-            layer: LoRALayer = LoRAParameter(*named, self.use_rslora)
+            target_args = (self.module, target.parameter, target.rank, target.alpha)
+            layer: LoRALayer = LoRAParameter(*target_args, self.use_rslora)
         else:
             kind = layer_for(self.module, layers_of(self.kind))
             assert kind is not None, f"{target.name} was adapted and no layer fits it"
@@ -71,10 +71,10 @@ class AdaptedParameter:
         """Return the merged weight of a part of a parameter of several experts.
 
         Args:
-            w0: The part in float32 (rows, in).
-            part: Which it is.
-            alone: Multiply out the update of this part only; else that of all experts, of which
-                the last digits may be others.
+            w0: The part's weight in float32 (rows, in).
+            part: The part.
+            alone: Compute the update of this part by itself, not that of all experts at once,
+                whose last digits may differ.
         """
         if alone:
             layer = self.layer()
@@ -84,8 +84,8 @@ class AdaptedParameter:
             self.of_all = self.layer().delta_weight()
         return w0 + self.of_all[part.expert, part.rows]
 
-    def written_out(self, w0: Tensor) -> Tensor | None:
-        """Return W0 + s B A by the formula itself; None for other kinds of layers.
+    def by_formula(self, w0: Tensor) -> Tensor | None:
+        """Return W0 + s B A computed directly from the formula; None for other kinds of layers.
 
         Args:
             w0: In float32.
@@ -102,13 +102,13 @@ class AdaptedParameter:
 
 @dataclass
 class WeightedAdapter:
-    """One of the adapters that are merged.
+    """One of the adapters to merge.
 
     Args:
-        saved: As `read_adapter` returned it; of the names that `use_names_of` put right.
-        weight: Factor of its low-rank updates.
-        in_full: Whether the modules that it holds in full are taken, or those of another.
-        left_out: Tensors of its file that are not taken, though no other adapter has them.
+        saved: The adapter, with the names that `use_names_of` has translated.
+        weight: The factor of its low-rank updates.
+        in_full: Whether its modules trained in full are used, not those of another adapter.
+        left_out: Names of tensors in its file that are not used.
     """
 
     saved: AdapterFolder
@@ -119,13 +119,13 @@ class WeightedAdapter:
 
 @dataclass
 class AdapterChanges:
-    """What one adapter changes of a model, by the names of parameters.
+    """The changes of one adapter to a model, by parameter name.
 
     Args:
         adapted: Parameters with a low-rank update.
-        trained: Parameters that the file has in full.
-        of_tokens: Parameters of which it has some rows.
-        frozen: Parameters that it holds though they are the base's.
+        trained: Parameters that are in the file in full.
+        of_tokens: Parameters of which some rows are in the file.
+        frozen: Copies of base parameters in the file.
     """
 
     adapted: dict[str, AdaptedParameter]
@@ -134,34 +134,36 @@ class AdapterChanges:
     frozen: dict[str, Tensor]
 
 
-def changes_of(one: WeightedAdapter, model: nn.Module) -> AdapterChanges:
-    """Return what an adapter changes; its tensors are read from its folder again.
+def changes_of(weighted: WeightedAdapter, model: nn.Module) -> AdapterChanges:
+    """Return the changes of an adapter; its tensors are read from its folder again.
 
     Args:
-        one: The adapter.
+        weighted: The adapter.
         model: The base model without an adapter; may be on the meta device.
     """
-    adapter = one.saved
-    fresh = read_adapter(adapter.path)
-    if fresh.file is not None:
-        use_names_of(model, fresh)
-    again = {name: tensor for name, tensor in fresh.tensors.items() if name not in one.left_out}
-    # the names may have been put right since the first reading, in the same order
-    tensors = without_buffers(dict(zip(adapter.tensors, again.values(), strict=True)), model)
+    adapter = weighted.saved
+    reread = read_adapter(adapter.path)
+    if reread.file is not None:
+        use_names_of(model, reread)
+    used = {
+        name: tensor for name, tensor in reread.tensors.items() if name not in weighted.left_out
+    }
+    # names may have been translated since the first reading, in the same order
+    tensors = without_buffers(dict(zip(adapter.tensors, used.values(), strict=True)), model)
     adapter, rows = split_rows(with_current_names(replace(adapter, tensors=tensors), model))
     kind, use_rslora = adapter.type, bool(adapter.config.get("use_rslora"))
     parameters = dict(model.named_parameters(remove_duplicate=False))
     modules = dict(model.named_modules(remove_duplicate=False))
-    found = sort_tensors(adapter.tensors, kind, parameters)
-    chosen, _ = check_layers(found.of_layers, model, adapter, layers_of(kind))
+    kinds = sort_tensors(adapter.tensors, kind, parameters)
+    targets, _ = check_layers(kinds.of_layers, model, adapter, layers_of(kind))
     adapted = {}
-    for site, (target, shapes) in chosen.items():
-        of_layer = (kind, found.of_layers[site], shapes, use_rslora, one.weight)
+    for layer_name, (target, shapes) in targets.items():
+        of_layer = (kind, kinds.of_layers[layer_name], shapes, use_rslora, weighted.weight)
         name = f"{target.name}.{target.parameter or 'weight'}"
         adapted[name] = AdaptedParameter(target, modules[target.name], *of_layer)
     of_tokens = {
-        f"{place}.weight": saved
+        f"{module_name}.weight": saved
         for saved in saved_rows(model, rows, adapter)[0]
-        for place in (saved.name, *saved.others)
+        for module_name in (saved.name, *saved.others)
     }
-    return AdapterChanges(adapted, found.plain if one.in_full else {}, of_tokens, found.frozen)
+    return AdapterChanges(adapted, kinds.plain if weighted.in_full else {}, of_tokens, kinds.frozen)

@@ -1,4 +1,4 @@
-"""The task that an adapter was trained for, by the recipe beside it or by PEFT's configuration."""
+"""Find the task that an adapter was trained for, from its recipe or PEFT's configuration."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lora_cli.tasks import build_task, task_types
 from lora_cli.tasks.contract import Task
 
 DRAWING = next(kind for kind, spec in TASKS.items() if spec.draws)
-PEFT_COPY = ".base_layer.weight"  # a weight of the base that PEFT writes besides
+PEFT_COPY = ".base_layer.weight"  # a copy of a base weight that PEFT also writes
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 
 
@@ -36,7 +36,7 @@ def adapter_task(
 ) -> tuple[Task, AdapterFolder]:
     """Return the task that an adapter was trained for, and the adapter.
 
-    The recipe is the one beside the adapter, or `recipe_file`, or follows from PEFT's
+    The recipe is `recipe_file`, or the one in the adapter's folder, or derived from PEFT's
     configuration.
     """
     recipe = None
@@ -62,13 +62,13 @@ def adapter_task(
         places = {**recipe.origin.places, "model.name": f"--base {base}"}
         recipe = recipe.with_values({"model.name": base})
         recipe = recipe.with_origin(replace(recipe.origin, places=places))
-    # merging is done on the CPU, in the dtype of the checkpoint
+    # merging runs on the CPU, in the dtype of the checkpoint
     recipe = recipe.with_values({"model.dtype": None, "model.attention": None})
     return build_task(recipe), saved
 
 
 def _recipe_of(saved: AdapterFolder, base: str | None) -> Recipe:
-    """Return what PEFT's configuration, the tensors and the base say of the task."""
+    """Derive a recipe from PEFT's configuration, the tensors and the base."""
     named = saved.config.get("task_type")
     kind = _kind_of(saved.config)
     if kind is None and DRAWING in TASKS and (saved.file or {*saved.parts} & {*DENOISERS}):
@@ -96,46 +96,44 @@ def _recipe_of(saved: AdapterFolder, base: str | None) -> Recipe:
 
 
 def _kind_of(config: dict[str, Any]) -> str | None:
-    """Return the task that PEFT's configuration names, or that the class of the base is for.
+    """Return the task that PEFT's configuration names, or that the base's class is made for.
 
-    PEFT has no names for pictures and speech, and asks for none: without one, it writes the class
-    of the model that was adapted, of which some are for several tasks.
+    PEFT has no names for image and speech tasks. Without a task, it writes the class of the base
+    model, which may be used for several tasks.
     """
-    if named := config.get("task_type"):
-        return next((k for k, spec in TASKS.items() if spec.peft_task_type == named), None)
-    adapted = config.get("auto_mapping")
-    adapted = adapted if isinstance(adapted, dict) else {}
-    if DRAWING in TASKS and str(adapted.get("parent_library")).startswith("diffusers."):
+    if task_type := config.get("task_type"):
+        return next((k for k, spec in TASKS.items() if spec.peft_task_type == task_type), None)
+    mapping = config.get("auto_mapping")
+    mapping = mapping if isinstance(mapping, dict) else {}
+    if DRAWING in TASKS and str(mapping.get("parent_library")).startswith("diffusers."):
         return DRAWING
-    name = adapted.get("base_model_class")
+    name = mapping.get("base_model_class")
     kinds = {
-        kind
-        for kind, task in zip(TASKS, task_types(), strict=True)
-        if name in _names_of_models(task)
+        kind for kind, task in zip(TASKS, task_types(), strict=True) if name in _model_classes(task)
     }
     return kinds.pop() if len(kinds) == 1 else None
 
 
-def _names_of_models(task: type[Task]) -> set[str]:
-    """Return the names of the classes of transformers that are made for a task."""
-    found: set[str] = set()
+def _model_classes(task: type[Task]) -> set[str]:
+    """Return the names of transformers' model classes for a task."""
+    class_names: set[str] = set()
     for auto in (getattr(task, "auto_class", AutoModel), *getattr(task, "other_auto_classes", ())):
-        if auto is not AutoModel:  # which is without a head, and for any task
+        if auto is not AutoModel:  # a model without a head, for any task
             for names in auto._model_mapping._model_mapping.values():
-                found |= {names} if isinstance(names, str) else {*names}
-    return found
+                class_names |= {names} if isinstance(names, str) else {*names}
+    return class_names
 
 
 def _new_tokens(saved: AdapterFolder, recipe: Recipe) -> list[str]:
-    """Return the tokens that the tokenizer beside an adapter has besides those of its base."""
+    """Return the tokens that the adapter's tokenizer has in addition to those of its base."""
     if not any((saved.path / name).is_file() for name in TOKENIZER_FILES):
         return []
     tokenizer = read_tokenizer(saved.path, recipe)
     if not saved.config.get("trainable_token_indices"):
-        # else only an embedding that was saved as a whole shows that it got rows for new tokens
+        # then only a fully saved embedding shows that it got rows for new tokens
         rows = getattr(load_config(recipe).get_text_config(), "vocab_size", 0)
-        whole = [t for name, t in saved.tensors.items() if not name.endswith(PEFT_COPY)]
-        if not any(t.ndim > 1 and t.shape[0] == len(tokenizer) > rows for t in whole):
+        full_tensors = [t for name, t in saved.tensors.items() if not name.endswith(PEFT_COPY)]
+        if not any(t.ndim > 1 and t.shape[0] == len(tokenizer) > rows for t in full_tensors):
             return []
-    own, known = tokenizer.get_vocab(), load_tokenizer(recipe).get_vocab()
-    return sorted(own.keys() - known.keys(), key=own.__getitem__)
+    vocabulary, base_vocabulary = tokenizer.get_vocab(), load_tokenizer(recipe).get_vocab()
+    return sorted(vocabulary.keys() - base_vocabulary.keys(), key=vocabulary.__getitem__)

@@ -1,7 +1,7 @@
-"""Several adapters of one base -> one adapter, which is written as `lora train` writes one.
+"""Combine several adapters of one base into one adapter, in the format of `lora train`.
 
 Only low-rank matrices are combined; heads and other modules trained in full are never averaged.
-What has to be the same in all adapters is checked in `combine_sources`.
+`combine_sources` checks that the adapters are compatible.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from lora_cli.export.combine_sources import (
 )
 from lora_cli.export.low_rank_pairs import (
     Pair,
-    of_one_rank,
     peft_tensors_of,
     plain_config,
     squared_norms,
+    with_equal_ranks,
 )
 from lora_cli.export.source_files import copy_processor
 from lora_cli.export.target_folder import locked_target
@@ -51,7 +51,7 @@ from lora_cli.recipe import (
 from lora_cli.reporting.model_card import code_span, write_derived_card
 
 COMBINE_FILE = "combine.json"
-EXACT = 1e-5  # relative distance of an update that is what the adapters add together
+EXACT = 1e-5  # relative distance below which an update counts as the weighted sum
 
 
 @dataclass
@@ -62,7 +62,7 @@ class CombineResult:
     modules: int
     rank: int
     distance: float
-    """Of the update from the weighted sum of the adapters' updates, relative to that sum."""
+    """Distance from the weighted sum of the adapters' updates, relative to the sum."""
     notes: list[str] = field(default_factory=list)
 
 
@@ -73,18 +73,18 @@ def combine_adapters(
     weights: Sequence[float] | None = None,
     head: Path | None = None,
 ) -> CombineResult:
-    """Write one adapter that is made of several.
+    """Combine several adapters, and write the result.
 
     Args:
-        adapters: Their folders; the recipe and the tokenizer of the first are kept.
-        to: Folder that is made; it must not exist, or be empty.
-        method: How updates of a module become one.
-        weights: Factor of each adapter's update; None is 1 each, as if all ran together.
-        head: Which adapter's modules trained in full are taken, if they differ.
+        adapters: The adapters' folders; the recipe and the tokenizer of the first are kept.
+        to: The folder to create; it must not exist, or be empty.
+        method: The method that combines the updates of a module.
+        weights: The factor of each adapter's update; None for 1, the sum of all.
+        head: The adapter whose modules trained in full are used, if they differ.
 
     Raises:
-        LoraError: If the adapters cannot be combined, with every reason.
-        IntegrityError: If a folder is damaged, or the result is not what the method says.
+        LoraError: If the adapters cannot be combined, with all reasons.
+        IntegrityError: If a folder is damaged, or the result contradicts the method.
     """
     weights = list(weights or [1.0] * len(adapters))
     with locked_target(to):
@@ -100,31 +100,31 @@ def combine_adapters(
             raise IntegrityError(what, "--method cat", hint)
         first = sources[0]
         config = plain_config(first.saved.config, pairs, top_names)
-        made_of = _made_of(sources, method, head, distance)
+        origin = _origin(sources, method, head, distance)
         tensors = peft_tensors_of(pairs, in_full)
         parts = sorted({part for source in sources for part in source.saved.parts})
         with new_folder(to) as folder:
             write_adapter_files(folder, config, tensors, parts)
-            _write_origin(folder, first, config, made_of, to)
+            _write_origin(folder, first, config, origin, to)
         read_adapter(to)
     return CombineResult(to, len(pairs), config["r"], distance, differing_settings(sources))
 
 
-def run_together(
+def sum_of_adapters(
     adapters: Sequence[Path], weights: Sequence[float], head: Path | None = None
 ) -> tuple[AdapterFolder, list[WeightedAdapter]]:
-    """Return one adapter that computes what several compute together, and each; nothing is written.
+    """Return one adapter that equals the weighted sum of several, and each of them.
 
     Args:
-        adapters: Their folders.
-        weights: Factor of each adapter's update.
-        head: Which adapter's modules trained in full are taken, if they differ.
+        adapters: The adapters' folders.
+        weights: The factor of each adapter's update.
+        head: The adapter whose modules trained in full are used, if they differ.
 
     Returns:
-        The adapter that is all of them; and each, with the modules trained in full that are taken.
+        The joint adapter; and the single adapters, with the modules trained in full that are used.
 
     Raises:
-        LoraError: If the adapters cannot be added, with every reason.
+        LoraError: If the adapters cannot be added, with all reasons.
     """
     sources = [read_source(path, weight) for path, weight in zip(adapters, weights, strict=True)]
     require_same_use(sources)
@@ -139,10 +139,10 @@ def run_together(
     for source in sources:
         left_out = frozenset(source.parts.in_full.keys() - in_full.keys())
         own = {n: in_full.get(n, t) for n, t in source.saved.tensors.items() if n not in left_out}
-        own_config = {**source.saved.config, "modules_to_save": top_names}
-        saved = replace(source.saved, config=own_config, tensors=own)
-        is_taken = source.parts.in_full is in_full
-        each.append(WeightedAdapter(saved, source.weight, is_taken, left_out))
+        source_config = {**source.saved.config, "modules_to_save": top_names}
+        saved = replace(source.saved, config=source_config, tensors=own)
+        is_used = source.parts.in_full is in_full
+        each.append(WeightedAdapter(saved, source.weight, is_used, left_out))
     return joint, each
 
 
@@ -150,7 +150,7 @@ def run_together(
 
 
 def _by_module(sources: list[Source]) -> dict[str, list[tuple[float, Pair]]]:
-    """Return the updates of each module that any adapter has, with their weights."""
+    """Return the updates of each module that any adapter adapts, with their weights."""
     names = sorted({name for source in sources for name in source.parts.pairs})
     return {
         name: [(s.weight, s.parts.pairs[name]) for s in sources if name in s.parts.pairs]
@@ -159,7 +159,7 @@ def _by_module(sources: list[Source]) -> dict[str, list[tuple[float, Pair]]]:
 
 
 def _require_ranks(sources: list[Source], method: Method) -> None:
-    """Reject different ranks where matrices are added entry by entry."""
+    """Reject different ranks if the method adds matrices entry by entry."""
     if method.name == "cat" or method.name in BY_SVD:
         return
     for name, weighted in _by_module(sources).items():
@@ -174,8 +174,8 @@ def _require_ranks(sources: list[Source], method: Method) -> None:
 
 
 def _combined(sources: list[Source], method: Method) -> dict[str, Pair]:
-    """Return one update of each module, all of one rank and with the scale 1."""
-    if method.rank is None:  # of all modules: a smaller one would be filled up with zeros
+    """Return one update for each module, all with the same rank and scale 1."""
+    if method.rank is None:  # the largest of all modules, to which others would be padded
         ranks = [pair.rank for source in sources for pair in source.parts.pairs.values()]
         method = replace(method, rank=max(ranks))
     pairs = {n: combine_pairs(n, pairs, method) for n, pairs in _by_module(sources).items()}
@@ -183,24 +183,24 @@ def _combined(sources: list[Source], method: Method) -> dict[str, Pair]:
         if not bool(pair.a.isfinite().all() and pair.b.isfinite().all()):
             what = f"the combined update of `{name}` has entries that are not finite"
             raise LoraError(what, "--weights", "choose smaller weights")
-    return of_one_rank(pairs)
+    return with_equal_ranks(pairs)
 
 
 def _distance(sources: list[Source], pairs: dict[str, Pair]) -> float:
-    """Return how far the update is from the weighted sum of the adapters', relative to that."""
-    apart = of_sum = 0.0
+    """Return the distance of the update from the weighted sum, relative to the sum."""
+    distance = norm = 0.0
     for name, weighted in _by_module(sources).items():
         total = concatenated(weighted)
-        all_apart, _ = squared_norms([(1.0, total), (-1.0, pairs[name])])
-        apart += max(all_apart, 0.0)
-        of_sum += squared_norms([(1.0, total)])[0]
-    return math.sqrt(apart / of_sum) if of_sum > 0 else float(apart > 0)
+        part, _ = squared_norms([(1.0, total), (-1.0, pairs[name])])
+        distance += max(part, 0.0)
+        norm += squared_norms([(1.0, total)])[0]
+    return math.sqrt(distance / norm) if norm > 0 else float(distance > 0)
 
 
 # --------------------------------------------------------------------------------------- writing
 
 
-def _made_of(
+def _origin(
     sources: list[Source], method: Method, head: Path | None, distance: float
 ) -> dict[str, Any]:
     """Return the facts of `combine.json`."""
@@ -223,10 +223,10 @@ def _made_of(
 
 
 def _write_origin(
-    folder: Path, first: Source, config: dict[str, Any], made_of: dict[str, Any], to: Path
+    folder: Path, first: Source, config: dict[str, Any], origin: dict[str, Any], to: Path
 ) -> None:
-    """Write what goes with the matrices: base, recipe, tokenizer, card, and what it is made of."""
-    write_json(folder / COMBINE_FILE, made_of)
+    """Write the files besides the tensors: fingerprint, recipe, tokenizer, card and origin."""
+    write_json(folder / COMBINE_FILE, origin)
     if first.saved.base is not None:
         first.saved.base.write(folder)
     copy_processor(first.saved.path, folder)
@@ -246,20 +246,20 @@ def _write_origin(
     )  # fmt: skip
     recipe = recipe.with_origin(replace(recipe.origin, places={}))
     (folder / RECIPE_FILE).write_text(dump_recipe(recipe), encoding="utf-8")
-    write_derived_card(folder, recipe, "Made of", _card_text(made_of))
+    write_derived_card(folder, recipe, "Made of", _card_text(origin))
 
 
-def _card_text(made_of: dict[str, Any]) -> str:
-    """Return what the card says of the adapters that it was made of."""
-    how = f"`{made_of['method']}` ({METHODS[made_of['method']]})"
+def _card_text(origin: dict[str, Any]) -> str:
+    """Return the text of the card about the combined adapters."""
+    method = f"`{origin['method']}` ({METHODS[origin['method']]})"
     for key in ("density", "seed"):
-        how += f", {key} {made_of[key]}" if key in made_of else ""
-    if "head" in made_of:
-        how += f", modules trained in full from {code_span(made_of['head'])}"
-    far = made_of["distance_from_sum"]
+        method += f", {key} {origin[key]}" if key in origin else ""
+    if "head" in origin:
+        method += f", modules trained in full from {code_span(origin['head'])}"
+    far = origin["distance_from_sum"]
     is_exact = "it is the weighted sum" if far <= EXACT else f"{far:.1%} away from the weighted sum"
     rows = [
         f"- {code_span(one['folder'])}, weight {one['weight']:g}, SHA-256 `{one['sha256']}`"
-        for one in made_of["adapters"]
+        for one in origin["adapters"]
     ]
-    return f"Combined by {how} of these adapters; {is_exact}:\n\n" + "\n".join(rows)
+    return f"Combined by {method} of these adapters; {is_exact}:\n\n" + "\n".join(rows)

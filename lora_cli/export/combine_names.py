@@ -1,4 +1,4 @@
-"""The names of the ways to combine adapters, for a command line that has not imported torch."""
+"""The names of the methods to combine adapters; the command line needs them without torch."""
 
 METHODS = {
     "cat": "exactly the weighted sum; the ranks add up",

@@ -1,7 +1,7 @@
-"""The adapters that are combined into one: each is read, and they have to go together.
+"""Read the adapters to combine, and check that they are compatible.
 
-The base, the task and the labels decide the computation besides the matrices, so they have to be
-the same in all. Modules trained in full are equal, or the user says whose is taken.
+The base, the task and the labels affect the output as well as the matrices, so they have to be the
+same in all adapters. Modules trained in full must be equal, or the user chooses whose are used.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ MUST_AGREE = ("task.type", "task.labels", "task.problem")
 
 @dataclass
 class Source:
-    """One of the adapters that are combined."""
+    """One of the adapters to combine."""
 
     name: str
-    """The folder as it was typed."""
+    """The folder's name for messages."""
     saved: AdapterFolder
     recipe: Recipe | None
     parts: AdapterParts
@@ -39,14 +39,14 @@ class Source:
 
 
 def read_source(path: Path, weight: float) -> Source:
-    """Read one of the adapters, which has to be a plain LoRA.
+    """Read one of the adapters, which has to be plain LoRA.
 
     Args:
-        path: Its folder.
-        weight: Factor of its update.
+        path: The adapter's folder.
+        weight: The factor of its update.
 
     Raises:
-        LoraError: If it is of another type, or trains more than matrices and whole modules.
+        LoraError: If it is of another type, or trains biases, single parameters or token rows.
     """
     saved = read_adapter(path)
     if saved.file is not None:
@@ -80,10 +80,10 @@ def read_source(path: Path, weight: float) -> Source:
 
 
 def require_same_use(sources: list[Source]) -> None:
-    """Reject adapters of different bases, tasks or labels, with every difference.
+    """Reject adapters of different bases, tasks or labels.
 
     Raises:
-        LoraError: If there is one.
+        LoraError: For all differences.
     """
     first, problems = sources[0], []
     for other in sources[1:]:
@@ -104,30 +104,30 @@ def require_same_use(sources: list[Source]) -> None:
 
 
 def _other_base(first: Source, other: Source) -> str | None:
-    """Return how the bases of two adapters differ, else None."""
-    ours, theirs = first.saved.base, other.saved.base
-    if ours is not None and theirs is not None:
-        if tensors := ours.differing(theirs, (*first.parts.in_full, *other.parts.in_full)):
+    """Return how the bases of two adapters differ, or None."""
+    base, other_base = first.saved.base, other.saved.base
+    if base is not None and other_base is not None:
+        if tensors := base.differing(other_base, (*first.parts.in_full, *other.parts.in_full)):
             return (
-                f"it was trained on `{theirs.name}`, which is not the base of {first.name}, "
-                f"`{ours.name}`: `{tensors[0]}` differs"
+                f"it was trained on `{other_base.name}`, which is not the base of {first.name}, "
+                f"`{base.name}`: `{tensors[0]}` differs"
             )
     else:
-        named = [_named_base(one) for one in (first, other)]
+        named = [_named_base(source) for source in (first, other)]
         if named[0] != named[1]:
             return f"it was trained on `{named[1]}`, and {first.name} on `{named[0]}`"
         warn(f"whether {first.name} and {other.name} have the same base could not be verified")
-    facts = [read_computation(one.saved.path) for one in (first, other)]
+    facts = [read_computation(source.saved.path) for source in (first, other)]
     if facts[0] is None or facts[1] is None:
         return None
-    for key, words in (("tokenizer", "tokenizer"), ("processor", "processor of inputs")):
+    for key, description in (("tokenizer", "tokenizer"), ("processor", "processor of inputs")):
         if facts[0]["base"].get(key) != facts[1]["base"].get(key):
-            return f"it was trained with another {words} than {first.name}"
+            return f"it was trained with another {description} than {first.name}"
     return None
 
 
 def _named_base(source: Source) -> str | None:
-    """Return the base that PEFT's configuration names, with its revision if it has one."""
+    """Return the base in PEFT's configuration, with its revision unless that is `main`."""
     config = source.saved.config
     revision = config.get("revision") or "main"
     name: str | None = config.get("base_model_name_or_path")
@@ -135,33 +135,35 @@ def _named_base(source: Source) -> str | None:
 
 
 def _other_task(first: Source, other: Source) -> str | None:
-    """Return how the tasks of two adapters differ, else None."""
-    kinds = [one.saved.config.get("task_type") for one in (first, other)]
+    """Return how the tasks of two adapters differ, or None."""
+    kinds = [source.saved.config.get("task_type") for source in (first, other)]
     if kinds[0] != kinds[1]:
         return f"it was trained for `{kinds[1]}`, and {first.name} for `{kinds[0]}`"
     if first.recipe is None or other.recipe is None:
         return None
-    ours, theirs = computing_values(first.recipe), computing_values(other.recipe)
+    values, others = computing_values(first.recipe), computing_values(other.recipe)
     for key in MUST_AGREE:
-        if ours.get(key) != theirs.get(key):
-            return f"its `{key}` is {theirs.get(key)}, and that of {first.name} {ours.get(key)}"
+        if values.get(key) != others.get(key):
+            return f"its `{key}` is {others.get(key)}, and that of {first.name} {values.get(key)}"
     return None
 
 
 def differing_settings(sources: list[Source]) -> list[str]:
-    """Return which other settings differ, of which those of the first adapter are kept."""
+    """Return notes on other settings that differ; those of the first adapter are kept."""
     first, lines = sources[0], []
     for other in sources[1:]:
         if first.recipe is None or other.recipe is None:
             continue
-        ours, theirs = computing_values(first.recipe), computing_values(other.recipe)
-        ours["model.quantization"] = first.recipe.model.quantization
-        theirs["model.quantization"] = other.recipe.model.quantization
+        values, other_values = computing_values(first.recipe), computing_values(other.recipe)
+        values["model.quantization"] = first.recipe.model.quantization
+        other_values["model.quantization"] = other.recipe.model.quantization
         lines += [
-            f"`{key}` is {ours[key]} in {first.name} and {theirs[key]} in {other.name}: "
+            f"`{key}` is {values[key]} in {first.name} and {other_values[key]} in {other.name}: "
             "the first is kept"
-            for key in ours
-            if key.startswith(("task.", "model.")) and key in theirs and ours[key] != theirs[key]
+            for key in values
+            if key.startswith(("task.", "model."))
+            and key in other_values
+            and values[key] != other_values[key]
         ]
     return lines
 
@@ -173,21 +175,21 @@ def modules_in_full(
 
     Args:
         sources: The adapters.
-        head: The folder of the one whose modules are taken; None: they have to be equal.
+        head: The folder of the adapter whose modules are used; None if they have to be equal.
 
     Returns:
-        Tensors by the names of parameters, and what the configuration has as `modules_to_save`.
+        The tensors by parameter name, and the configuration's `modules_to_save`.
 
     Raises:
         LoraError: If they differ and none is chosen, or the choice is not one of the adapters.
     """
     chosen = sources[0]
     if head is not None:
-        same = [s for s in sources if s.saved.path.absolute() == head.absolute()]
-        if not same:
+        matching = [s for s in sources if s.saved.path.absolute() == head.absolute()]
+        if not matching:
             names = ", ".join(source.name for source in sources)
             raise LoraError(f"{head} is not one of the adapters", "--head", f"choose of {names}")
-        chosen = same[0]
+        chosen = matching[0]
     elif (other := next((s for s in sources[1:] if _differ(sources[0], s)), None)) is not None:
         tops = sorted({n.rpartition(".")[0] for s in (chosen, other) for n in s.parts.in_full})
         shown = ", ".join(f"`{name}`" for name in tops[:3]) + (", …" if len(tops) > 3 else "")
@@ -199,7 +201,7 @@ def modules_in_full(
     return chosen.parts.in_full, chosen.saved.config.get("modules_to_save")
 
 
-def _differ(one: Source, other: Source) -> bool:
-    """Return whether two adapters have other modules trained in full, or others' values."""
-    ours, theirs = one.parts.in_full, other.parts.in_full
-    return ours.keys() != theirs.keys() or any(not torch.equal(ours[n], theirs[n]) for n in ours)
+def _differ(first: Source, other: Source) -> bool:
+    """Return whether the modules trained in full differ between two adapters."""
+    a, b = first.parts.in_full, other.parts.in_full
+    return a.keys() != b.keys() or any(not torch.equal(a[n], b[n]) for n in a)

@@ -1,4 +1,4 @@
-"""Programs that draw pictures: diffusers itself, and those that read files of kohya's scripts."""
+"""Readers for image generation: diffusers, and programs that read kohya's format."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ from lora_cli.models.find_base import locate
 from lora_cli.not_an_adapter import DIFFUSERS_FILE
 
 KOHYA_FILE = "lora.safetensors"
-# what diffusers raises over names and sizes that it takes apart in another way
-TAKEN_APART = (ValueError, KeyError, IndexError, RuntimeError, AssertionError)
+# errors that diffusers raises for names and shapes that it does not expect
+LOADING_ERRORS = (ValueError, KeyError, IndexError, RuntimeError, AssertionError)
 NO_DORA = "diffusers leaves out DoRA's lengths (`dora_scale`) when it reads such files"
 
 
@@ -45,13 +45,13 @@ class Diffusers:
     file, name = DIFFUSERS_FILE, "diffusers"
 
     def problems(self, source: Source) -> list[Problem]:
-        """Reject what is no low-rank update of a part of a diffusion model."""
-        found = obstacles(source.saved, self.types)
+        """Reject adapters other than low-rank updates of the parts of a diffusion model."""
+        reasons = obstacles(source.saved, self.types)
         what = f"{self.name} has no place for this adapter:"
-        return [Problem(f"{what} {reason}", str(source.saved.path), MERGE) for reason in found]
+        return [Problem(f"{what} {reason}", str(source.saved.path), MERGE) for reason in reasons]
 
     def changes(self, source: Source) -> list[str]:
-        """Return that the scaling is folded."""
+        """Return notes on the folded scaling and on different ranks."""
         config, updates = source.saved.config, updates_of(source.saved)
         ranks = sorted({update.rank for update in updates})
         how = "alpha / sqrt(rank)" if config.get("use_rslora") else "alpha / rank"
@@ -66,25 +66,25 @@ class Diffusers:
         save_for_diffusers(source.saved, folder)
 
     def check(self, source: Source, folder: Path) -> list[str]:
-        """Load the file by diffusers into a pipeline with the base's parts; compare the outputs."""
+        """Load the file with diffusers into a pipeline of the base's parts; compare the outputs."""
         if (
             importlib.util.find_spec("diffusers") is None
             or importlib.util.find_spec("peft") is None
         ):
             return ["diffusers and peft are not both installed, so the file was not loaded there"]
-        wanted = {f"{one.part}.{one.name}" for one in updates_of(source.saved)}
+        expected = {f"{update.part}.{update.name}" for update in updates_of(source.saved)}
         with _pipeline(source) as pipeline:
             try:
                 pipeline.load_lora_weights(str(folder), weight_name=self.file)
-            except TAKEN_APART:
+            except LOADING_ERRORS:
                 pipeline.unload_lora_weights()
             adapted = {
                 name for name, module in source.base.named_modules() if hasattr(module, "lora_A")
             }
-            if lost := sorted(wanted - adapted):
+            if lost := sorted(expected - adapted):
                 more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
-                named = ", ".join(f"`{name}`" for name in lost[:3])
-                what = f"diffusers does not read the adapters of {named}{more} in such a file"
+                names = ", ".join(f"`{name}`" for name in lost[:3])
+                what = f"diffusers does not read the adapters of {names}{more} in such a file"
                 hint = "leave these modules out of `adapter.target_modules`, or merge the adapter"
                 raise LoraError(what, str(source.saved.path), hint)
             with torch.no_grad():
@@ -94,7 +94,7 @@ class Diffusers:
                 f"{difference:.1e}"]  # fmt: skip
 
     def usage(self, source: Source, to: Path) -> str:
-        """Return how it is used in Python."""
+        """Return how to use the file in Python."""
         without = "".join(f", {part}=None" for part in source.task.unused_parts)
         return (
             "With `diffusers`:\n\n```python\nfrom diffusers import DiffusionPipeline\n\n"
@@ -105,25 +105,25 @@ class Diffusers:
 
 
 class Kohya(Diffusers):
-    """The format of kohya's scripts, which web interfaces for drawing read."""
+    """The format of kohya's scripts, which web interfaces for image generation read."""
 
     types = ("lora",)
     file, name = KOHYA_FILE, "a file in kohya's format"
 
     def problems(self, source: Source) -> list[Problem]:
-        """Reject DoRA too, and models whose modules have other names there."""
+        """Reject DoRA too, and modules for which the format has no name."""
         at = str(source.saved.path)
         if source.saved.parts and source.saved.type == "dora":
             return [Problem(NO_DORA, at, f"use `--for diffusers`, or {MERGE}")]
-        if found := super().problems(source):
-            return found
+        if problems := super().problems(source):
+            return problems
         if (transformer := _transformer(source)) is None:
             return []
         named = {name for layer in layers_of(transformer).values() for name in layer.modules}
-        without = [one.name for one in updates_of(source.saved)
-                   if one.part == TRANSFORMER and one.name not in named]  # fmt: skip
-        if without:
-            what = f"{self.name} has no name for `{without[0]}` of this transformer"
+        unnamed = [u.name for u in updates_of(source.saved)
+                   if u.part == TRANSFORMER and u.name not in named]  # fmt: skip
+        if unnamed:
+            what = f"{self.name} has no name for `{unnamed[0]}` of this transformer"
             return [Problem(what, at, f"use `--for diffusers`, or {MERGE}")]
         return []
 
@@ -134,14 +134,14 @@ class Kohya(Diffusers):
         save_for_kohya(source.saved, folder / KOHYA_FILE, has_two, _transformer(source))
 
     def check(self, source: Source, folder: Path) -> list[str]:
-        """Load the file by diffusers, or read it here where diffusers reads no such file."""
+        """Load the file with diffusers, or with this tool if diffusers does not support it."""
         transformer = _transformer(source)
-        if transformer is None or hasattr(transformer, "single_transformer_blocks"):  # as Flux
+        if transformer is None or hasattr(transformer, "single_transformer_blocks"):  # e.g. Flux
             return super().check(source, folder)
         config, tensors, _ = translated(read_diffusion_file(folder / KOHYA_FILE), source.base)
         updates = {}
-        for name, own in sort_tensors(tensors, "lora", ()).of_layers.items():
-            a, b = own["lora_A"], own["lora_B"]
+        for name, pair in sort_tensors(tensors, "lora", ()).of_layers.items():
+            a, b = pair["lora_A"], pair["lora_B"]
             updates[name] = alpha_of(config, name) / len(a) * b.flatten(1) @ a.flatten(1)
         difference = require_same_outputs(source, updates, "lora")
         return [
@@ -150,7 +150,7 @@ class Kohya(Diffusers):
         ]
 
     def usage(self, source: Source, to: Path) -> str:
-        """Return where the file goes."""
+        """Return where to copy the file, and how to use it."""
         place = (
             f"Web interfaces for drawing read `{KOHYA_FILE}`: copy it into their folder of LoRAs."
         )
@@ -158,28 +158,28 @@ class Kohya(Diffusers):
 
 
 def _transformer(source: Source) -> nn.Module | None:
-    """Return what draws, if it is a transformer."""
+    """Return the denoiser if it is a transformer."""
     return source.base.parts.get(TRANSFORMER) if isinstance(source.base, Bundle) else None
 
 
 @contextmanager
 def _pipeline(source: Source) -> Iterator[Any]:
-    """Give diffusers' pipeline of the base with the parts that are here, without their adapters.
+    """Provide diffusers' pipeline with the base's parts, without their adapters.
 
-    What it loads into the parts is taken out at the end.
+    Adapters that the pipeline loads into the parts are removed at the end.
     """
     import diffusers
 
     diffusers.utils.logging.disable_progress_bar()
-    before = {name: logging.getLogger(name).level for name in ("diffusers", "transformers")}
+    log_levels = {name: logging.getLogger(name).level for name in ("diffusers", "transformers")}
     assert isinstance(source.base, Bundle), "adapters of one model have been rejected"
     parts: dict[str, nn.Module] = source.base.parts
     place, pipeline = locate(source.base_name), None
     try:
-        for name in before:
+        for name in log_levels:
             logging.getLogger(name).setLevel(logging.ERROR)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of PEFT and diffusers, of their own ways
+            warnings.simplefilter("ignore")  # PEFT and diffusers warn about their own behaviour
             revision = source.task.recipe.model.revision
             options: dict[str, Any] = {"revision": revision, "safety_checker": None}
             options |= dict.fromkeys(source.task.unused_parts)
@@ -189,5 +189,5 @@ def _pipeline(source: Source) -> Iterator[Any]:
     finally:
         if pipeline is not None:
             pipeline.unload_lora_weights()
-        for name, level in before.items():
+        for name, level in log_levels.items():
             logging.getLogger(name).setLevel(level)

@@ -1,4 +1,4 @@
-"""Write an adapter for another program, after saying what changes, and read it as that one does."""
+"""Export an adapter for another program, and verify it by reading it like that program."""
 
 from __future__ import annotations
 
@@ -57,23 +57,23 @@ def export_adapter(
     overrides: list[str] | None = None,
     say: Callable[[str], None] = print,
 ) -> list[str]:
-    """Write an adapter for a reader.
+    """Export an adapter for a reader.
 
     Args:
-        adapter: Folder of the adapter.
-        to: Folder that is made; it must not exist, or be empty.
+        adapter: The adapter's folder.
+        to: The folder to create; it must not exist, or be empty.
         name: The reader, one of `READERS`.
-        base: Hub id or folder of the base model; None: the one that the adapter names.
-        recipe_file: Recipe of an adapter that another tool made.
-        overrides: `key=value` each, over keys of the recipe.
-        say: Is called, before anything is written, with a line about each change.
+        base: Hub id or folder of the base model; None for the base that the adapter names.
+        recipe_file: A recipe for an adapter that another tool made.
+        overrides: `key=value` strings that override keys of the recipe.
+        say: Called with a line about each change before anything is written.
 
     Returns:
         What was compared after writing, in words.
 
     Raises:
-        LoraError: If the reader would not read all of the adapter, with every reason.
-        IntegrityError: If the base is not the adapter's, or what was written computes otherwise.
+        LoraError: If the reader cannot read all of the adapter, with all reasons.
+        IntegrityError: If the base is not the adapter's, or the written adapter's outputs differ.
     """
     with locked_target(to):
         task, saved = adapter_task(adapter, recipe_file, base, overrides)
@@ -90,8 +90,8 @@ def export_adapter(
         with new_folder(to) as folder:
             reader.write(source, folder)
             compared = reader.check(source, folder)
-            about = f"Made from the adapter `{Path(shown_name(adapter)).name}` for {READERS[name]}."
-            text = "\n\n".join(filter(None, [about, reader.usage(source, to), *compared]))
+            intro = f"Made from the adapter `{Path(shown_name(adapter)).name}` for {READERS[name]}."
+            text = "\n\n".join(filter(None, [intro, reader.usage(source, to), *compared]))
             recipe = task.completed_recipe
             library = (
                 "peft" if (folder / weight_files(folder)[0]).is_file() else LIBRARIES.get(name)
@@ -101,19 +101,19 @@ def export_adapter(
 
 
 def _source(task: Task, saved: AdapterFolder) -> Source:
-    """Load the base, and compute what base + adapter make of the task's probe.
+    """Load the base, and compute the outputs of base + adapter on the task's probe.
 
-    The base is loaded once, and is as it was afterwards: two would need twice the memory.
+    The base is loaded once and restored afterwards, since two copies would take twice the memory.
     """
     model, new = task.load_model(torch.device("cpu"), dtype=torch.float32)
     verify_base(saved, fingerprint_of(task.recipe, model, new), task.recipe)
     is_tied = bool(tied_groups(model))
-    before = {name: p.data for name, p in model.named_parameters(remove_duplicate=False)}
+    base_weights = {name: p.data for name, p in model.named_parameters(remove_duplicate=False)}
     load_adapter(model, saved, new, drawn=task.drawn)
     with torch.no_grad():
         outputs = task.probed(model.eval(), task.probe())
     remove_layers(model)
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        parameter.data = before[name]
+        parameter.data = base_weights[name]
     parts = parts_of(saved) if is_plain_lora(saved) else None
     return Source(task, saved, parts, model, outputs, is_tied)

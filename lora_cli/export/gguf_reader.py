@@ -1,8 +1,8 @@
 """llama.cpp: one GGUF file of low-rank matrices.
 
 The names of the tensors are llama.cpp's, from the tables of its own `gguf` package. There is one
-alpha for all, and the program scales by alpha / rank, so scales are folded into B. Where its models
-keep the rows of query and key in another order (of the Llama family), so do the rows of B.
+alpha for all modules, and the program scales by alpha / rank, so scales are folded into B. If its
+models store the rows of query and key in a different order (Llama family), B is reordered too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lora_cli.errors import LoraError, Problem, counted
-from lora_cli.export.low_rank_pairs import of_one_rank
+from lora_cli.export.low_rank_pairs import with_equal_ranks
 from lora_cli.export.reader import (
     Source,
     needs_plain_lora,
@@ -43,16 +43,16 @@ MERGE_FIRST = (
 
 
 class LlamaCpp:
-    """llama.cpp, and what is built on it."""
+    """llama.cpp, and programs built on it."""
 
     def problems(self, source: Source) -> list[Problem]:
-        """Reject what is no matrix, and architectures whose names and layouts are not known."""
+        """Reject adapters that are not plain LoRA, and unknown architectures."""
         at = str(source.saved.path)
         problems = [
             Problem(problem.what, problem.at, MERGE_FIRST)
             for problem in needs_plain_lora(source, "llama.cpp")
         ]
-        if source.saved.parts:  # of which each has a type
+        if source.saved.parts:  # each part has its own model type
             return problems
         kind = source.task.config.model_type
         if kind not in ARCHITECTURES:
@@ -85,16 +85,16 @@ class LlamaCpp:
         """Write `adapter.gguf`."""
         import gguf
 
-        names, pairs = _Names(source), of_one_rank(source.lora.pairs)
+        names, pairs = _Names(source), with_equal_ranks(source.lora.pairs)
         writer = gguf.GGUFWriter(folder / GGUF_FILE, names.architecture)
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(_rank_of(pairs)))
-        # a local path is nobody else's business
+        # local paths are private
         writer.add_name(f"{source.saved.path.name} for {short_name(source.base_name)}")
         writer.add_file_type(gguf.LlamaFileType.ALL_F32)
         for name, pair in pairs.items():
-            # an embedding looks up rows of A, so they lie one after the other
+            # an embedding looks up rows of A, so they are stored contiguously
             a = pair.a.T if pair.is_embedding else pair.a
             b = names.reordered(name, pair.b)
             writer.add_tensor(f"{names.of(name)}.lora_a", a.contiguous().numpy())
@@ -106,7 +106,7 @@ class LlamaCpp:
         umask_mode(folder / GGUF_FILE)
 
     def check(self, source: Source, folder: Path) -> list[str]:
-        """Read the file by llama.cpp's own package, and compare the outputs."""
+        """Read the file with llama.cpp's own package, and compare the outputs."""
         import gguf
 
         reader, names = gguf.GGUFReader(folder / GGUF_FILE), _Names(source)
@@ -135,7 +135,7 @@ class LlamaCpp:
 
 
 class _Names:
-    """llama.cpp's names and orders for the modules of a base."""
+    """llama.cpp's tensor names and row orders for the modules of a base."""
 
     def __init__(self, source: Source) -> None:
         import gguf
@@ -148,28 +148,28 @@ class _Names:
         self._table = gguf.get_tensor_name_map(numbers[self.architecture], config.num_hidden_layers)
 
     def of(self, module: str) -> str | None:
-        """Return the name of a module's weight, or None where it has none."""
-        found = self._table.get_name(f"{module}.weight", try_suffixes=(".weight",))
-        return None if found is None else str(found)
+        """Return the name of a module's weight, or None if llama.cpp has no such tensor."""
+        name = self._table.get_name(f"{module}.weight", try_suffixes=(".weight",))
+        return None if name is None else str(name)
 
     def reordered(self, module: str, b: Tensor) -> Tensor:
-        """Return B with its rows in llama.cpp's order: halves of a head's rows alternate."""
+        """Return B with its rows in llama.cpp's order, which interleaves each head's halves."""
         heads = self._reordered_heads(module)
         if heads is None:
             return b
         return b.reshape(heads, 2, -1, b.shape[1]).swapaxes(1, 2).reshape(b.shape)
 
     def in_order(self, module: str, b: Tensor) -> Tensor:
-        """Return B with its rows in the order of transformers."""
+        """Return B with its rows in transformers' order."""
         heads = self._reordered_heads(module)
         if heads is None:
             return b
         return b.reshape(heads, -1, 2, b.shape[1]).swapaxes(1, 2).reshape(b.shape)
 
     def _reordered_heads(self, module: str) -> int | None:
-        if not self.reorders or (found := re.search(r"\b(q|k)_proj$", module)) is None:
+        if not self.reorders or (match := re.search(r"\b(q|k)_proj$", module)) is None:
             return None
-        return int(self.heads if found[1] == "q" else self.key_heads)
+        return int(self.heads if match[1] == "q" else self.key_heads)
 
 
 def _rank_of(pairs: dict[str, Any]) -> int:

@@ -1,8 +1,8 @@
-"""The low-rank updates of an adapter folder as pairs of matrices, without a model.
+"""Represent the low-rank updates of an adapter folder as pairs of matrices, without a model.
 
-An adapted module adds `scale * B @ A` to its weight. Here a pair keeps its true scale, however the
-configuration says it (alpha / rank, alpha / sqrt(rank), a pattern), so that combining and exporting
-need not know about patterns or rsLoRA.
+An adapted module adds `scale * B @ A` to its weight. A pair holds its effective scale, whether the
+configuration expresses it as alpha / rank, alpha / sqrt(rank) or by a pattern, so that combining
+and exporting need not handle patterns or rsLoRA.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lora_cli.adapters.peft_format.peft_tensors import sort_tensors
 from lora_cli.adapters.peft_format.tensor_names import PREFIX
 from lora_cli.errors import IntegrityError, Problem
 
-# keys of what is no update of a module: of single parameters, and of rows of the embedding
+# keys of updates that are not pairs: of single parameters, and of rows of the embedding
 NOT_PAIRS = ("target_parameters", "trainable_token_indices")
 
 
@@ -32,10 +32,10 @@ class Pair:
     """The two matrices of an adapted module.
 
     Args:
-        a: (rank, in), of a convolution (rank, in, *kernel).
-        b: (out, rank), of a convolution (out, rank, 1, ...).
-        scale: Factor of B A.
-        is_embedding: Whether the module is an embedding: `in` is the vocabulary then.
+        a: (rank, in), or (rank, in, *kernel) for a convolution.
+        b: (out, rank), or (out, rank, 1, ...) for a convolution.
+        scale: The factor of B A.
+        is_embedding: Whether the module is an embedding, for which `in` is the vocabulary size.
     """
 
     a: Tensor
@@ -50,18 +50,18 @@ class Pair:
 
     @property
     def is_grouped(self) -> bool:
-        """Whether it belongs to a convolution of several groups, whose B has fewer columns."""
+        """Whether the module is a grouped convolution, whose B has fewer columns."""
         return int(self.b.shape[1]) != self.rank
 
     def padded(self, rank: int) -> Pair:
-        """Return the same update with a larger rank: what is added is zero."""
-        more = rank - self.rank
-        a = torch.cat([self.a, self.a.new_zeros(more, *self.a.shape[1:])])
-        b = torch.cat([self.b, self.b.new_zeros(len(self.b), more, *self.b.shape[2:])], dim=1)
+        """Return the same update with a larger rank, by padding with zeros."""
+        n_new = rank - self.rank
+        a = torch.cat([self.a, self.a.new_zeros(n_new, *self.a.shape[1:])])
+        b = torch.cat([self.b, self.b.new_zeros(len(self.b), n_new, *self.b.shape[2:])], dim=1)
         return Pair(a, b, self.scale, self.is_embedding)
 
     def folded(self) -> Pair:
-        """Return the same update with the scale multiplied into B, so that it is 1."""
+        """Return the same update with scale 1, by multiplying the scale into B."""
         scaled = (self.b.double() * self.scale).float()
         return Pair(self.a.float(), scaled, 1.0, self.is_embedding)
 
@@ -72,18 +72,18 @@ class Pair:
 
 @dataclass
 class AdapterParts:
-    """What an adapter folder holds, by what it is."""
+    """The tensors of an adapter folder by kind."""
 
     pairs: dict[str, Pair]
-    """By the name of the adapted module."""
+    """Low-rank updates by the name of the adapted module."""
     biases: dict[str, Tensor]
     """Trained biases of modules of the base."""
     in_full: dict[str, Tensor]
-    """Parameters of modules that were trained in full, as a head."""
+    """Parameters of modules that were trained in full, such as a head."""
 
 
 def is_plain_lora(saved: AdapterFolder) -> bool:
-    """Return whether an adapter's updates are pairs of matrices of whole modules."""
+    """Return whether all updates of an adapter are pairs of matrices of modules."""
     return saved.type == "lora" and not any(saved.config.get(key) for key in NOT_PAIRS)
 
 
@@ -91,43 +91,43 @@ def parts_of(saved: AdapterFolder) -> AdapterParts:
     """Return the parts of a plain LoRA adapter.
 
     Raises:
-        IntegrityError: If a tensor is not one of such an adapter.
+        IntegrityError: If a tensor does not belong in such an adapter.
     """
-    found = sort_tensors(saved.tensors, saved.type, ())
-    if found.problems:
+    kinds = sort_tensors(saved.tensors, saved.type, ())
+    if kinds.problems:
         at = str(saved.path)
-        raise IntegrityError([Problem(one.what, at, one.hint) for one in found.problems])
+        raise IntegrityError([Problem(p.what, at, p.hint) for p in kinds.problems])
     embeddings = {
         match[1] for name in saved.tensors if (match := re.match(r"(.+)\.lora_embedding_A", name))
     }
     pairs = {}
-    for name, own in found.of_layers.items():
-        scale = scale_of(saved.config, name, int(own["lora_A"].shape[0]))
-        pairs[name] = Pair(own["lora_A"], own["lora_B"], scale, name in embeddings)
-    tops = copied_modules(_modules_of(found.plain), saved.config)
-    in_full = {n: t for n, t in found.plain.items() if any(n.startswith(f"{top}.") for top in tops)}
-    biases = {name: tensor for name, tensor in found.plain.items() if name not in in_full}
+    for name, tensors in kinds.of_layers.items():
+        scale = scale_of(saved.config, name, int(tensors["lora_A"].shape[0]))
+        pairs[name] = Pair(tensors["lora_A"], tensors["lora_B"], scale, name in embeddings)
+    tops = copied_modules(_modules_of(kinds.plain), saved.config)
+    in_full = {n: t for n, t in kinds.plain.items() if any(n.startswith(f"{top}.") for top in tops)}
+    biases = {name: tensor for name, tensor in kinds.plain.items() if name not in in_full}
     return AdapterParts(pairs, biases, in_full)
 
 
 def scale_of(config: dict[str, Any], name: str, rank: int) -> float:
-    """Return the factor of B A of a module, by PEFT's configuration."""
+    """Return the factor of a module's B A according to PEFT's configuration."""
     alpha = first_match(config.get("alpha_pattern") or {}, name, config.get("lora_alpha", 8))
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _modules_of(names: Iterable[str]) -> list[str]:
-    """Return every module, and every module above it, that has one of these parameters."""
-    found: dict[str, None] = {}
+    """Return all modules that contain one of these parameters, directly or indirectly."""
+    modules: dict[str, None] = {}
     for name in names:
         while "." in name:
             name = name.rpartition(".")[0]
-            found[name] = None
-    return list(found)
+            modules[name] = None
+    return list(modules)
 
 
-def of_one_rank(pairs: dict[str, Pair]) -> dict[str, Pair]:
-    """Return the same updates with the scale folded into B, and the largest rank for all."""
+def with_equal_ranks(pairs: dict[str, Pair]) -> dict[str, Pair]:
+    """Return the same updates with scale 1, and padded to the largest rank."""
     rank = max(pair.rank for pair in pairs.values())
     return {name: pair.folded().padded(rank) for name, pair in pairs.items()}
 
@@ -145,11 +145,11 @@ def peft_tensors_of(pairs: dict[str, Pair], in_full: dict[str, Tensor]) -> dict[
 def plain_config(
     config: dict[str, Any], pairs: dict[str, Pair], in_full: list[str] | None = None
 ) -> dict[str, Any]:
-    """Return PEFT's configuration of pairs of one rank and scale 1.
+    """Return PEFT's configuration for pairs of one rank and scale 1.
 
     Args:
-        config: Says which base they are of, and for which task.
-        pairs: What `of_one_rank` returned.
+        config: The adapter's configuration, which names its base and task.
+        pairs: The pairs, as `with_equal_ranks` returned them.
         in_full: Modules trained in full.
     """
     rank = max(pair.rank for pair in pairs.values())
@@ -176,7 +176,7 @@ def plain_config(
 def squared_norms(pairs: list[tuple[float, Pair]]) -> tuple[float, float]:
     """Return the squared norms of a weighted sum of updates, and of its first term.
 
-    Computed from the products of the small matrices alone, in float64.
+    They are computed in float64 from products of the small matrices.
     """
     b = torch.cat([weight * pair.scale * pair.b.double().flatten(1) for weight, pair in pairs], 1)
     a = torch.cat([pair.a.double().flatten(1) for _, pair in pairs])

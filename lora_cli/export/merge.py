@@ -1,4 +1,4 @@
-"""Base + adapter -> a stand-alone model folder, proved equal before it is shown."""
+"""Merge adapters into their base model, and verify the merged model before publishing it."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from lora_cli.errors import IntegrityError, LoraError, warn
 from lora_cli.evaluation.open_adapter import check_use
 from lora_cli.export.adapter_changes import WeightedAdapter
 from lora_cli.export.adapter_task import adapter_task
-from lora_cli.export.combine import run_together
+from lora_cli.export.combine import sum_of_adapters
 from lora_cli.export.merge_card import write_origin
 from lora_cli.export.merge_in_pieces import MemoryUse, overflow_error, write_merged
 from lora_cli.export.merge_plan import NeedsWholeModelError, plan_merge
 from lora_cli.export.merge_quantized import (
     BASES,
     Candidate,
-    better,
+    better_candidate,
     in_words,
-    measured,
-    use_numbers,
-    what_was_trained,
+    measure_trained,
+    metric_of,
+    use_weights,
 )
 from lora_cli.export.merged_weights import WeightsProof, prove_weights
 from lora_cli.export.target_folder import locked_target
@@ -55,7 +55,7 @@ from lora_cli.tasks.finite_scores import require_finite
 from lora_cli.tensorfile import read_header
 
 TOLERANCE = 1e-4  # of the largest output, in float32; rounding alone stays below 1e-5
-ROOM = GIB // 2  # for what is computed on the way
+ROOM = GIB // 2  # for intermediate results
 
 
 @dataclass
@@ -66,20 +66,20 @@ class MergeResult:
     merged_modules: int
     dtype: torch.dtype
     difference: float | None
-    """Largest difference of an output between base + adapter and merged, both in float32; None
-    where the model was merged tensor by tensor."""
+    """The largest difference of an output between base + adapter and the merged model, in float32;
+    None if the model was merged tensor by tensor."""
     rounding: float | None
-    """Largest difference that storing the weights in `dtype` makes."""
+    """The largest difference of an output that storing the weights in `dtype` causes."""
     untied: list[str]
     verified: bool
     weights: WeightsProof
-    """How the files that were written compare with those of base and adapter."""
+    """How the written files compare with those of base and adapter."""
     choice: list[str] = field(default_factory=list)
-    """Of a quantised base: how the models compare that it could be merged into."""
+    """For a quantised base: how the candidates compare, a line each."""
     memory: MemoryUse | None = None
-    """Of a merge tensor by tensor: what it took."""
+    """The memory that a tensor-by-tensor merge took."""
     reason: str = ""
-    """Why it was merged so, and no outputs were compared."""
+    """Why the model was merged tensor by tensor, without comparing outputs."""
 
 
 def merge_adapter(
@@ -93,22 +93,22 @@ def merge_adapter(
     head: Path | None = None,
     low_memory: bool = False,
 ) -> MergeResult:
-    """Write the merged model, and `merge.json`, which says what it was merged from.
+    """Write the merged model, and `merge.json` with its origin.
 
     Args:
-        base: Hub id or folder of the base model. None: the one that the adapter's recipe or PEFT
-            configuration names.
-        adapter: Folder of the adapter, or of several, whose updates are added. The recipe and the
-            tokenizer are those of the first.
-        to: Folder that is made; it must not exist, or be empty.
-        recipe_file: Recipe of an adapter that another tool made.
-        overrides: `key=value` each, over keys of the recipe.
-        weights: Factor of each adapter's update; None is 1 each.
-        head: Which adapter's modules trained in full are taken, if they differ.
-        low_memory: Merge tensor by tensor also where the model fits into memory.
+        base: Hub id or folder of the base model; None for the base that the adapter's recipe or
+            PEFT configuration names.
+        adapter: The folder of the adapter, or those of several adapters whose updates are added.
+            The recipe and the tokenizer are those of the first.
+        to: The folder to create; it must not exist, or be empty.
+        recipe_file: A recipe for an adapter that another tool made.
+        overrides: `key=value` strings that override keys of the recipe.
+        weights: The factor of each adapter's update; None for 1.
+        head: The adapter whose modules trained in full are used, if they differ.
+        low_memory: Merge tensor by tensor even if the model fits into memory.
 
     Raises:
-        LoraError: If the adapter is a full model, or `to` holds something.
+        LoraError: If the adapter is a full model, or `to` is not empty.
         IntegrityError: If the base is not the adapter's, or the merged model is not equal to
             base + adapter.
         NumericsError: If a merged weight does not fit the base checkpoint's dtype.
@@ -116,30 +116,30 @@ def merge_adapter(
     folders = [adapter] if isinstance(adapter, Path) else list(adapter)
     with locked_target(to):
         task, saved = adapter_task(folders[0], recipe_file, base, overrides)
-        given = _Given(saved, [WeightedAdapter(saved)])
+        inputs = _Inputs(saved, [WeightedAdapter(saved)])
         if len(folders) > 1 or any(weight != 1 for weight in weights or ()):
-            joint, each = run_together(folders, weights or [1.0] * len(folders), head)
-            given = _Given(joint, each, head)
+            joint, each = sum_of_adapters(folders, weights or [1.0] * len(folders), head)
+            inputs = _Inputs(joint, each, head)
         task.trained_in = folders[0]
         task.load_processor()
         check_use(folders[0], task)
         reason = _reason_for_pieces(task.recipe, low_memory)
         if reason:
             try:
-                return _merge_in_pieces(task, given, to, reason)
+                return _merge_in_pieces(task, inputs, to, reason)
             except NeedsWholeModelError as error:
-                _say_that_it_may_not_fit(str(error), reason, low_memory)
-        return _merge(task, given, to)
+                _warn_of_memory(str(error), reason, low_memory)
+        return _merge(task, inputs, to)
 
 
 @dataclass
-class _Given:
-    """The adapters that are merged.
+class _Inputs:
+    """The adapters to merge.
 
     Args:
-        joint: What computes the same as all of them; the adapter itself where there is one.
+        joint: One adapter equal to the sum of all; a single adapter itself.
         each: The adapters.
-        head: Whose modules trained in full are taken, if one was named.
+        head: The adapter whose modules trained in full are used, if the user named one.
     """
 
     joint: AdapterFolder
@@ -147,28 +147,28 @@ class _Given:
     head: Path | None = None
 
 
-def _merge(task: Task, given: _Given, to: Path) -> MergeResult:
+def _merge(task: Task, inputs: _Inputs, to: Path) -> MergeResult:
     """Merge a model that fits into memory."""
     if task.recipe.model.quantization is None:
-        return _write(_merged(task, given), task, given, to)
-    trained = what_was_trained(task, given.joint)
+        return _write(_merged(task, inputs), task, inputs, to)
+    trained = measure_trained(task, inputs.joint)
     plain = _without_quantization(task)
     candidates = []
     for name in BASES:
-        merged = _merged(plain, given, trained.weights if name == "dequantised" else {})
+        merged = _merged(plain, inputs, trained.weights if name == "dequantised" else {})
         distance = _difference(merged.outputs.float(), reference=trained.outputs.float())
-        value = measured(trained, plain, merged.model)
+        value = metric_of(trained, plain, merged.model)
         candidates.append(Candidate(name, distance, value))
-    chosen = better(candidates, trained)
-    if chosen.base != BASES[-1]:  # two merged models at once would need twice the memory
-        merged = _merged(plain, given, trained.weights)
-    result = _write(merged, plain, given, to)
+    chosen = better_candidate(candidates, trained)
+    if chosen.base != BASES[-1]:  # merge again: keeping both models would take twice the memory
+        merged = _merged(plain, inputs, trained.weights)
+    result = _write(merged, plain, inputs, to)
     result.choice = in_words(candidates, chosen, trained)
     return result
 
 
 def _without_quantization(task: Task) -> Task:
-    """Return the task on the base in full precision."""
+    """Return the same task on the base in full precision."""
     plain = build_task(task.recipe.with_values({"model.quantization": None}), task.learned)
     plain.trained_in = task.trained_in
     plain.load_processor()
@@ -183,7 +183,7 @@ def _reason_for_pieces(recipe: Recipe, low_memory: bool) -> str:
     if low_memory:
         return "`--low-memory` merges tensor by tensor"
     needed = 0
-    with suppress(LoraError):  # of several parts; or loading says what is wrong
+    with suppress(LoraError):  # it has several parts, or loading will report the error
         needed = _bytes_in_memory(checkpoint_files(recipe))
     available = machine_memory.available_bytes()
     if needed <= available:
@@ -194,17 +194,17 @@ def _reason_for_pieces(recipe: Recipe, low_memory: bool) -> str:
 
 
 def _bytes_in_memory(files: list[Path]) -> int:
-    """Return what merging a whole model takes: it in float32, as it is stored, and some more."""
+    """Return the memory for merging a whole model: in float32 and as stored, plus `ROOM`."""
     entries = [entry for file in files for entry in read_header(file).values()]
     in_float32 = 4 * sum(math.prod(entry.shape) for entry in entries)
     return in_float32 + sum(entry.end - entry.start for entry in entries) + ROOM
 
 
-def _merge_in_pieces(task: Task, given: _Given, to: Path, reason: str) -> MergeResult:
+def _merge_in_pieces(task: Task, inputs: _Inputs, to: Path, reason: str) -> MergeResult:
     """Merge tensor by tensor.
 
     Raises:
-        NeedsWholeModelError: If that cannot be done with this base.
+        NeedsWholeModelError: If that is impossible with this base.
     """
     choice = []
     if task.recipe.model.quantization is not None:
@@ -213,22 +213,28 @@ def _merge_in_pieces(task: Task, given: _Given, to: Path, reason: str) -> MergeR
             "merged into the original base, not the dequantised one: which of the two is better "
             "can only be measured with the model in memory"
         )
-    plan = plan_merge(task, given.each)
+    plan = plan_merge(task, inputs.each)
     with new_folder(to) as folder:
         weights, memory = write_merged(plan, task, folder)
         proof = {"outputs": {"not_compared": reason}, "weights": weights.facts}
         write_origin(
-            folder, given.each, plan.base, task.recipe, given.head, proof, {"memory": memory.facts}
+            folder,
+            inputs.each,
+            plan.base,
+            task.recipe,
+            inputs.head,
+            proof,
+            {"memory": memory.facts},
         )
-    facts = (plan.untied, given.joint.verified, weights, choice, memory, reason)
+    facts = (plan.untied, inputs.joint.verified, weights, choice, memory, reason)
     return MergeResult(to, plan.count, plan.dtype, None, None, *facts)
 
 
-def _say_that_it_may_not_fit(cause: str, reason: str, low_memory: bool) -> None:
-    """Warn of a base that has to be in memory as a whole, and may not fit.
+def _warn_of_memory(cause: str, reason: str, low_memory: bool) -> None:
+    """Warn that a base has to be loaded as a whole, and may not fit into memory.
 
     Raises:
-        LoraError: If the user asked for less.
+        LoraError: If the user asked for a low-memory merge.
     """
     if low_memory:
         what = f"this base cannot be merged tensor by tensor: {cause}"
@@ -236,12 +242,12 @@ def _say_that_it_may_not_fit(cause: str, reason: str, low_memory: bool) -> None:
     warn(f"{reason}; it is loaded as a whole all the same, since {cause}")
 
 
-# ------------------------------------------------------------------------------ the whole in memory
+# ---------------------------------------------------------------------------- whole model in memory
 
 
 @dataclass
 class _Merged:
-    """A merged model in the dtype of its base's checkpoint, and what has been proved of it."""
+    """A merged model in the dtype of its base's checkpoint, with the results of its checks."""
 
     model: PreTrainedModel | Bundle
     base: Fingerprint | None
@@ -250,36 +256,38 @@ class _Merged:
     difference: float
     untied: list[str]
     ties: list[list[str]]  # names that shared a parameter in the base
-    numbers: dict[str, Tensor]  # weights that some modules of the base got before
+    dequantised: dict[str, Tensor]  # dequantised weights that replaced those of the base
     heads: list[str]  # names of the modules that the task adds
-    exact: Tensor  # outputs before its weights were stored in `dtype`
+    exact: Tensor  # outputs before the weights were rounded to `dtype`
     outputs: Tensor
     weights: ExpectedWeights
 
 
-def _merged(task: Task, given: _Given, numbers: dict[str, Tensor] | None = None) -> _Merged:
-    """Return the merged model, proved equal to base + adapter.
+def _merged(task: Task, inputs: _Inputs, dequantised: dict[str, Tensor] | None = None) -> _Merged:
+    """Merge a whole model, and check that it is equal to base + adapter.
 
     Args:
-        task: Its recipe says which base.
-        given: The adapters.
-        numbers: Weights that some modules of the base get before.
+        task: Its recipe names the base.
+        inputs: The adapters.
+        dequantised: Dequantised weights by module that replace those of the base.
     """
     model, new = task.load_model(torch.device("cpu"), dtype="auto")
     assert isinstance(model, PreTrainedModel | Bundle)
     base = fingerprint_of(task.recipe, model, new)
-    for one in given.each:
-        base = verify_base(one.saved, base, task.recipe)
+    for adapter in inputs.each:
+        base = verify_base(adapter.saved, base, task.recipe)
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     stored = {name: tensor.dtype for name, tensor in _tensors(model)}
-    model, ties, numbers = model.float().eval(), tied_groups(model), numbers or {}
-    use_numbers(model, numbers)
-    for saved in {id(s): s for s in (given.joint, *(one.saved for one in given.each))}.values():
+    model, ties, dequantised = model.float().eval(), tied_groups(model), dequantised or {}
+    use_weights(model, dequantised)
+    for saved in {
+        id(s): s for s in (inputs.joint, *(adapter.saved for adapter in inputs.each))
+    }.values():
         use_names_of(model, saved)
-    joint = with_current_names(given.joint, model)
+    joint = with_current_names(inputs.joint, model)
     try:
         expected = expected_weights(model, joint.tensors, joint.config)
-    except RuntimeError:  # the shapes are not those of this base: loading names them
+    except RuntimeError:  # the shapes do not fit this base: loading reports them
         load_adapter(model, joint, new, drawn=task.drawn)
         raise
     load_adapter(model, joint, new, drawn=task.drawn)
@@ -287,7 +295,7 @@ def _merged(task: Task, given: _Given, numbers: dict[str, Tensor] | None = None)
         before = _outputs(task, model)
         require_finite(before, model, at="--adapter")
         count = len(lora_layers(model))
-        untied = _merge_all(model, given, ties, new, task)
+        untied = _merge_all(model, inputs, ties, new, task)
         if name := expected.disagreement(model):
             raise IntegrityError(
                 f"merged, `{name}` is not what the adapter's file says",
@@ -306,69 +314,69 @@ def _merged(task: Task, given: _Given, numbers: dict[str, Tensor] | None = None)
         for name, tensor in _tensors(model):  # not `model.to`: buffers have dtypes of their own
             tensor.data = tensor.data.to(stored[name])
         rounded, weights = _outputs(task, model), weights_of(model)
-    facts = (model, base, count, dtype, difference, untied, ties, numbers, new)
+    facts = (model, base, count, dtype, difference, untied, ties, dequantised, new)
     return _Merged(*facts, after, rounded, weights)
 
 
 def _merge_all(
     model: PreTrainedModel | Bundle,
-    given: _Given,
+    inputs: _Inputs,
     ties: list[list[str]],
     new: list[str],
     task: Task,
 ) -> list[str]:
-    """Merge what is attached, or each of several adapters; return what no longer shares a weight.
+    """Merge the attached adapter, or each of several; return the modules that became untied.
 
-    Several are added one after the other, though one adapter is attached that computes the same:
-    so what is compared has been computed in two ways.
+    Several adapters are merged one after the other, although an equal joint adapter is attached:
+    so the compared outputs have been computed in two ways.
     """
-    if given.each[0].saved is given.joint:
+    if inputs.each[0].saved is inputs.joint:
         return merge_and_untie(model, ties)
     remove_layers(model)
     untied: list[str] = []
-    adapters = [without_copies(model, one.saved) for one in given.each]
-    for one, saved in zip(given.each, adapters, strict=True):
+    adapters = [without_copies(model, adapter.saved) for adapter in inputs.each]
+    for adapter, saved in zip(inputs.each, adapters, strict=True):
         load_adapter(model, saved, new, drawn=task.drawn)
         for layer in lora_layers(model).values():
-            layer.scaling *= one.weight
+            layer.scaling *= adapter.weight
         untied += [name for name in merge_and_untie(model, ties) if name not in untied]
     return untied
 
 
-def _write(merged: _Merged, task: Task, given: _Given, to: Path) -> MergeResult:
-    """Write a merged model into a folder, and read it again to compare."""
+def _write(merged: _Merged, task: Task, inputs: _Inputs, to: Path) -> MergeResult:
+    """Write a merged model into a folder, and reload it to compare."""
     with new_folder(to) as folder:
         merged.model.save_pretrained(folder)
         if isinstance(merged.model, PreTrainedModel):
             add_older_names(folder, config_as_written(task.recipe))
         task.save_processor(folder)
         reloaded = task.reloaded(folder, merged.dtype).eval()
-        _require_gradients(reloaded, like=merged.model)
+        _match_requires_grad(reloaded, like=merged.model)
         _require_saved(task, reloaded, merged.weights, merged.outputs)
-        origin = (given.each, task.recipe, merged.ties, merged.numbers, merged.heads)
+        origin = (inputs.each, task.recipe, merged.ties, merged.dequantised, merged.heads)
         weights = prove_weights(folder, merged.model, *origin)
         rounding = _difference(merged.outputs.float(), reference=merged.exact)
         proof: dict[str, Any] = {"outputs": {"difference": merged.difference, "rounding": rounding}}
         proof["weights"] = weights.facts
-        write_origin(folder, given.each, merged.base, task.recipe, given.head, proof)
+        write_origin(folder, inputs.each, merged.base, task.recipe, inputs.head, proof)
     facts = (merged.count, merged.dtype, merged.difference, rounding, merged.untied)
-    return MergeResult(to, *facts, given.joint.verified, weights)
+    return MergeResult(to, *facts, inputs.joint.verified, weights)
 
 
 def _outputs(task: Task, model: nn.Module) -> Tensor:
-    """Return what a model makes of the task's probe, whose numbers get the model's dtype."""
-    # torch multiplies in another order where a weight could get a gradient, also without one
+    """Return the outputs on the task's probe, whose floats are cast to the model's dtype."""
+    # torch uses other kernels for weights that require gradients, even under no_grad
     model.requires_grad_(False)
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     probe = {k: v.to(dtype) if v.is_floating_point() else v for k, v in task.probe().items()}
     return task.probed(model, probe)
 
 
-def _require_gradients(reloaded: nn.Module, *, like: nn.Module) -> None:
-    """Let the parameters of a model that was read be trained or not as those of the merged one.
+def _match_requires_grad(reloaded: nn.Module, *, like: nn.Module) -> None:
+    """Set `requires_grad` of the reloaded parameters as in the merged model.
 
-    Torch multiplies by another kernel where a matrix may have a gradient, even where none is asked
-    for, so that the last bit of an output may differ.
+    Torch uses other kernels for matrices that require gradients, even under no_grad, so the last
+    bit of an output may differ.
     """
     trained = {name for name, parameter in like.named_parameters() if parameter.requires_grad}
     for name, parameter in reloaded.named_parameters():
@@ -378,7 +386,7 @@ def _require_gradients(reloaded: nn.Module, *, like: nn.Module) -> None:
 def _require_saved(
     task: Task, reloaded: nn.Module, weights: ExpectedWeights, outputs: Tensor
 ) -> None:
-    """Reject a saved model that is not the merged one, in a weight or in what it computes."""
+    """Reject a saved model whose weights or outputs differ from the merged model."""
     with torch.no_grad():
         same = torch.equal(_outputs(task, reloaded), outputs)
     if not same or weights.disagreement(reloaded) is not None:
@@ -386,9 +394,9 @@ def _require_saved(
         raise IntegrityError(what, "--to", "please report this: saving should be exact")
 
 
-def _difference(found: Tensor, *, reference: Tensor) -> float:
-    """Return the largest difference, as a share of the reference's largest entry if above 1."""
-    return float((found - reference).abs().max() / reference.abs().max().clamp(min=1.0))
+def _difference(outputs: Tensor, *, reference: Tensor) -> float:
+    """Return the largest difference, relative to the reference's largest entry or to 1."""
+    return float((outputs - reference).abs().max() / reference.abs().max().clamp(min=1.0))
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -398,7 +406,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _reject_overflow(model: nn.Module, stored: dict[str, torch.dtype]) -> None:
-    """Reject a weight that is not finite in the dtype that it is kept in."""
+    """Reject a weight that is not finite in the dtype in which it is stored."""
     for name, parameter in model.named_parameters():
         if not bool(parameter.to(stored[name]).isfinite().all()):
             raise overflow_error(name, stored[name])

@@ -1,4 +1,4 @@
-"""What a merged folder says of its origin: `merge.json` for programs, `README.md` for people."""
+"""Write the origin of a merged model: `merge.json` for programs, `README.md` for people."""
 
 from __future__ import annotations
 
@@ -26,38 +26,38 @@ def write_origin(
     recipe: Recipe,
     head: Path | None,
     proof: dict[str, Any],
-    more: dict[str, Any] | None = None,
+    extra: dict[str, Any] | None = None,
 ) -> None:
-    """Write down what a merged folder was made from, and what was proved of it.
+    """Write `merge.json` and the model card of a merged model.
 
     Args:
-        folder: Of the merged model.
-        adapters: What was merged.
+        folder: The folder of the merged model.
+        adapters: The adapters that were merged.
         base: The fingerprint of the base, if it has one.
-        recipe: Names the base and the task.
-        head: The adapter whose modules trained in full were taken, if one was named.
-        proof: What was compared, for `merge.json`.
-        more: Other facts for `merge.json`.
+        recipe: The recipe, which names the base and the task.
+        head: The adapter whose modules trained in full were used, if the user named one.
+        proof: The results of the comparisons, for `merge.json`.
+        extra: Further entries of `merge.json`.
     """
-    made_of = [
+    sources = [
         {
-            "folder": shown_name(one.saved.path),
-            "weight": one.weight,
-            "sha256": weights_sha256(one.saved.path),
+            "folder": shown_name(adapter.saved.path),
+            "weight": adapter.weight,
+            "sha256": weights_sha256(adapter.saved.path),
         }
-        for one in adapters
+        for adapter in adapters
     ]
-    facts: dict[str, Any] = {"lora_version": __version__, "adapters": made_of}
+    facts: dict[str, Any] = {"lora_version": __version__, "adapters": sources}
     if len(adapters) == 1:
-        facts["adapter"] = made_of[0]["folder"]
+        facts["adapter"] = sources[0]["folder"]
     if head is not None:
         facts["head"] = shown_name(head)
-    named = {} if base is None else {"base": base.facts}
-    write_json(folder / "merge.json", facts | named | {"proof": proof} | (more or {}))
-    write_atomically(folder / "README.md", _card(recipe, made_of, facts.get("head")))
+    base_entry = {} if base is None else {"base": base.facts}
+    write_json(folder / "merge.json", facts | base_entry | {"proof": proof} | (extra or {}))
+    write_atomically(folder / "README.md", _card(recipe, sources, facts.get("head")))
 
 
-def _card(recipe: Recipe, made_of: list[dict[str, Any]], head: str | None) -> str:
+def _card(recipe: Recipe, sources: list[dict[str, Any]], head: str | None) -> str:
     """Return the model card of a merged model."""
     name, goal = recipe.model.name, goal_of(recipe.task.type)
     front = {
@@ -69,15 +69,15 @@ def _card(recipe: Recipe, made_of: list[dict[str, Any]], head: str | None) -> st
     base = f"[{name}](https://huggingface.co/{name})" if is_hub_id(name) else code_span(name)
     rows = [
         f"- {code_span(one['folder'])}, weight {one['weight']:g}, SHA-256 `{one['sha256']}`"
-        for one in made_of
+        for one in sources
     ]
-    whose = f" Head and other modules trained in full from {code_span(head)}." if head else ""
+    head_note = f" Head and other modules trained in full from {code_span(head)}." if head else ""
     parts = [
         f"---\n{yaml.safe_dump({k: v for k, v in front.items() if v}, sort_keys=False)}---",
         f"# {plain_text(short_name(name))} for {goal}",
         f"{base} with adapters merged into its weights by `lora` {__version__}: an ordinary model "
         "folder, which computes as fast as the base.",
-        f"## Made of\n\nW0 + the sum of weight x update, in float32, rounded once.{whose}",
+        f"## Made of\n\nW0 + the sum of weight x update, in float32, rounded once.{head_note}",
         "\n".join(rows),
         "What was compared is in `merge.json`.",
     ]

@@ -1,11 +1,11 @@
-"""Merge tensor by tensor, so that a base larger than memory is merged.
+"""Merge tensor by tensor, so that a base larger than memory can be merged.
 
-Each file of the base is read and written one tensor after the other: what the adapter changes is
-computed in float32 and rounded once to the dtype of the file, all else is copied. The files keep
-their names, their tensors, dtypes and metadata.
+Each file of the base is read and written one tensor after the other: tensors that the adapter
+changes are computed in float32 and rounded once to the dtype of the file, others are copied. The
+files keep their names, tensors, dtypes and metadata.
 
-What is not done is to compute outputs: the layers of the model are never together. The tensors that
-were written are compared bit by bit instead, as those of every merge are.
+Outputs are not compared, since the model is never loaded as a whole. The written tensors are
+compared bit by bit instead, as in every merge.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from lora_cli.recipe import Recipe
 from lora_cli.tasks.contract import Task
 from lora_cli.tensorfile import BITS, header_bytes, read_metadata
 
-BYTES_AN_ENTRY = 16  # of the tensor in work: W0, s B A and their sum in float32, and W0 as stored
+BYTES_AN_ENTRY = 16  # for the current tensor: W0, s B A and their sum in float32, and W0 as stored
 
 
 @dataclass
 class MemoryUse:
-    """The most memory that merging took, and what it was made of, in bytes."""
+    """The peak memory of a merge, and what it consists of, in bytes."""
 
     peak: int
     start: int
@@ -49,12 +49,12 @@ class MemoryUse:
 
     @property
     def expected(self) -> int:
-        """What the formula says."""
+        """The peak according to the formula."""
         return self.start + self.adapters + self.tensor
 
     @property
     def in_words(self) -> str:
-        """One line for a person."""
+        """A line for the user."""
         return (
             f"memory: at most {in_gib(self.peak)}; expected {in_gib(self.expected)} = "
             f"{in_gib(self.start)} before + {in_gib(self.adapters)} for the adapter + "
@@ -64,7 +64,7 @@ class MemoryUse:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What `merge.json` says of it."""
+        """The entry of `merge.json`."""
         formula = f"start + adapters + {BYTES_AN_ENTRY} x entries of the largest adapted tensor"
         return {
             "peak_bytes": self.peak,
@@ -83,7 +83,7 @@ def write_merged(plan: MergePlan, task: Task, folder: Path) -> tuple[WeightsProo
 
     Raises:
         NumericsError: If a merged weight does not fit the dtype of the file.
-        IntegrityError: If a tensor that was written is not what the files say.
+        IntegrityError: If a written tensor differs from what the source files imply.
     """
     start = resident_bytes()
     _save_config(plan, task.recipe, folder)
@@ -102,7 +102,7 @@ def write_merged(plan: MergePlan, task: Task, folder: Path) -> tuple[WeightsProo
 
 
 def _save_config(plan: MergePlan, recipe: Recipe, folder: Path) -> None:
-    """Write all that `save_pretrained` writes besides the weights."""
+    """Write everything that `save_pretrained` writes except the weights."""
     plan.model.save_pretrained(folder, state_dict={})
     for file in folder.glob("*.safetensors*"):
         file.unlink()
@@ -127,35 +127,39 @@ def _write_file(
 
 
 def _bytes_of(planned: PlannedTensor, changes: Sequence[AdapterChanges]) -> Iterable[Any]:
-    """Return the bytes of a tensor, some at a time."""
-    own = [one for one in changes if any(n in where for where in _of(one) for n in planned.names)]
-    if not own:
+    """Return the bytes of a tensor in chunks."""
+    relevant = [
+        change
+        for change in changes
+        if any(n in mapping for mapping in _mappings(change) for n in planned.names)
+    ]
+    if not relevant:
         assert planned.source is not None, f"{planned.name} has no source, and nothing changes it"
         return planned.source.chunks()
-    tensor = _merged(planned, own).contiguous()
+    tensor = _merged(planned, relevant).contiguous()
     if not bool(tensor.isfinite().all()):
         raise overflow_error(planned.name, tensor.dtype)
     return [tensor.reshape(-1).view(torch.uint8).numpy().data]
 
 
-def _of(one: AdapterChanges) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    return one.adapted, one.trained, one.of_tokens
+def _mappings(change: AdapterChanges) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    return change.adapted, change.trained, change.of_tokens
 
 
 def _merged(planned: PlannedTensor, changes: Sequence[AdapterChanges]) -> Tensor:
-    """Return a tensor that an adapter changes, in the dtype of the file."""
+    """Return the merged tensor, in the dtype of the file."""
     dtype = DTYPES[planned.dtype]
 
-    def first(where: Callable[[AdapterChanges], dict[str, Any]]) -> Any:
-        found = (where(one).get(name) for one in changes for name in planned.names)
-        return next((value for value in found if value is not None), None)
+    def first(mapping_of: Callable[[AdapterChanges], dict[str, Any]]) -> Any:
+        values = (mapping_of(change).get(name) for change in changes for name in planned.names)
+        return next((value for value in values if value is not None), None)
 
-    of_each = (next((n for n in planned.names if n in one.adapted), None) for one in changes)
-    updates = [one.adapted[n] for one, n in zip(changes, of_each, strict=True) if n is not None]
-    trained, tokens = first(lambda one: one.trained), first(lambda one: one.of_tokens)
+    names = (next((n for n in planned.names if n in change.adapted), None) for change in changes)
+    updates = [change.adapted[n] for change, n in zip(changes, names, strict=True) if n is not None]
+    trained, tokens = first(lambda change: change.trained), first(lambda change: change.of_tokens)
     if trained is not None and not updates:
-        whole: Tensor = trained if planned.part is None else planned.part.of(trained)
-        return whole.to(dtype)
+        full: Tensor = trained if planned.part is None else planned.part.of(trained)
+        return full.to(dtype)
     assert planned.source is not None, f"{planned.name} has no source"
     weight = planned.source.read()
     if updates:
@@ -166,15 +170,15 @@ def _merged(planned: PlannedTensor, changes: Sequence[AdapterChanges]) -> Tensor
             else:
                 weight = update.layer().merged_weight(weight)
         weight = weight.to(dtype)
-    if (more := planned.shape[0] - weight.shape[0]) and planned.part is None:
-        weight = torch.cat([weight, weight.new_zeros(more, *weight.shape[1:])])
+    if (n_new := planned.shape[0] - weight.shape[0]) and planned.part is None:
+        weight = torch.cat([weight, weight.new_zeros(n_new, *weight.shape[1:])])
     if tokens is not None:
         weight = weight.index_copy(0, torch.tensor(tokens.token_ids), tokens.rows.to(dtype))
     return weight
 
 
 def _write_index(folder: Path, old: Path, places: dict[str, str], total: int) -> None:
-    """Write which file has which tensor, with what the base's own index says besides."""
+    """Write the index of the files' tensors, with the metadata of the base's index."""
     metadata: dict[str, Any] = {}
     with suppress(OSError, ValueError):
         metadata = json.loads(old.read_text(encoding="utf-8")).get("metadata") or {}
@@ -187,27 +191,32 @@ def _size(tensor: PlannedTensor) -> int:
 
 
 def _memory(plan: MergePlan, start: int) -> MemoryUse:
-    """Return what was used, and what the formula says."""
-    of_adapters = sum(
+    """Return the memory that was used, and the terms of the formula."""
+    adapter_bytes = sum(
         tensor.numel() * tensor.element_size()
-        for one in plan.adapters
-        for tensor in one.saved.tensors.values()
+        for change in plan.adapters
+        for tensor in change.saved.tensors.values()
     )
     changed = [
         tensor
         for tensors in plan.files.values()
         for tensor in tensors
-        if any(name in where for one in plan.changes for where in _of(one) for name in tensor.names)
+        if any(
+            name in mapping
+            for change in plan.changes
+            for mapping in _mappings(change)
+            for name in tensor.names
+        )
     ]
     largest = max(changed, key=_size, default=None)
     entries = 0 if largest is None else torch.Size(largest.shape).numel()
     name = "" if largest is None else largest.name
-    # the adapter is read again for the proof
-    return MemoryUse(peak_bytes(), start, of_adapters, BYTES_AN_ENTRY * entries, name)
+    # the proof reads the adapter again
+    return MemoryUse(peak_bytes(), start, adapter_bytes, BYTES_AN_ENTRY * entries, name)
 
 
 def overflow_error(name: str, dtype: torch.dtype) -> NumericsError:
-    """Return the error of a weight that is not finite in the dtype that it is kept in."""
+    """Return the error for a weight that is not finite in the dtype in which it is stored."""
     return NumericsError(
         f"`{name}` has entries that {str(dtype).removeprefix('torch.')}, the base "
         "checkpoint's dtype, cannot hold",

@@ -1,9 +1,9 @@
-"""What merging tensor by tensor writes, found out before anything is read or written.
+"""Plan a tensor-by-tensor merge: which tensors are written, before any is read or written.
 
-The model is built without weights, for its names, shapes and ties. Each tensor that is written is
-one of the base's files, or one that the base has under another name (of a tie that ends), or one
-that only the adapter has (a head). Not every base can be merged so: where only the loaded model
-knows what a tensor becomes, `NeedsWholeModelError` says why.
+The model is built without weights, for its names, shapes and ties. Each tensor to write comes from
+the base's files, possibly under another name (if a tie ends), or only from the adapter (a head).
+Not every base can be merged this way: `NeedsWholeModelError` is raised if a tensor can only be
+determined by loading the whole model.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ from lora_cli.tensorfile import BITS, read_header
 
 
 class NeedsWholeModelError(Exception):
-    """Why a base cannot be merged tensor by tensor; the text is a clause."""
+    """The base cannot be merged tensor by tensor. The message, a clause, says why."""
 
 
 @dataclass
 class PlannedTensor:
-    """A tensor that is written.
+    """A tensor to write.
 
     Args:
-        name: In the file.
-        dtype: As safetensors calls it.
+        name: Its name in the file.
+        dtype: Its dtype, as safetensors names it.
         shape: Its shape.
-        source: The base's tensor; None for one that only the adapter has.
-        names: The model's names of the parameter; empty for what is copied as it is.
-        part: Which part of the parameter it is, if it is one of an expert.
+        source: The base's tensor; None if only the adapter has it.
+        names: The model's names of the parameter; empty for a tensor that is copied unchanged.
+        part: The part of the parameter, if the tensor belongs to one expert.
     """
 
     name: str
@@ -63,19 +63,19 @@ class PlannedTensor:
 
 @dataclass
 class MergePlan:
-    """What is written, and what it is made of; nothing of it has been read yet.
+    """The tensors to write, and their sources, none of which has been read yet.
 
     Args:
         model: The merged model on the meta device.
-        adapters: What is merged into the base.
+        adapters: The adapters to merge into the base.
         base: The fingerprint of the base.
-        ties: Names that shared a parameter in the base.
-        untied: Modules that no longer share their weight.
+        ties: Groups of names that shared a parameter in the base.
+        untied: Names of the modules that no longer share their weight.
         heads: Names of the modules that the task adds.
-        count: Modules that are merged.
-        changes: What the adapters change.
-        files: What is written, by the file of the base.
-        dtype: What the configuration says of the weights.
+        count: The number of merged modules.
+        changes: The parameters that each adapter changes.
+        files: The tensors to write by the base's file.
+        dtype: The dtype of the weights according to the configuration.
     """
 
     model: PreTrainedModel
@@ -91,15 +91,15 @@ class MergePlan:
 
 
 def plan_merge(task: Task, adapters: Sequence[WeightedAdapter]) -> MergePlan:
-    """Return what would be written, once everything is checked.
+    """Check base and adapters, and plan which tensors are written.
 
     Args:
-        task: Its recipe says which base; its processor is loaded.
-        adapters: They get the names that the model has.
+        task: A task with its processor loaded; its recipe names the base.
+        adapters: The adapters; their tensors are renamed to the model's names.
 
     Raises:
-        NeedsWholeModelError: If this base, or what the adapter does to it, needs the whole model.
-        IntegrityError: If the base is not the adapter's, or something does not fit.
+        NeedsWholeModelError: If this base or this adapter requires loading the whole model.
+        IntegrityError: If the base is not the adapter's, or a tensor does not fit.
     """
     model, _ = task.empty_model()
     if not isinstance(model, PreTrainedModel):
@@ -111,29 +111,29 @@ def plan_merge(task: Task, adapters: Sequence[WeightedAdapter]) -> MergePlan:
     stored = _StoredParameters(files, model)
     missing = stored.missing(bool(task.recipe.model.add_tokens))
     for names in tied_groups(model):
-        held = [stored.whole[name] for name in names if name in stored.whole]
-        if not all(held[0].same_bytes(one) for one in held[1:]):  # then they are loaded as two
+        tied = [stored.whole[name] for name in names if name in stored.whole]
+        if not all(tied[0].same_bytes(adapter) for adapter in tied[1:]):  # they are loaded untied
             what = f"its files have several values of `{names[0]}` and what shares it"
             raise NeedsWholeModelError(what)
     heads = new_modules(model, missing) if task.has_head else []
-    inside = tuple(f"{head}." for head in heads)
-    if lost := [name for name in missing if not name.startswith(inside)]:
-        what = f"its checkpoint has no tensor of its own for `{lost[0]}`"
+    head_prefixes = tuple(f"{head}." for head in heads)
+    if absent := [name for name in missing if not name.startswith(head_prefixes)]:
+        what = f"its checkpoint has no tensor of its own for `{absent[0]}`"
         raise NeedsWholeModelError(what)
     task.drawn = frozenset(missing)
     fingerprint = fingerprint_of(task.recipe, model, heads)
-    for one in adapters:
-        fingerprint = verify_base(one.saved, fingerprint, task.recipe)
+    for adapter in adapters:
+        fingerprint = verify_base(adapter.saved, fingerprint, task.recipe)
     ties, count, untied = tied_groups(model), 0, []
-    for one in adapters:
-        use_names_of(model, one.saved)
-        if len(without_buffers(one.saved.tensors, model)) < len(one.saved.tensors):
+    for adapter in adapters:
+        use_names_of(model, adapter.saved)
+        if len(without_buffers(adapter.saved.tensors, model)) < len(adapter.saved.tensors):
             raise NeedsWholeModelError("the adapter's buffers have to be compared with the base's")
-        load_adapter(model, with_current_names(one.saved, model), heads, drawn=task.drawn)
+        load_adapter(model, with_current_names(adapter.saved, model), heads, drawn=task.drawn)
         count = max(count, len(lora_layers(model)))
         untied += [name for name in merge_and_untie(model, ties) if name not in untied]
-    changes = [changes_of(one, model) for one in adapters]
-    stored.group_again()
+    changes = [changes_of(adapter, model) for adapter in adapters]
+    stored.update_groups()
     planner = _Planner(task, model, stored, ties, changes, heads)
     facts = (fingerprint, ties, untied, heads, count, changes)
     planned = planner.planned()
@@ -144,23 +144,25 @@ def plan_merge(task: Task, adapters: Sequence[WeightedAdapter]) -> MergePlan:
 def _require_complete(
     model: PreTrainedModel, names: CheckpointNames, planned: dict[Path, list[PlannedTensor]]
 ) -> None:
-    """Reject a plan by which a loaded model would have parameters that no file holds.
+    """Reject a plan that leaves parameters of the loaded model without a tensor in the files.
 
-    What a loaded model shares, its configuration says, and not what was shared before.
+    The ties of the loaded model follow from its configuration, not from earlier ties.
     """
-    places = (names.find(one.name, one.shape) for tensors in planned.values() for one in tensors)
+    places = (
+        names.find(tensor.name, tensor.shape) for tensors in planned.values() for tensor in tensors
+    )
     written = {place.part.parameter if place.part else place.name for place in places}
     with torch.device("meta"):
         loaded = type(model)(model.config)
     shared = [name for group in tied_groups(loaded) for name in group]
-    alone = (n for n, _ in loaded.named_parameters(remove_duplicate=False) if n not in shared)
-    for group in [*tied_groups(loaded), *([name] for name in alone)]:
+    unshared = (n for n, _ in loaded.named_parameters(remove_duplicate=False) if n not in shared)
+    for group in [*tied_groups(loaded), *([name] for name in unshared)]:
         if written.isdisjoint(group):
             raise NeedsWholeModelError(f"no file would have `{group[0]}`")
 
 
 def _complete_config(task: Task, model: PreTrainedModel) -> None:
-    """Give a model that was built from its configuration what loading it would give it besides."""
+    """Complete a model built from its configuration as loading it would."""
     if model.can_generate():
         source = source_of(task.recipe)
         with suppress(OSError):  # there is none
@@ -171,7 +173,7 @@ def _complete_config(task: Task, model: PreTrainedModel) -> None:
 
 
 class _StoredParameters:
-    """Where the parameters of a model are in the files of its checkpoint."""
+    """Locates the parameters of a model in the files of its checkpoint."""
 
     def __init__(self, files: Iterable[Path], model: nn.Module) -> None:
         self.model, self.names = model, CheckpointNames(model)
@@ -180,7 +182,7 @@ class _StoredParameters:
             for file in files
         }
         self.whole: dict[str, Stored] = {}
-        self.rows: dict[str, int] = {}  # of parameters that the files have in parts
+        self.rows: dict[str, int] = {}  # the number of rows of parameters that are stored in parts
         for tensor in (t for of_file in self.tensors.values() for t in of_file):
             place = self.names.find(tensor.name, tensor.entry.shape)
             if place.name is not None:
@@ -188,10 +190,10 @@ class _StoredParameters:
             if place.part is not None:
                 name = place.part.parameter
                 self.rows[name] = self.rows.get(name, 0) + tensor.entry.shape[0]
-        self.group_again()
+        self.update_groups()
 
-    def group_again(self) -> None:
-        """Find anew which names share a parameter."""
+    def update_groups(self) -> None:
+        """Update which names share a parameter."""
         self.parameters = dict(self.model.named_parameters(remove_duplicate=False))
         sharers: dict[int, list[str]] = {}
         for name, parameter in self.parameters.items():
@@ -200,30 +202,29 @@ class _StoredParameters:
         self.group_of = {name: group for group in self.groups for name in group}
 
     def is_in_parts(self, name: str) -> bool:
-        """Return whether the files have all parts of a parameter."""
+        """Return whether the files hold all parts of a parameter."""
         return self.rows.get(name) == self.parameters[name].shape[:2].numel()
 
     def missing(self, may_grow: bool) -> list[str]:
-        """Return the parameters that the files do not have, or have in another shape.
+        """Return the parameters that the files lack, or hold in a different shape.
 
         Args:
-            may_grow: Whether a matrix may have more rows in the model: those of new tokens.
+            may_grow: Whether a matrix may have more rows in the model, for new tokens.
         """
-        found = []
+        missing = []
         for group in self.groups:
             shape = tuple(self.parameters[group[0]].shape)
             stored = [self.whole[name].entry.shape for name in group if name in self.whole]
             fits = any(
-                own == shape or (may_grow and own[1:] == shape[1:] and own[0] < shape[0])
-                for own in stored
+                s == shape or (may_grow and s[1:] == shape[1:] and s[0] < shape[0]) for s in stored
             )
             if not fits and not any(self.is_in_parts(name) for name in group):
-                found.append(group[0])
-        return found
+                missing.append(group[0])
+        return missing
 
 
 class _Planner:
-    """Finds out what is written for each tensor of a checkpoint."""
+    """Plans the tensor to write for each tensor of a checkpoint."""
 
     def __init__(
         self,
@@ -239,8 +240,8 @@ class _Planner:
         self.buffers = {name: tuple(buffer.shape) for name, buffer in model.named_buffers()}
         self.heads = tuple(f"{head}." for head in heads)
         base = load_config(task.recipe)
-        # of another kind of model, as a language model that becomes a classifier, names are the
-        # model's own, and what only the base has is left out
+        # if the architecture changes, as from a language model to a classifier, the model's own
+        # names are used, and tensors that only the base has are left out
         self.same_kind = type(model).__name__ in (base.architectures or [])
         floats = (t.entry.dtype for t in stored.whole.values() if t.entry.dtype in FLOATS)
         self.stored_dtype = next(floats, "F32")
@@ -249,24 +250,24 @@ class _Planner:
         self.head_rows = label_rows(model, task.recipe)
         self.changed = {
             name
-            for one in changes
-            for names in (one.adapted, one.trained, one.of_tokens)
+            for change in changes
+            for names in (change.adapted, change.trained, change.of_tokens)
             for name in names
         }
 
     def planned(self) -> dict[Path, list[PlannedTensor]]:
-        """Return what is written, by the file of the base."""
+        """Return the tensors to write by the base's file."""
         files: dict[Path, list[PlannedTensor]] = {}
         for file, tensors in self.stored.tensors.items():
-            found = [self._planned(tensor) for tensor in tensors]
-            files[file] = [one for one in found if one is not None]
+            planned = [self._planned(tensor) for tensor in tensors]
+            files[file] = [tensor for tensor in planned if tensor is not None]
         written = {n for tensors in files.values() for t in tensors for n in t.names}
         last = files[list(files)[-1]]
         for group in self.stored.groups:
             if written.isdisjoint(group) and not any(map(self.stored.is_in_parts, group)):
                 last.append(self._added(group))
-        for found_tensors in files.values():  # so that each begins at a multiple of its size
-            found_tensors.sort(key=lambda tensor: -BITS[tensor.dtype])
+        for file_tensors in files.values():  # so that each is aligned to its entries' size
+            file_tensors.sort(key=lambda tensor: -BITS[tensor.dtype])
         self._check_frozen()
         return files
 
@@ -276,28 +277,28 @@ class _Planner:
         name = place.part.parameter if place.part else place.name
         if name is None or name not in self.stored.group_of:  # unknown, or a buffer
             shape = self.buffers.get(name or source.name, entry.shape)
-            if shape != entry.shape:  # BART's bias of the vocabulary, where tokens were added
+            if shape != entry.shape:  # BART's vocabulary bias, if tokens were added
                 raise NeedsWholeModelError(f"`{source.name}` gets entries that no file has")
-            kept = source.name if self.same_kind else name
-            if kept is None:
+            kept_name = source.name if self.same_kind else name
+            if kept_name is None:
                 return None
-            return PlannedTensor(kept, entry.dtype, entry.shape, source)
+            return PlannedTensor(kept_name, entry.dtype, entry.shape, source)
         group = self.stored.group_of[name]
         shape = tuple(self.stored.parameters[name].shape) if place.part is None else entry.shape
         if place.part is None and place.name is not None:
-            out = source.name if self.same_kind else place.name
+            tensor_name = source.name if self.same_kind else place.name
         else:
-            out = source.name
-        planned = PlannedTensor(out, entry.dtype, shape, source, group, place.part)
+            tensor_name = source.name
+        planned = PlannedTensor(tensor_name, entry.dtype, shape, source, group, place.part)
         self._require_simple(planned)
         return planned
 
     def _require_simple(self, planned: PlannedTensor) -> None:
-        """Reject what only the loaded model can tell."""
+        """Reject tensors that can only be determined by loading the model."""
         source, name = planned.source, planned.names[0]
         assert source is not None
         changed = not self.changed.isdisjoint(planned.names)
-        in_full = any(n in one.trained for one in self.changes for n in planned.names)
+        in_full = any(n in change.trained for change in self.changes for n in planned.names)
         if changed and planned.dtype not in FLOATS:
             raise NeedsWholeModelError(f"`{name}` is stored as {planned.dtype}")
         if in_full:
@@ -308,19 +309,19 @@ class _Planner:
             rows = range(source.entry.shape[0], planned.shape[0])
             ids = {
                 i
-                for one in self.changes
+                for change in self.changes
                 for n in planned.names
-                if n in one.of_tokens
-                for i in one.of_tokens[n].token_ids
+                if n in change.of_tokens
+                for i in change.of_tokens[n].token_ids
             }
             if not ids.issuperset(rows):
                 raise NeedsWholeModelError(f"`{name}` gets rows that no file has")
 
     def _added(self, group: list[str]) -> PlannedTensor:
-        """Return the plan for a parameter that the base's files have under no name of its own."""
+        """Plan a parameter that has no tensor of its own in the base's files."""
         sharers = [other for name in group for other in self.tied.get(name, [])]
         source = next((self.stored.whole[n] for n in sharers if n in self.stored.whole), None)
-        trained = any(name in one.trained for one in self.changes for name in group)
+        trained = any(name in change.trained for change in self.changes for name in group)
         assert source is not None or trained, f"{group[0]} is in no file, and loading missed it"
         shape = tuple(self.stored.parameters[group[0]].shape)
         if source is not None:
@@ -330,16 +331,16 @@ class _Planner:
         return PlannedTensor(group[0], self.stored_dtype, shape, None, group)
 
     def _check_frozen(self) -> None:
-        """Reject an adapter that holds weights of the base which are not this base's."""
-        for one in self.changes:
-            for name, tensor in one.frozen.items():
+        """Reject an adapter whose copies of base weights differ from this base's."""
+        for change in self.changes:
+            for name, tensor in change.frozen.items():
                 group = [name, *self.tied.get(name, [])]
-                found = next((self.stored.whole[n] for n in group if n in self.stored.whole), None)
-                if found is None:
+                source = next((self.stored.whole[n] for n in group if n in self.stored.whole), None)
+                if source is None:
                     continue
-                ours = found.read()
-                coarse = min(ours.dtype, tensor.dtype, key=lambda dtype: dtype.itemsize)
-                if not torch.equal(ours.to(coarse), tensor.to(coarse)):
+                of_base = source.read()
+                coarser = min(of_base.dtype, tensor.dtype, key=lambda dtype: dtype.itemsize)
+                if not torch.equal(of_base.to(coarser), tensor.to(coarser)):
                     what = f"`{name}` of the base is not the one it was trained on"
                     hint = "is this the base model that the adapter was trained on?"
                     raise IntegrityError(what, "--adapter", hint)

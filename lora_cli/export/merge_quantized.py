@@ -1,10 +1,9 @@
-"""Merge an adapter that was trained on a quantised base: which weights does it belong to?
+"""Merge an adapter that was trained on a quantised base, into the dequantised or original weights.
 
-What was trained is the adapter on the numbers that the codes stand for. It can be merged into those
-numbers, which computes what was trained, or into the weights that the codes were made from, which
-are the better base, but not the one that the adapter has learnt to correct. Both are measured, and
-the better one is written: by the metric of the validation split where its rows are at hand, else by
-the outputs.
+Merging into the dequantised weights reproduces the trained model. The original weights are a better
+base, but not the one that the adapter has learnt to correct. Both are measured, and the better
+model is written: by the metric on the validation split if its rows are available, otherwise by how
+close its outputs are to those of the trained model.
 """
 
 from __future__ import annotations
@@ -28,15 +27,16 @@ BASES = ("dequantised", "original")
 
 
 @dataclass
-class Trained:
-    """What was trained: the adapter on the quantised base, and what it is measured by.
+class TrainedModel:
+    """The trained model, adapter on quantised base, as a reference for merged models.
 
     Args:
-        weights: The numbers that the codes of each quantised layer stand for, in the layout of the
-            layer that it replaced.
-        outputs: On the task's probe.
-        metric: Name of the metric that decides, or None where there are no rows.
-        value: The metric.
+        weights: The dequantised weight of each quantised layer, in the layout of the layer that it
+            replaced.
+        outputs: The outputs on the task's probe.
+        metric: The name of the deciding metric, or None if there are no validation rows.
+        lower_is_better: Whether a lower metric is better.
+        value: The metric's value.
         rows: The validation split.
     """
 
@@ -50,12 +50,12 @@ class Trained:
 
 @dataclass
 class Candidate:
-    """A merged model beside what was trained.
+    """A merged model, compared with the trained one.
 
     Args:
         base: `dequantised` or `original`.
-        difference: Largest difference of an output, of the largest output.
-        value: The metric, where there are rows.
+        difference: The largest difference of an output, relative to the largest output.
+        value: The metric's value, or None if there are no validation rows.
     """
 
     base: str
@@ -64,38 +64,38 @@ class Candidate:
 
 
 @torch.no_grad()
-def what_was_trained(task: Task, saved: AdapterFolder) -> Trained:
-    """Return the quantised base's numbers, and what base + adapter make of the probe and the rows.
+def measure_trained(task: Task, saved: AdapterFolder) -> TrainedModel:
+    """Load the quantised base with its adapter; return its outputs, metric and dequantised weights.
 
     Args:
-        task: Of a recipe whose base is quantised; its processor is loaded.
+        task: A task whose recipe's base is quantised, with its processor loaded.
         saved: The adapter.
     """
     model, new = task.load_model(torch.device("cpu"))
     model = model.float().eval()
     layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
-    weights = {name: numbers_of(layer) for name, layer in layers.items()}
+    weights = {name: stored_weight(layer) for name, layer in layers.items()}
     load_adapter(model, saved, new, drawn=task.drawn)
-    found = Trained(weights, task.probed(model, task.probe()))
+    result = TrainedModel(weights, task.probed(model, task.probe()))
     if not task.recipe.data.has("validation") or task.recipe.data.streaming:
-        return found
+        return result
     try:
-        found.rows = load_data(task, ["validation"])["validation"]
-    except LoraError:  # its files are elsewhere now: the outputs decide
-        return found
-    found.metric, mode = best_by(task.recipe, task)
-    found.lower_is_better = mode == "min"
-    found.value = measured(found, task, model)
-    return found
+        result.rows = load_data(task, ["validation"])["validation"]
+    except LoraError:  # its files are no longer there: outputs decide
+        return result
+    result.metric, mode = best_by(task.recipe, task)
+    result.lower_is_better = mode == "min"
+    result.value = metric_of(result, task, model)
+    return result
 
 
-def numbers_of(layer: QuantizedLinear) -> Tensor:
+def stored_weight(layer: QuantizedLinear) -> Tensor:
     """Return the float32 weight of a quantised layer as the checkpoint stores it."""
     weight = layer.dequantized()
     return weight.T.contiguous() if layer.transposed else weight
 
 
-def measured(trained: Trained, task: Task, model: nn.Module) -> float | None:
+def metric_of(trained: TrainedModel, task: Task, model: nn.Module) -> float | None:
     """Return the deciding metric of a model on the validation rows, if there are any."""
     if trained.rows is None or trained.metric is None:
         return None
@@ -105,15 +105,15 @@ def measured(trained: Trained, task: Task, model: nn.Module) -> float | None:
     return evaluate(model, task, trained.rows, accelerator)[trained.metric]
 
 
-def use_numbers(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Give the layers of a full-precision base the numbers that their codes stand for."""
+def use_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Set the layers of a full-precision base to the dequantised weights."""
     with torch.no_grad():
         for name, weight in weights.items():
             model.get_submodule(name).get_parameter("weight").copy_(weight)
 
 
-def better(candidates: list[Candidate], trained: Trained) -> Candidate:
-    """Return the candidate with the better metric; of equal ones, that with the nearer outputs."""
+def better_candidate(candidates: list[Candidate], trained: TrainedModel) -> Candidate:
+    """Return the candidate with the better metric, or with the closer outputs if equal."""
 
     def rank(candidate: Candidate) -> tuple[float, float]:
         value = candidate.value or 0.0
@@ -122,16 +122,16 @@ def better(candidates: list[Candidate], trained: Trained) -> Candidate:
     return min(candidates, key=rank)
 
 
-def in_words(candidates: list[Candidate], chosen: Candidate, trained: Trained) -> list[str]:
-    """Return lines that say how the candidates compare with what was trained."""
+def in_words(candidates: list[Candidate], chosen: Candidate, trained: TrainedModel) -> list[str]:
+    """Describe how the candidates compare with the trained model, a line each."""
     lines = []
     if trained.value is not None:
         lines.append(f"trained, on the quantised base: {trained.metric} {trained.value:.4f}")
     for candidate in candidates:
-        by = f"outputs differ by {candidate.difference:.1e}"
+        comparison = f"outputs differ by {candidate.difference:.1e}"
         if candidate.value is not None and trained.value is not None:
             change = candidate.value - trained.value
-            by = f"{trained.metric} {candidate.value:.4f} ({change:+.4f}), {by}"
+            comparison = f"{trained.metric} {candidate.value:.4f} ({change:+.4f}), {comparison}"
         mark = "  <- written" if candidate is chosen else ""
-        lines.append(f"merged into the {candidate.base} base: {by}{mark}")
+        lines.append(f"merged into the {candidate.base} base: {comparison}{mark}")
     return lines

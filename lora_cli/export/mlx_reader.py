@@ -1,7 +1,7 @@
 """mlx-lm: `adapters.safetensors` with transposed matrices, and a configuration of its own.
 
-Its scale is the factor itself, not alpha. Modules are named in full, so that mlx-lm adapts those of
-the adapter and no others.
+Its scale is the factor of B A itself, not alpha. Modules are listed by their full names, so that
+mlx-lm adapts no others.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 
 from lora_cli.errors import Problem
-from lora_cli.export.low_rank_pairs import of_one_rank
+from lora_cli.export.low_rank_pairs import with_equal_ranks
 from lora_cli.export.reader import (
     MERGE,
     Source,
@@ -26,9 +26,9 @@ from lora_cli.files import umask_mode, write_json
 from lora_cli.models.base_model import config_as_written
 
 MLX_FILE, MLX_CONFIG = "adapters.safetensors", "adapter_config.json"
-# whose modules have the same names in mlx-lm and in transformers
+# models whose modules have the same names in mlx-lm and transformers
 MODEL_TYPES = ("gemma2", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
-# what it takes where config.json does not say `rope_theta` by itself; qwen3 reads it from either
+# mlx-lm's defaults if config.json has no top-level `rope_theta`; qwen3 reads it from either place
 ROPE_THETA = {**dict.fromkeys(MODEL_TYPES, 10_000.0), "qwen2": 1_000_000.0}
 
 
@@ -36,9 +36,9 @@ class Mlx:
     """mlx-lm."""
 
     def problems(self, source: Source) -> list[Problem]:
-        """Reject what is no matrix, and models whose modules have other names there."""
+        """Reject adapters that are not plain LoRA, and models with other module names in mlx-lm."""
         at, problems = str(source.saved.path), needs_plain_lora(source, "mlx-lm")
-        if source.saved.parts:  # of which each has a type
+        if source.saved.parts:  # each part has its own model type
             return problems
         kind = source.task.config.model_type
         if kind not in MODEL_TYPES:
@@ -52,12 +52,12 @@ class Mlx:
         return problems
 
     def changes(self, source: Source) -> list[str]:
-        """Return what is folded, and what mlx-lm would not find in the base."""
-        return [*scale_changes(source), *_positions_lost(source)]
+        """Return what is folded, and which settings of the base mlx-lm would not find."""
+        return [*scale_changes(source), *_unread_rope_settings(source)]
 
     def write(self, source: Source, folder: Path) -> None:
         """Write the two files, and the tokenizer."""
-        pairs, tensors = of_one_rank(source.lora.pairs), {}
+        pairs, tensors = with_equal_ranks(source.lora.pairs), {}
         for name, pair in pairs.items():
             tensors[f"{name}.lora_a"] = pair.a.T.contiguous()
             tensors[f"{name}.lora_b"] = pair.b.T.contiguous()
@@ -71,7 +71,7 @@ class Mlx:
         copy_processor(source.saved.path, folder)
 
     def check(self, source: Source, folder: Path) -> list[str]:
-        """Read the file by mlx-lm's rule, y + scale * (x A) B, and compare the outputs."""
+        """Apply the file by mlx-lm's rule, y + scale * (x A) B, and compare the outputs."""
         config = json.loads((folder / MLX_CONFIG).read_text(encoding="utf-8"))["lora_parameters"]
         tensors = load_file(folder / MLX_FILE)
         updates = {
@@ -90,24 +90,24 @@ class Mlx:
         )
 
 
-def _positions_lost(source: Source) -> list[str]:
-    """Return what mlx-lm does not read of how the base turns its positions.
+def _unread_rope_settings(source: Source) -> list[str]:
+    """Return notes on settings of the base's rotary embeddings that mlx-lm does not read.
 
-    transformers 5 writes it inside `rope_parameters`; mlx-lm reads `rope_theta` and `rope_scaling`,
-    as older versions wrote them, and else computes with values of its own.
+    transformers 5 writes them inside `rope_parameters`; mlx-lm reads `rope_theta` and
+    `rope_scaling`, as older versions wrote them, and otherwise uses its own defaults.
     """
     config, lines = source.task.config, []
-    nested = getattr(config, "rope_parameters", None) or {}
-    if config.model_type == "qwen3" or not nested:
+    rope = getattr(config, "rope_parameters", None) or {}
+    if config.model_type == "qwen3" or not rope:
         return []
     written = config_as_written(source.task.recipe)
-    theta, own = nested.get("rope_theta"), ROPE_THETA[config.model_type]
-    if "rope_theta" not in written and theta not in (None, own):
+    theta, default = rope.get("rope_theta"), ROPE_THETA[config.model_type]
+    if "rope_theta" not in written and theta not in (None, default):
         lines.append(
-            f"mlx-lm computes positions with {own:g} where this base has {theta:g}: write "
+            f"mlx-lm computes positions with {default:g} where this base has {theta:g}: write "
             f'`"rope_theta": {theta:g}` into its config.json, by itself'
         )
-    kind = nested.get("rope_type", "default")
+    kind = rope.get("rope_type", "default")
     if kind != "default" and not written.get("rope_scaling"):
         lines.append(
             f"mlx-lm does not see that this base scales its positions (`{kind}`): write what "

@@ -1,4 +1,4 @@
-"""Readers of PEFT's format: PEFT itself, vLLM, and those that know less of it."""
+"""Readers of PEFT's format: PEFT itself, vLLM, and programs that support only a part of it."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from lora_cli.environment import installed_version
 from lora_cli.errors import LoraError, Problem, counted
 from lora_cli.export.low_rank_pairs import (
     Pair,
-    of_one_rank,
     peft_tensors_of,
     plain_config,
+    with_equal_ranks,
 )
 from lora_cli.export.reader import (
     MERGE,
@@ -44,29 +44,29 @@ from lora_cli.export.reader import (
 from lora_cli.export.source_files import copy_processor
 from lora_cli.tensorfile import read_header
 
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what `--max-lora-rank` takes
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # allowed values of `--max-lora-rank`
 
 
 class Peft:
-    """PEFT: the two files as they are."""
+    """PEFT: the two files unchanged."""
 
     def problems(self, source: Source) -> list[Problem]:
-        """Reject what PEFT has no type for."""
+        """Reject types that PEFT does not have."""
         if PEFT_TYPES[source.saved.config["peft_type"]].supported:
             return []
         what = f"PEFT has no adapters of type `{source.saved.type}`"
         return [Problem(what, str(source.saved.path), MERGE)]
 
     def changes(self, source: Source) -> list[str]:
-        """Return nothing: PEFT reads all of it."""
+        """Return nothing: PEFT reads everything."""
         return []
 
     def write(self, source: Source, folder: Path) -> None:
-        """Copy the adapter's two files and the tokenizer, without what this tool alone reads."""
-        if source.saved.path.is_file():  # of another tool
-            named = {PREFIX + name: tensor for name, tensor in source.saved.tensors.items()}
+        """Copy the adapter's two files and the tokenizer, without files only for this tool."""
+        if source.saved.path.is_file():  # another tool's file
+            tensors = {PREFIX + name: tensor for name, tensor in source.saved.tensors.items()}
             config = {**source.saved.config, "base_model_name_or_path": source.base_name}
-            write_adapter_files(folder, config, named, source.saved.parts)
+            write_adapter_files(folder, config, tensors, source.saved.parts)
             return
         for part in source.saved.parts or ("",):
             (folder / part).mkdir(exist_ok=True)
@@ -79,24 +79,24 @@ class Peft:
         return [in_peft(source, folder, for_peft=True)]
 
     def usage(self, source: Source, to: Path) -> str:
-        """Return nothing: the card has its own code for PEFT."""
+        """Return nothing: the card already shows code for PEFT."""
         return ""
 
 
 class Vllm:
-    """vLLM: low-rank matrices alone, of one rank and one scale."""
+    """vLLM: only low-rank matrices, all with the same rank and scale."""
 
     def problems(self, source: Source) -> list[Problem]:
         """Reject heads, biases, DoRA, convolutions, tasks without generation, and large ranks."""
         problems = needs_plain_lora(source, "vLLM")
         task_type, at = source.saved.config.get("task_type"), str(source.saved.path)
-        config = getattr(source.task, "config", None)  # a base of several parts has none
+        config = getattr(source.task, "config", None)  # None for a base with several parts
         kind = str(getattr(config, "model_type", ""))
-        # some models of speech have no type of task in PEFT
+        # some speech models have no task type in PEFT
         is_of_language = task_type == "CAUSAL_LM" or kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
         if config is not None and (task_type not in (None, "CAUSAL_LM") or not is_of_language):
-            found = task_type or kind
-            what = f"vLLM loads adapters of language models, and this one is for `{found}`"
+            use = task_type or kind
+            what = f"vLLM loads adapters of language models, and this one is for `{use}`"
             problems.append(Problem(what, at, MERGE))
         if source.parts is not None and not problems:
             rank = max(pair.rank for pair in source.parts.pairs.values())
@@ -106,7 +106,7 @@ class Vllm:
         return problems
 
     def changes(self, source: Source) -> list[str]:
-        """Return what is folded, and the rank that vLLM has to be started with."""
+        """Return what is folded, and the rank with which vLLM has to be started."""
         lines = scale_changes(source)
         needed = _vllm_rank(source)
         if needed > 16:
@@ -117,10 +117,10 @@ class Vllm:
 
     def write(self, source: Source, folder: Path) -> None:
         """Write PEFT's two files, and the tokenizer."""
-        write_plain(source, of_one_rank(source.lora.pairs), folder)
+        write_plain(source, with_equal_ranks(source.lora.pairs), folder)
 
     def check(self, source: Source, folder: Path) -> list[str]:
-        """Read the matrices with one scale for all, as vLLM does; then load them in PEFT."""
+        """Read the matrices with one scale for all, like vLLM; then load them in PEFT."""
         return check_plain(source, folder, "vLLM")
 
     def usage(self, source: Source, to: Path) -> str:
@@ -133,18 +133,18 @@ class Vllm:
 
 
 class Plain:
-    """Readers that take alpha / rank of `adapter_config.json` as the one scale, and no patterns."""
+    """Readers that scale all modules by alpha / rank and ignore patterns."""
 
     def problems(self, source: Source) -> list[Problem]:
-        """Reject what has no place in plain LoRA."""
-        found = needs_plain_lora(source, "a plain reader", takes_parts=True)
-        taken = ("in full", "convolutions")
-        return [p for p in found if not any(words in p.what for words in taken)]
+        """Reject adapters that plain LoRA cannot express."""
+        problems = needs_plain_lora(source, "a plain reader", takes_parts=True)
+        accepted = ("in full", "convolutions")
+        return [p for p in problems if not any(words in p.what for words in accepted)]
 
     def changes(self, source: Source) -> list[str]:
-        """Return what is folded and added, and what most servers would not read."""
+        """Return what is folded and added, and what most servers would ignore."""
         lines = scale_changes(source)
-        if missing := _missing(source):
+        if missing := _zero_updates(source):
             lines.append(
                 f"{_types(missing)} is adapted in some layers only; the others get zeros, since "
                 "TGI and LoRAX leave out a type of module that a layer lacks"
@@ -158,7 +158,7 @@ class Plain:
 
     def write(self, source: Source, folder: Path) -> None:
         """Write PEFT's two files, and the tokenizer."""
-        write_plain(source, of_one_rank(source.lora.pairs | _missing(source)), folder)
+        write_plain(source, with_equal_ranks(source.lora.pairs | _zero_updates(source)), folder)
 
     def check(self, source: Source, folder: Path) -> list[str]:
         """Read the matrices with one scale for all; then load them in PEFT."""
@@ -167,7 +167,7 @@ class Plain:
         return check_plain(source, folder, "a plain reader")
 
     def usage(self, source: Source, to: Path) -> str:
-        """Return nothing: readers differ."""
+        """Return nothing: usage differs between readers."""
         return ""
 
 
@@ -181,33 +181,33 @@ def write_plain(source: Source, pairs: dict[str, Pair], folder: Path) -> None:
 
 
 def check_plain(source: Source, folder: Path, reader: str) -> list[str]:
-    """Read a folder as programs do that know the matrices and one scale, and PEFT where it is."""
+    """Read a folder with one scale for all matrices, and with PEFT if it is installed."""
     updates = {}
     for part in source.saved.parts or ("",):
         config = json.loads((folder / part / CONFIG_FILE).read_text(encoding="utf-8"))
-        scale, before = config["lora_alpha"] / config["r"], f"{part}." if part else ""
+        scale, prefix = config["lora_alpha"] / config["r"], f"{part}." if part else ""
         with safe_open(folder / part / WEIGHTS_FILE, "pt") as file:
-            for name in file.keys():  # noqa: SIM118 - it is no dictionary
-                if found := re.fullmatch(rf"{PREFIX}(.+)\.lora_(embedding_)?A(\.weight)?", name):
+            for name in file.keys():  # noqa: SIM118 - it is not a dictionary
+                if match := re.fullmatch(rf"{PREFIX}(.+)\.lora_(embedding_)?A(\.weight)?", name):
                     a, b = file.get_tensor(name), file.get_tensor(_name_of_b(name))
-                    updates[before + found[1]] = scale * (b.flatten(1) @ a.flatten(1))
+                    updates[prefix + match[1]] = scale * (b.flatten(1) @ a.flatten(1))
     difference = require_same_outputs(source, updates, reader)
     line = f"read with one scale, as {reader} does: outputs differ by {difference:.1e}"
     return [line, in_peft(source, folder)]
 
 
 def in_peft(source: Source, folder: Path, for_peft: bool = False) -> str:
-    """Load a folder in PEFT, and compare what it computes; say so where PEFT is not installed.
+    """Load a folder in PEFT and compare the outputs; return the result as a line.
 
     Args:
-        source: What was exported.
-        folder: What was written.
-        for_peft: Whether PEFT is the reader, which then has to read it as it was meant; else a line
-            says that it would not.
+        source: The exported adapter.
+        folder: The folder that was written.
+        for_peft: Whether the export is for PEFT, which then has to read it correctly; otherwise
+            known differences are only mentioned in the line.
 
     Raises:
-        LoraError: If PEFT does not read it so, with every reason.
-        IntegrityError: If it computes otherwise, for no reason that is known.
+        LoraError: If PEFT reads it differently for known reasons, with all reasons.
+        IntegrityError: If the outputs differ for unknown reasons.
     """
     if importlib.util.find_spec("peft") is None:
         count = sum(len(read_header(folder / name)) for name in weight_files(folder))
@@ -227,13 +227,13 @@ def in_peft(source: Source, folder: Path, for_peft: bool = False) -> str:
 
 
 def _outputs_in_peft(source: Source, folder: Path) -> Tensor:
-    """Return what PEFT makes of the task's probe with the adapter in a folder."""
+    """Return the outputs on the task's probe with the adapter loaded in PEFT."""
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # of PEFT, of its own ways
+        warnings.simplefilter("ignore")  # PEFT warns about its own behaviour
         from peft import PeftModel
 
         base, parts = source.base, source.saved.parts
-        models: list[Any] = [  # of a part, PEFT puts its layers into the base itself
+        models: list[Any] = [  # for a part, PEFT adds its layers to the base in place
             PeftModel.from_pretrained(base.get_submodule(part), str(folder / part)).eval()
             for part in parts or ("",)
         ]
@@ -242,7 +242,7 @@ def _outputs_in_peft(source: Source, folder: Path) -> Tensor:
             outputs: Tensor = source.task.probed(adapted, source.task.probe())
         finally:
             if source.saved.config["peft_type"] == "LORA":
-                for model in models:  # of others, PEFT cannot unload a head
+                for model in models:  # PEFT cannot unload the heads of other types
                     model.unload()
     return outputs
 
@@ -256,27 +256,27 @@ def _vllm_rank(source: Source) -> int:
     return next(allowed for allowed in VLLM_RANKS if allowed >= rank)
 
 
-def _missing(source: Source) -> dict[str, Pair]:
-    """Return zeros for each module of a type that other layers have adapted."""
+def _zero_updates(source: Source) -> dict[str, Pair]:
+    """Return zero updates for modules of the same type as adapted modules in other layers."""
     pairs = source.lora.pairs
     adapted = {_type_of(name): name for name in pairs}
-    found = {}
+    zero_pairs = {}
     for name, module in source.base.named_modules():
         other = adapted.get(_type_of(name))
         if other is None or name in pairs:
             continue
-        ours = getattr(module, "weight", None)  # `to_out.1` is a dropout, next to `to_out.0`
-        theirs = source.base.get_submodule(other).weight
-        assert isinstance(theirs, Tensor)
-        if isinstance(ours, Tensor) and ours.shape == theirs.shape:
-            like = pairs[other]
-            zeros = (like.a.new_zeros(like.a.shape), like.b.new_zeros(like.b.shape))
-            found[name] = Pair(*zeros, 1.0, like.is_embedding)
-    return found
+        weight = getattr(module, "weight", None)  # e.g. the dropout `to_out.1` next to `to_out.0`
+        adapted_weight = source.base.get_submodule(other).weight
+        assert isinstance(adapted_weight, Tensor)
+        if isinstance(weight, Tensor) and weight.shape == adapted_weight.shape:
+            template = pairs[other]
+            zeros = (template.a.new_zeros(template.a.shape), template.b.new_zeros(template.b.shape))
+            zero_pairs[name] = Pair(*zeros, 1.0, template.is_embedding)
+    return zero_pairs
 
 
 def _type_of(name: str) -> str:
-    """Return a module's name with `*` for the numbers of layers."""
+    """Return a module's name with layer numbers replaced by `*`."""
     return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 

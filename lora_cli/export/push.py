@@ -1,9 +1,9 @@
-"""Upload an adapter to the Hub: what its manifest lists, its card and its recipe.
+"""Upload an adapter to the Hub: the files of its manifest, its card and its recipe.
 
-Predictions, samples and reports stay here: they hold rows of the data. Paths of this machine are
-shortened to their last part in the card and the recipe, and the base is named as the Hub names it;
-secrets are masked. What is uploaded is put together in a folder of its own, with a manifest of its
-own, and nothing is sent unless all of it is right.
+Predictions, samples and reports are not uploaded, because they contain rows of the data. In the
+card and the recipe, local paths are shortened to their last component, the base gets its name on
+the Hub, and secrets are masked. The files to upload are collected in a temporary folder with a
+manifest of its own, and nothing is sent unless all checks pass.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from lora_cli.reporting.report import is_hub_id
 CARD_FILE = "README.md"
 PLOT_FILE = "learning_curve.png"  # the card shows it
 TEXTS = (".json", ".md", ".yaml", ".txt", ".jinja")
-# an absolute path of two parts or more, which no address contains
+# an absolute path with at least two components, which is not part of a URL
 PATH = re.compile(r"(?<![\w/:.~@-])~?(?:/[\w.@+%-]+){2,}/?")
 
 
 @dataclass
 class Pushed:
-    """What was uploaded, and where it is."""
+    """The uploaded files, and their address."""
 
     address: str
     files: list[str]
@@ -57,30 +57,30 @@ def push_adapter(
     """Upload an adapter.
 
     Args:
-        adapter: Output folder of `lora train`, of `lora combine` or `lora export`.
-        to: Id of the repository, which is made if it is new.
-        private: Only its owner may read it, if it is new.
-        revision: A branch, which is made if it is new.
-        base: The Hub's id of the base model. None: the one that the adapter names.
+        adapter: The output folder of `lora train`, `lora combine` or `lora export`.
+        to: The repository's id; it is created if it does not exist.
+        private: Whether a new repository is private.
+        revision: The branch; it is created if it does not exist.
+        base: The base model's id on the Hub; None for the base that the adapter names.
 
     Raises:
-        LoraError: If something of it must not or cannot be uploaded; nothing was then, or the Hub
-            took none of it.
+        LoraError: If a file must not or cannot be uploaded, or the Hub rejects the upload; then
+            nothing was uploaded.
         IntegrityError: If the adapter is damaged.
     """
     _require_id(to, "--to")
     if base is not None:
         _require_id(base, "--base")
-    with tempfile.TemporaryDirectory(prefix="lora-push-") as made:
-        folder = Path(made)
-        notes = collect(adapter, folder, base)
+    with tempfile.TemporaryDirectory(prefix="lora-push-") as temporary:
+        folder = Path(temporary)
+        notes = collect_files(adapter, folder, base)
         address = _upload(folder, to, private, revision)
         files = sorted(f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file())
     return Pushed(address, files, notes)
 
 
-def collect(adapter: Path, folder: Path, base: str | None) -> list[str]:
-    """Put what is uploaded into an empty folder, and return what a user should know of it.
+def collect_files(adapter: Path, folder: Path, base: str | None) -> list[str]:
+    """Collect the files to upload in an empty folder, and return notes for the user.
 
     Raises:
         LoraError: As `push_adapter`.
@@ -103,8 +103,8 @@ def collect(adapter: Path, folder: Path, base: str | None) -> list[str]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(adapter / name, folder / name)
     for key in recipe.task.local_files:
-        place = Path(str(getattr(recipe.task, key)))
-        shutil.copyfile(place, folder / place.name)
+        file = Path(str(getattr(recipe.task, key)))
+        shutil.copyfile(file, folder / file.name)
     _name_base(folder, recipe, base)
     _shorten_recipe(folder / RECIPE_FILE, base)
     _write_card(adapter, folder, recipe, base)
@@ -114,7 +114,7 @@ def collect(adapter: Path, folder: Path, base: str | None) -> list[str]:
 
 
 def _require_id(name: str, at: str) -> None:
-    """Reject what is no id of a repository: an owner and a name."""
+    """Reject a name that is not a repository's id, `owner/name`."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils._validators import validate_repo_id
 
@@ -129,7 +129,7 @@ def _require_id(name: str, at: str) -> None:
 
 
 def _require_base(recipe: Recipe, base: str | None) -> list[str]:
-    """Reject a base that nobody else can name; return what to say of one that few can."""
+    """Reject a base that others cannot get; return a note about one that few can."""
     name = recipe.model.name
     if base is not None or recipe.adapter.type == "full" or is_hub_id(name):
         return []
@@ -139,19 +139,19 @@ def _require_base(recipe: Recipe, base: str | None) -> list[str]:
     raise LoraError(what, "--base", "name the base as the Hub does: `--base USER/NAME`")
 
 
-# --------------------------------------------------------------------------- what must not go out
+# ------------------------------------------------------------------------------- private details
 
 
 def shortened_paths(text: str) -> str:
-    """Return a text in which each absolute path is its last part."""
-    return PATH.sub(lambda found: PurePath(found[0]).name, text)
+    """Replace each absolute path in a text by its last component."""
+    return PATH.sub(lambda match: PurePath(match[0]).name, text)
 
 
 def _name_base(folder: Path, recipe: Recipe, base: str | None) -> None:
-    """Write the Hub's name of the base into PEFT's configuration and beside the fingerprint."""
+    """Write the base's name on the Hub into PEFT's configuration and the fingerprint's file."""
     configs = [f"{part}/{CONFIG_FILE}" for part in adapter_parts(folder)] or [CONFIG_FILE]
-    named = [(name, "base_model_name_or_path") for name in configs]
-    for name, key in (*named, (BASE_FILE, "name")):
+    keys = [(name, "base_model_name_or_path") for name in configs]
+    for name, key in (*keys, (BASE_FILE, "name")):
         file = folder / name
         if base is not None and file.is_file():
             values = json.loads(file.read_text(encoding="utf-8"))
@@ -160,7 +160,7 @@ def _name_base(folder: Path, recipe: Recipe, base: str | None) -> None:
 
 
 def _shorten_recipe(file: Path, base: str | None) -> None:
-    """Shorten the paths of a recipe to their last parts, and leave its mirror out."""
+    """Shorten the paths in a recipe to their last components, and remove its mirror."""
     values = yaml.safe_load(file.read_text(encoding="utf-8"))
     if base is not None:
         values["model"] |= {"name": base, "revision": "main"}
@@ -179,10 +179,10 @@ def _shortened(value: Any) -> Any:
 
 
 def _write_card(adapter: Path, folder: Path, recipe: Recipe, base: str | None) -> None:
-    """Write the card, whose head the Hub's own library has read.
+    """Write the card, after parsing its front matter with the Hub's own library.
 
     Raises:
-        LoraError: If that finds something wrong in it.
+        LoraError: If the front matter is invalid.
     """
     from huggingface_hub import ModelCard
 
@@ -193,7 +193,7 @@ def _write_card(adapter: Path, folder: Path, recipe: Recipe, base: str | None) -
     text = redacted(shortened_paths(text))
     try:
         card = ModelCard(text, ignore_metadata_errors=False)
-    except Exception as error:  # of YAML, and of the library's own checks
+    except Exception as error:  # errors of YAML, and of the library's own checks
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         what, hint = f"the head of the card cannot be read: {reason}", "mend it, or delete the file"
         raise LoraError(what, str(file), hint) from error
@@ -206,7 +206,7 @@ def _write_card(adapter: Path, folder: Path, recipe: Recipe, base: str | None) -
 
 
 def _card_problems(data: dict[str, Any], at: str) -> list[Problem]:
-    """Return what the Hub would reject in the head of a card: ids that are paths, odd lists."""
+    """Return the entries of a card's front matter that the Hub would reject."""
     problems = []
     for key in ("base_model", "datasets"):
         values = data.get(key) or []
@@ -226,19 +226,19 @@ def _card_problems(data: dict[str, Any], at: str) -> list[Problem]:
 
 
 def _require_nothing_private(folder: Path, recipe: Recipe, adapter: Path, at: str) -> None:
-    """Reject what still names a place of this machine: its home directory, or one of the recipe."""
-    places = {str(Path.home()), str(adapter.absolute().parent), recipe.model.name}
+    """Reject files that still contain local paths: the home directory, or paths of the recipe."""
+    paths = {str(Path.home()), str(adapter.absolute().parent), recipe.model.name}
     for source in recipe.data.sources:
         values = (getattr(source, key) for key in ("path", "train", "validation", "test"))
-        places |= {str(value or "") for value in values}
-    places = {place for place in places if place.startswith("/") and place.count("/") > 1}
+        paths |= {str(value or "") for value in values}
+    paths = {path for path in paths if path.startswith("/") and path.count("/") > 1}
     problems = []
     for file in sorted(folder.rglob("*")):
         if file.suffix in TEXTS and file.is_file():
             text = file.read_text(encoding="utf-8", errors="replace")
-            named = next((place for place in sorted(places) if place in text), None)
-            if named is not None:
-                what = f"`{file.name}` names a place of this machine: {named}"
+            found_path = next((path for path in sorted(paths) if path in text), None)
+            if found_path is not None:
+                what = f"`{file.name}` names a place of this machine: {found_path}"
                 problems.append(Problem(what, at, "take it out of the file, and train again"))
     if problems:
         raise LoraError(problems)
@@ -251,7 +251,7 @@ def _upload(folder: Path, to: str, private: bool, revision: str | None) -> str:
     """Upload a folder, and return the address of the commit.
 
     Raises:
-        LoraError: If the Hub does not take it, with its reason.
+        LoraError: If the Hub rejects it, with the reason.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.utils.tqdm import disable_progress_bars
@@ -271,13 +271,13 @@ def _upload(folder: Path, to: str, private: bool, revision: str | None) -> str:
         )
     except LoraError:
         raise
-    except Exception as error:  # of the network, and of any kind
+    except Exception as error:  # errors of the network and of many other kinds
         raise _push_error(to, error) from error
     return str(commit.commit_url)
 
 
 def _push_error(to: str, error: Exception) -> LoraError:
-    """Return why the Hub did not take an adapter, and what to do."""
+    """Return an error that says why the Hub rejected an adapter, and what to do."""
     from huggingface_hub import constants
     from huggingface_hub import errors as hub
 

@@ -1,7 +1,7 @@
-"""What the module of a reader owes: what it would refuse, what changes, how it is written and read.
+"""The interface of readers: the programs that adapters can be exported for.
 
-A reader is a program that loads adapters. Its module says before anything is written what would not
-arrive there, folds what can be folded, and then reads the written file as that program does.
+A reader's module reports the parts of an adapter that the program could not read before anything
+is written, folds scales and ranks as needed, and then reads the written file like the program does.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ MERGE = "merge it into its base with `lora merge`, and use that model there"
 
 @dataclass
 class Source:
-    """An adapter that is to be exported.
+    """An adapter to export.
 
     Args:
-        task: With its processor loaded; its recipe names the base.
+        task: The task with its processor loaded; its recipe names the base.
         saved: The adapter's folder.
-        parts: What it holds; None where it is not a plain LoRA.
+        parts: The contents of a plain LoRA; None for other adapters.
         base: The base model in float32, without the adapter.
-        outputs: What base + adapter make of the task's probe, in float32.
+        outputs: The outputs of base + adapter on the task's probe, in float32.
         is_tied: Whether the base's output layer shares its weight with the embedding.
     """
 
@@ -52,7 +52,7 @@ class Source:
 
     @property
     def base_name(self) -> str:
-        """The base as the recipe names it."""
+        """The base's name in the recipe."""
         return self.task.recipe.model.name
 
 
@@ -60,32 +60,32 @@ class Reader(Protocol):
     """A program that loads adapters."""
 
     def problems(self, source: Source) -> list[Problem]:
-        """Return what of the adapter would not arrive there, each with the way out."""
+        """Return the parts of the adapter that the program could not read, each with a remedy."""
 
     def changes(self, source: Source) -> list[str]:
-        """Return what is written otherwise than in the adapter, and what to mind there."""
+        """Return how the result differs from the adapter, and notes on using it."""
 
     def write(self, source: Source, folder: Path) -> None:
         """Write the files that the program reads into a folder."""
 
     def check(self, source: Source, folder: Path) -> list[str]:
-        """Read the written files as the program does; return what was compared, in words.
+        """Read the written files like the program does; return what was compared, in words.
 
         Raises:
-            IntegrityError: If what is read computes something else.
+            IntegrityError: If the outputs differ.
         """
 
     def usage(self, source: Source, to: Path) -> str:
-        """Return how the result is used there, in Markdown."""
+        """Return how to use the result in the program, in Markdown."""
 
 
 def needs_plain_lora(source: Source, reader: str, takes_parts: bool = False) -> list[Problem]:
-    """Return why an adapter is not low-rank matrices alone, which is all that most readers take.
+    """Return why an adapter is not plain LoRA, the only kind that most readers support.
 
     Args:
         source: The adapter.
-        reader: For the messages.
-        takes_parts: Whether the reader takes a base of several parts.
+        reader: The reader's name for messages.
+        takes_parts: Whether the reader supports bases with several parts.
     """
     at, kind = str(source.saved.path), source.saved.type
     if source.saved.parts and not takes_parts:
@@ -118,7 +118,7 @@ def needs_plain_lora(source: Source, reader: str, takes_parts: bool = False) -> 
 
 
 def scale_changes(source: Source) -> list[str]:
-    """Return in words which scales and ranks are made one."""
+    """Describe how different scales and ranks are unified."""
     config, pairs = source.saved.config, source.lora.pairs
     lines = []
     if config.get("use_rslora"):
@@ -134,43 +134,43 @@ def scale_changes(source: Source) -> list[str]:
 
 @torch.no_grad()
 def require_same_outputs(source: Source, updates: Mapping[str, Tensor], reader: str) -> float:
-    """Add updates to the base's weights, and require that it computes what base + adapter do.
+    """Add updates to the base's weights, and compare the outputs with those of base + adapter.
 
     Args:
-        source: Its base gets the updates, and loses them again.
-        updates: Of each module, as a matrix (out, in * kernel).
-        reader: As whom the file was read, for the error.
+        source: The adapter; the updates are added to its base temporarily.
+        updates: The update of each module as a matrix (out, in * kernel).
+        reader: The reader's name, for errors.
 
     Returns:
         The largest difference of an output, relative to the largest output.
 
     Raises:
-        IntegrityError: If it is more than rounding.
+        IntegrityError: If it exceeds rounding errors.
     """
-    before: list[tuple[nn.Module, nn.Parameter]] = []
+    originals: list[tuple[nn.Module, nn.Parameter]] = []
     try:
         for name, update in updates.items():
             module = source.base.get_submodule(name)
             weight: Any = module.weight
-            before.append((module, weight))
+            originals.append((module, weight))
             is_transposed = isinstance(module, Conv1D | nn.Embedding)
             delta = (update.T if is_transposed else update).to(weight.dtype)
-            # a parameter of its own: where the weight is tied, the other side stays as it is
+            # a new parameter, so that tied weights stay unchanged
             module.weight = nn.Parameter(weight + delta.reshape(weight.shape), requires_grad=False)
         outputs = source.task.probed(source.base, source.task.probe())
     finally:
-        for module, parameter in reversed(before):
+        for module, parameter in reversed(originals):
             module.weight = parameter
     return require_close(outputs, source.outputs, reader)
 
 
-def require_close(outputs: Tensor, wanted: Tensor, reader: str) -> float:
-    """Return the largest difference, relative to the largest output, which has to be rounding.
+def require_close(outputs: Tensor, expected: Tensor, reader: str) -> float:
+    """Return the largest difference of an output, relative to the largest output.
 
     Raises:
-        IntegrityError: If it is more.
+        IntegrityError: If it exceeds rounding errors.
     """
-    difference = float((outputs - wanted).abs().max() / wanted.abs().max().clamp(min=1.0))
+    difference = float((outputs - expected).abs().max() / expected.abs().max().clamp(min=1.0))
     if not difference <= TOLERANCE:
         raise IntegrityError(
             f"read as {reader} reads it, the outputs differ by {difference:.1e} of the largest",

@@ -1,4 +1,4 @@
-"""The programs that adapters are exported for, for a command line that has not imported torch."""
+"""The programs that adapters can be exported for; the command line needs them without torch."""
 
 READERS = {
     "peft": "PEFT and transformers: everything is kept as it is",
@@ -10,4 +10,4 @@ READERS = {
     "plain": "PEFT's format without patterns and rsLoRA, for any other reader (SGLang, TGI, LoRAX)",
 }
 LIBRARIES = {"mlx": "mlx", "diffusers": "diffusers", "kohya": "diffusers"}
-"""The Hub's names of libraries that read other formats than PEFT's; llama.cpp has none."""
+"""The Hub's names of libraries that do not read PEFT's format; llama.cpp has no name there."""

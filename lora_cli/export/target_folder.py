@@ -1,4 +1,4 @@
-"""The folder that an export writes: it is new, and no other process writes it meanwhile."""
+"""Lock the folder that an export creates, so that no other process writes it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from lora_cli.folder_lock import FolderLock
 
 @contextmanager
 def locked_target(to: Path) -> Iterator[None]:
-    """Keep other processes from writing the same folder, which does not exist yet or is empty.
+    """Lock a folder that does not exist yet or is empty, so that no other process writes it.
 
     Raises:
-        LoraError: If it contains something, or another process writes it.
+        LoraError: If it is not empty, or another process is writing it.
     """
     to.absolute().parent.mkdir(parents=True, exist_ok=True)
     lock = FolderLock(to.absolute().parent, "--to", for_one=to.absolute())

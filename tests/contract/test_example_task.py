@@ -33,7 +33,7 @@ from lora_cli.export.combine import combine_adapters
 from lora_cli.export.combine_methods import Method
 from lora_cli.export.export_adapter import export_adapter
 from lora_cli.export.merge import merge_adapter
-from lora_cli.export.push import collect
+from lora_cli.export.push import collect_files
 from lora_cli.files import sha256_of
 from lora_cli.preprocessing.encode import load_data
 from lora_cli.recipe import Learned, Recipe, load_adapter_recipe, load_recipe
@@ -206,7 +206,7 @@ def test_its_folder_is_an_adapter_for_every_command(tmp_path: Path) -> None:
     assert sha256 == sha256_of(out / "decoder/adapter_model.safetensors")
 
     (to / "pushed").mkdir()
-    collect(out, to / "pushed", "user/base")
+    collect_files(out, to / "pushed", "user/base")
     pushed = json.loads((to / "pushed/decoder/adapter_config.json").read_text())
     assert pushed["base_model_name_or_path"] == "user/base"
     assert_close(probed(task, read_adapter(to / "pushed")), wanted)
