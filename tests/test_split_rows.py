@@ -143,7 +143,7 @@ def test_without_a_rule_equal_texts_may_be_divided() -> None:
     held, kept = draw(["same"] * 10, 0.3, SEED, None)
     assert (held.size, kept.size) == (3, 7)
     with pytest.raises(LoraError, match=r"10 rows \(1 that differ\)[\s\S]*at data\.test"):
-        draw(["same"] * 10, 0.3, SEED, "exact", at="data.test")
+        draw(["same"] * 10, 0.3, SEED, "exact", location="data.test")
 
 
 @pytest.mark.parametrize("disjoint", ["exact", "substring", None])

@@ -1,1 +1,1 @@
-"""Data: where rows come from, which are held out, and in which order they are seen."""
+"""Read data sets in many formats, and split them into train, validation and test rows."""

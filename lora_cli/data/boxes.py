@@ -255,26 +255,28 @@ def _corners(
 ) -> tuple[float, float, float, float]:
     """Return the corners of a box in pixels, inside the image."""
     numbers = _numbers(value, i)
-    shown = f"[{', '.join(f'{n:g}' for n in numbers)}]"
+    box_text = f"[{', '.join(f'{n:g}' for n in numbers)}]"
     relative = box_format.startswith("relative_")
     form = box_format.removeprefix("relative_")
-    _reject_other_unit(numbers, shown, i, relative)
+    _reject_other_unit(numbers, box_text, i, relative)
     scale = size if relative else (1, 1)
     a, b, c, d = (n * scale[k % 2] for k, n in enumerate(numbers))
     if form == "xyxy":
         if c < a or d < b:
-            what = f"the corners of the box of {_named(i)} are swapped, {shown}: the first is the "
+            what = (
+                f"the corners of the box of {_named(i)} are swapped, {box_text}: the first is the "
+            )
             raise BoxError(f"{what}upper left one")
         x0, y0, x1, y1 = a, b, c, d
     elif c < 0 or d < 0:
-        raise BoxError(f"the box of {_named(i)} has a size below 0, {shown}")
+        raise BoxError(f"the box of {_named(i)} has a size below 0, {box_text}")
     elif form == "xywh":
         x0, y0, x1, y1 = a, b, a + c, b + d
     else:
         x0, y0, x1, y1 = a - c / 2, b - d / 2, a + c / 2, b + d / 2
     if x1 <= x0 or y1 <= y0:
-        raise BoxError(f"the box of {_named(i)} is empty, {shown}")
-    return _clipped((x0, y0, x1, y1), i, shown, size, clip)
+        raise BoxError(f"the box of {_named(i)} is empty, {box_text}")
+    return _clipped((x0, y0, x1, y1), i, box_text, size, clip)
 
 
 def _numbers(value: Any, i: int) -> list[float]:
@@ -288,20 +290,22 @@ def _numbers(value: Any, i: int) -> list[float]:
     return numbers
 
 
-def _reject_other_unit(numbers: list[float], shown: str, i: int, relative: bool) -> None:
+def _reject_other_unit(numbers: list[float], box_text: str, i: int, relative: bool) -> None:
     """Reject pixels where relative coordinates are expected, and the reverse."""
     if relative and max(numbers) > 2:
-        what = f"the box of {_named(i)} is not in shares of the picture, {shown}: are these pixels?"
+        what = (
+            f"the box of {_named(i)} is not in shares of the picture, {box_text}: are these pixels?"
+        )
         raise BoxError(what)
     if not relative and 0 < max(numbers) <= 1:
-        what = f"the box of {_named(i)} is smaller than a pixel, {shown}: are these "
+        what = f"the box of {_named(i)} is smaller than a pixel, {box_text}: are these "
         raise BoxError(what + SHARES)
 
 
 def _clipped(
     box: tuple[float, float, float, float],
     i: int,
-    shown: str,
+    box_text: str,
     size: tuple[int, int],
     clip: bool,
 ) -> tuple[float, float, float, float]:
@@ -309,7 +313,7 @@ def _clipped(
     width, height = size
     x0, y0, x1, y1 = box
     cut = max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height))
-    subject = f"the box of {_named(i)}, {shown},"
+    subject = f"the box of {_named(i)}, {box_text},"
     if cut[0] >= cut[2] or cut[1] >= cut[3]:
         raise BoxError(f"{subject} lies outside the picture of {width} x {height} pixels")
     overhang = max(a - b for a, b in zip((*cut[:2], x1, y1), (x0, y0, *cut[2:]), strict=True))
@@ -337,8 +341,10 @@ def better_format(
     if not n_outside or n_outside < OUTSIDE_SHARE * len(samples):
         return None
     prefix = "relative_" * box_format.startswith("relative_")
-    others = (prefix + form for form in ("xywh", "xyxy", "cxcywh") if prefix + form != box_format)
-    fitting = (f for f in others if all(_fits(value, size, f) for value, size in samples))
+    other_formats = (
+        prefix + form for form in ("xywh", "xyxy", "cxcywh") if prefix + form != box_format
+    )
+    fitting = (f for f in other_formats if all(_fits(value, size, f) for value, size in samples))
     return next(((form, n_outside) for form in fitting), None)
 
 
@@ -356,15 +362,15 @@ def _fits(value: Any, size: tuple[int, int], box_format: str) -> bool:
 
 def are_objects(values: Sequence[Any]) -> bool:
     """Return whether nearly all values of a column are lists of boxes with categories."""
-    n_objects, good = 0, 0
+    n_objects, n_valid = 0, 0
     for value in values:
         if isinstance(value, dict | list):
             try:
                 n_objects += len(categories_in(value))
-                good += 1
+                n_valid += 1
             except BoxError:
                 continue
-    return n_objects > 0 and good >= 0.9 * len(values)
+    return n_objects > 0 and n_valid >= 0.9 * len(values)
 
 
 def nested_names(feature: Any) -> list[str]:

@@ -81,13 +81,13 @@ def read_number(text: str, form: NumberForm = PLAIN) -> float | None:
         number, _ = split_currency(half_width(number))
     if not re.fullmatch(NUMBER, number):  # most numbers already match
         sign = number[:1] if number[:1] in ("-", "+") else ""
-        whole, mark, fraction = number.removeprefix(sign).partition(form.decimal)
+        integer_part, mark, fraction = number.removeprefix(sign).partition(form.decimal)
         for separator in (form.thousands, SPACES):
-            if separator and GROUPS[separator].fullmatch(whole):
-                whole = re.sub(f"[{separator}]", "", whole)
-        if form.thousands == "," and INDIAN.fullmatch(whole):
-            whole = whole.replace(",", "")
-        number = sign + whole + ("." if mark else "") + fraction
+            if separator and GROUPS[separator].fullmatch(integer_part):
+                integer_part = re.sub(f"[{separator}]", "", integer_part)
+        if form.thousands == "," and INDIAN.fullmatch(integer_part):
+            integer_part = integer_part.replace(",", "")
+        number = sign + integer_part + ("." if mark else "") + fraction
     elif form.decimal == "," and "." in number:
         if form.thousands != "." or not GROUPS["."].fullmatch(number.lstrip("+-")):
             return None

@@ -247,11 +247,11 @@ def _strays(
     ]
     if not strays or len(strays) > (1 - MOSTLY) * len(cells) or len(cells) - len(strays) < 5:
         return ()
-    bad = {i for i, _ in strays}
-    form = number_form([text for i, text in cells if i not in bad], delimiter)
+    stray_rows = {i for i, _ in strays}
+    form = number_form([text for i, text in cells if i not in stray_rows], delimiter)
     if form is None:
         return ()
-    numbers = [as_number(text, form) for i, text in cells if i not in bad]
+    numbers = [as_number(text, form) for i, text in cells if i not in stray_rows]
     is_measured = len(set(numbers)) > MAX_CLASSES or not all(map(float.is_integer, numbers))
     look_like_numbers = all(
         MISSING.fullmatch(text) or NEARLY_NUMBER.search(text) for _, text in strays

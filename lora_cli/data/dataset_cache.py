@@ -202,7 +202,7 @@ def _delete_leftovers(root: Path) -> None:
 
 def _with_progress(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Yield rows, and show their number on a terminal if it takes long."""
-    shown = began = time.monotonic()
+    last_shown = began = time.monotonic()
     iterator = iter(rows)
     for number in itertools.count(1):
         try:
@@ -213,11 +213,11 @@ def _with_progress(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             raise _ReadError from error
         if number % 1000 == 0 and sys.stderr.isatty():
             now = time.monotonic()
-            if now - began > PROGRESS_DELAY_S and now - shown > 0.2:
+            if now - began > PROGRESS_DELAY_S and now - last_shown > 0.2:
                 sys.stderr.write(f"\r{counted(number, 'row')}")
                 sys.stderr.flush()
-                shown = now
-    if shown != began:
+                last_shown = now
+    if last_shown != began:
         sys.stderr.write("\r" + " " * 30 + "\r")
 
 
@@ -249,11 +249,11 @@ def damaged_files(dataset: Any) -> list[str]:
     notes = Path(datasets.config.HF_DATASETS_CACHE) / "lora" / f"hub-{names}.json"
     sums = {file: sha256_of(Path(file)) for file in files}
     try:
-        known = json.loads(read_bounded(notes))
+        recorded = json.loads(read_bounded(notes))
     except (OSError, ValueError, RecursionError):
-        known = None
-    if isinstance(known, dict) and set(known) == set(files):
-        return [file for file in files if known[file] != sums[file]]
+        recorded = None
+    if isinstance(recorded, dict) and set(recorded) == set(files):
+        return [file for file in files if recorded[file] != sums[file]]
     try:
         notes.parent.mkdir(parents=True, exist_ok=True)
         write_json(notes, sums)

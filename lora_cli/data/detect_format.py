@@ -50,7 +50,7 @@ class DataFile:
         errors: The rows that cannot be read.
         columns: The names of the columns, in order.
         named: Whether the file itself names its columns.
-        about: The format in words: `table, semicolon between the columns, cp1252`.
+        summary: The format in words: `table, semicolon between the columns, cp1252`.
     """
 
     path: Path
@@ -60,7 +60,7 @@ class DataFile:
     errors: list[RawRow]
     columns: list[str]
     named: bool
-    about: str
+    summary: str
 
 
 @dataclass(frozen=True)

@@ -184,8 +184,8 @@ def _require_quotes(path: Path, records: list[list[str]], delimiter: str) -> Non
 
 def _quoting(detected: DetectedFormat, path: Path, delimiter: str) -> Quoting:
     """Return how quotation marks are read in the whole file, given the format so far."""
-    known = {k: v for k, v in detected.values.items() if k in ("encoding", "skip_lines")}
-    return quoting_of(path, FormatSpec(**known, delimiter=delimiter))
+    settings = {k: v for k, v in detected.values.items() if k in ("encoding", "skip_lines")}
+    return quoting_of(path, FormatSpec(**settings, delimiter=delimiter))
 
 
 def _without_title(

@@ -121,12 +121,12 @@ def types_that_are_tags(types: Iterable[str]) -> tuple[str, str] | None:
     return None
 
 
-def require_types(types: Iterable[str], at: str, of_spans: bool = False) -> None:
+def require_types(types: Iterable[str], location: str, of_spans: bool = False) -> None:
     """Check that entity types are not tags in an unsupported notation.
 
     Args:
         types: The entity types.
-        at: The location to report in an error.
+        location: The location to report in an error.
         of_spans: Whether the types are labels of spans instead of words.
 
     Raises:
@@ -138,7 +138,7 @@ def require_types(types: Iterable[str], at: str, of_spans: bool = False) -> None
     hint = "tags are written `B-PER` and `I-PER`"
     if of_spans:
         hint = "a span has the type alone, and covers the whole entity"
-    raise LoraError(what, at, f"{hint}; if they are two types, name `task.labels`")
+    raise LoraError(what, location, f"{hint}; if they are two types, name `task.labels`")
 
 
 @dataclass

@@ -105,13 +105,13 @@ def _require_one_numbering(splits: dict[str, Rows]) -> None:
         LoraError: If a number stands for different labels.
     """
     columns = {column for rows in splits.values() for column in rows.label_names}
-    known: dict[str, dict[str, list[str]]] = {}
+    names_by_source: dict[str, dict[str, list[str]]] = {}
     for rows in splits.values():
         first = [rows[i] for i in range(min(N_INSPECTED, len(rows)))]
         numbered = [c for c in columns if any(holds_numbers(row.get(c)) for row in first)]
         names = {c: rows.label_names[c] for c in numbered if c in rows.label_names}
-        known[rows.source] = names
-    require_one_numbering(known)
+        names_by_source[rows.source] = names
+    require_one_numbering(names_by_source)
 
 
 def _count_skipped_once(splits: dict[str, Rows]) -> None:
@@ -196,7 +196,7 @@ def _hold_out(recipe: Recipe, parent: Rows, name: str, spec: HeldOutSpec) -> tup
         if not any(has_label):
             what = f"no row of {spec.from_} has a label, by which {name} is measured"
             raise LoraError(what, recipe.at(f"data.{name}"), "name a file whose rows have labels")
-    held_out_rows, kept = draw(
+    held_out_rows, remaining = draw(
         [text_of(row, list(text_columns.values())) for row in rows],
         spec.fraction,
         # different seeds, so that the two draws do not pick the same positions
@@ -204,12 +204,12 @@ def _hold_out(recipe: Recipe, parent: Rows, name: str, spec: HeldOutSpec) -> tup
         disjoint=spec.disjoint,
         strata=[_stratum(row, labels) for row in rows] if spec.stratify and labels else None,
         groups=[str(row.get(spec.group_by)) for row in rows] if spec.group_by else None,
-        at=recipe.at(f"data.{name}"),
+        location=recipe.at(f"data.{name}"),
         answered=has_label,
     )
-    dropped = len(rows) - len(held_out_rows) - len(kept)
+    dropped = len(rows) - len(held_out_rows) - len(remaining)
     return parent.select(held_out_rows), replace(
-        parent.select(kept), dropped=parent.dropped + dropped
+        parent.select(remaining), dropped=parent.dropped + dropped
     )
 
 

@@ -42,10 +42,17 @@ def parquet_label_names(recipe: Recipe, files: Sequence[Path]) -> Names:
     Raises:
         LoraError: If a number stands for different labels in two files.
     """
-    known = {str(file): _names_in(file, recipe) for file in files}
-    require_one_numbering(known)
-    columns = [c for c in next(iter(known.values())) if all(c in names for names in known.values())]
-    return {column: max((n[column] for n in known.values()), key=len) for column in columns}
+    names_by_file = {str(file): _names_in(file, recipe) for file in files}
+    require_one_numbering(names_by_file)
+    columns = [
+        c
+        for c in next(iter(names_by_file.values()))
+        if all(c in names for names in names_by_file.values())
+    ]
+    return {
+        column: max((names[column] for names in names_by_file.values()), key=len)
+        for column in columns
+    }
 
 
 def _names_in(file: Path, recipe: Recipe) -> Names:

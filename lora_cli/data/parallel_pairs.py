@@ -68,5 +68,5 @@ def read_pair(first: Path, second: Path) -> DataFile:
     rows = list(read_rows(path, FormatSpec.model_validate(form)))
     readable = [row.columns for row in rows if row.columns is not None]
     errors = [row for row in rows if row.columns is None]
-    about = f"two plain texts, line by line, {encodings[0][0]}"
-    return DataFile(path, form, why, readable, errors, list(parts_of(path)), True, about)
+    summary = f"two plain texts, line by line, {encodings[0][0]}"
+    return DataFile(path, form, why, readable, errors, list(parts_of(path)), True, summary)

@@ -28,7 +28,7 @@ def draw(
     disjoint: str | None = "exact",
     strata: Sequence[str] | None = None,
     groups: Sequence[str] | None = None,
-    at: str = "data.validation",
+    location: str = "data.validation",
     answered: Sequence[bool] | None = None,
 ) -> tuple[Indices, Indices]:
     """Choose rows to hold out.
@@ -40,7 +40,7 @@ def draw(
         disjoint: `exact`, `substring` or None, as in the recipe.
         strata: Stratum of each row; the proportions of strata are preserved.
         groups: Group of each row; a group is never on both sides.
-        at: Location in the recipe, for errors.
+        location: Location in the recipe, for errors.
         answered: Whether each row has a label, without which it cannot be evaluated. Rows without
             one are not held out, and do not count in the fraction.
 
@@ -70,15 +70,15 @@ def draw(
     n_drawn = [sum(owner in drawn for owner in owners) for owners in holders]
     held_out = [i for i, count in enumerate(n_drawn) if count == len(holders[i])]
     held_out = [i for i in held_out if answered is None or answered[i]]
-    kept = [i for i, count in enumerate(n_drawn) if count == 0]
-    if not held_out or not kept:
+    remaining = [i for i, count in enumerate(n_drawn) if count == 0]
+    if not held_out or not remaining:
         raise LoraError(
             f"{fraction:g} of {counted(len(texts), 'row')} ({len(units)} that differ) leaves one "
             "side empty",
-            at,
+            location,
             "use a `fraction` nearer to 0.5, or more rows; `group_by` may keep too many together",
         )
-    return np.array(held_out, dtype=np.int64), np.array(kept, dtype=np.int64)
+    return np.array(held_out, dtype=np.int64), np.array(remaining, dtype=np.int64)
 
 
 def _draw_units(

@@ -36,9 +36,9 @@ def read_boxes(source: Path) -> DataFile | None:
     except LoraError:
         return None
     if is_coco(files[0]):
-        about = coco_summary(files[0])
+        summary = coco_summary(files[0])
     elif is_media_file(files[0]) and any(map(_has_boxes, files[:SAMPLE])):
-        about = f"{counted(len(files), 'picture')} with a file of boxes each"
+        summary = f"{counted(len(files), 'picture')} with a file of boxes each"
     else:
         return None
     rows = list(read_files(recipe, files))
@@ -47,7 +47,7 @@ def read_boxes(source: Path) -> DataFile | None:
     ]
     errors = [row for row in rows if row.columns is None or row.error]
     column, boxes = next(iter(recipe.task.media_columns)), recipe.task.boxes_column
-    return DataFile(source, {}, {}, readable, errors, [column, str(boxes)], True, about)
+    return DataFile(source, {}, {}, readable, errors, [column, str(boxes)], True, summary)
 
 
 def boxes_beside(source: Path, target: Path) -> Keys:

@@ -263,8 +263,8 @@ def _why_unusable(rows: Rows, train: Rows, chosen: Proposal) -> str:
             unknown = [v for v in map(label_text, values) if v not in chosen.labels]
             if unknown:
                 return f"train has no label `{unknown[0]}`"
-    known = {_text(row, chosen.inputs) for row in train}
-    shared = sum(_text(row, chosen.inputs) in known for row in rows)
+    train_texts = {_text(row, chosen.inputs) for row in train}
+    shared = sum(_text(row, chosen.inputs) in train_texts for row in rows)
     if shared > MAX_OVERLAP * len(rows):
         return f"{shared:,} of {counted(len(rows), 'text')} also occur in train"
     return ""
@@ -284,9 +284,8 @@ def _draw_splits(
     """Draw validation from train, and test too if there are enough rows."""
     rows = usable_rows(rows, chosen)
     compared = TASKS[chosen.keys["type"]].model_construct(**chosen.keys).input_columns_by_key
-    inputs = [
-        name for name in chosen.inputs if name in compared.values()
-    ]  # those that the draw compares
+    # only the columns by which the draw compares rows
+    inputs = [name for name in chosen.inputs if name in compared.values()]
     texts = [_text(row, inputs) for row in rows]
     unique = len(set(texts))
     if unique < 10:

@@ -48,7 +48,7 @@ def read_source(path: Path) -> DataFile:
     if part is None or int(part[1]) < 2:
         return file
     note = f"one of {int(part[1]):,} parts, of which only this one is read: name the folder for all"
-    return replace(file, about=f"{file.about}; {note}")
+    return replace(file, summary=f"{file.summary}; {note}")
 
 
 def task_reading(kind: MediaKind | None) -> dict[str, Any]:
@@ -143,10 +143,12 @@ def _concatenated(folder: Path, parts: Sequence[DataFile], files: Sequence[Path]
         return first
     rows = [row for part in parts for row in part.rows]
     errors = [error for part in parts for error in part.errors]
-    about = first.about
+    summary = first.summary
     if len(parts) > 1:
-        about = f"{counted(len(parts), 'file')} in a folder, each a {about}"
-    return DataFile(folder, first.form, first.why, rows, errors, first.columns, first.named, about)
+        summary = f"{counted(len(parts), 'file')} in a folder, each a {summary}"
+    return DataFile(
+        folder, first.form, first.why, rows, errors, first.columns, first.named, summary
+    )
 
 
 # -------------------------------------------------------------------------- one folder per label
@@ -175,8 +177,8 @@ def _read_class_folders(folder: Path) -> DataFile:
     rows: list[RawRow] = [row for file in files for row in read_rows(file, spec)]
     readable = [row.columns for row in rows if row.columns is not None]
     errors = [row for row in rows if row.columns is None]
-    about = f"{counted(len(files), 'text file')} in folders that name their labels, {encoding}"
-    return DataFile(folder, form, why, readable, errors, ["label", "text"], True, about)
+    summary = f"{counted(len(files), 'text file')} in folders that name their labels, {encoding}"
+    return DataFile(folder, form, why, readable, errors, ["label", "text"], True, summary)
 
 
 def _encoding_of(files: Sequence[Path]) -> tuple[str, str]:

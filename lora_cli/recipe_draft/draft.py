@@ -193,7 +193,7 @@ def _with_names(
     rows = [{renamed(name): value for name, value in row.items()} for row in file.rows]
     names = [renamed(name) for name in file.columns]
     form = {**file.form, "columns": names}
-    file = DataFile(file.path, form, file.why, rows, file.errors, names, file.named, file.about)
+    file = DataFile(file.path, form, file.why, rows, file.errors, names, file.named, file.summary)
     limits = chosen.limits or {}
     named = replace(
         chosen,
@@ -366,7 +366,7 @@ def _add_data(
     splits: Keys,
 ) -> None:
     path = os.path.relpath(file.path.absolute(), target.absolute().parent)
-    draft.put("data", "path", f"./{path}" if path.startswith("~") else path, file.about)
+    draft.put("data", "path", f"./{path}" if path.startswith("~") else path, file.summary)
     for key, (value, reason) in splits.items():
         if key:
             draft.put("data", key, value, reason)

@@ -27,7 +27,7 @@ def add_findings(draft: Draft, file: DataFile, chosen: Proposal) -> None:
     add(
         (
             "file",
-            f"{file.about}: {counted(len(file.rows), 'row')}, "
+            f"{file.summary}: {counted(len(file.rows), 'row')}, "
             f"{counted(len(file.columns), 'column')}",
         )
     )
@@ -50,7 +50,7 @@ def add_findings(draft: Draft, file: DataFile, chosen: Proposal) -> None:
             shown = f"`{shown}`" if split == "split_column" else shown
             reason = why.get(f"data.{split}", "")
             add((split.replace("_", " "), f"{shown}" + (f", {reason}" if reason else "")))
-    if more := why["data.path"].removeprefix(file.about).removeprefix("; "):
+    if more := why["data.path"].removeprefix(file.summary).removeprefix("; "):
         add(("held out", more if "validation" in data else f"nothing: {more}"))
     add(("memory", draft.memory))
     if "on_bad_row" in data:

@@ -87,16 +87,16 @@ def _rows_of(folder: Path, recipe: Recipe, files: list[Path], kind: MediaKind) -
     classes = classes_of(files)
     train = files_of(recipe, "train", "train")
     rows = [row.columns for row in read_media_files(recipe, train) if row.columns is not None]
-    about = counted(len(train), UNITS[kind])
+    summary = counted(len(train), UNITS[kind])
     if classes and recipe.task.label_columns_by_key:
-        about += f" in {counted(len(set(classes.values())), 'folder')} that name their classes"
+        summary += f" in {counted(len(set(classes.values())), 'folder')} that name their classes"
     columns = [*recipe.task.media_columns, *([LABEL_COLUMN] if classes else [])]
     text, texts, (encoding, why) = _texts_of(folder, kind)
     form = {} if encoding == UTF_8 else {"encoding": encoding}
     if any(texts):
         columns.append(text)
         rows = [{**row, text: content} for row, content in zip(rows, texts, strict=True)]
-    return DataFile(folder, form, {"encoding": why}, rows, [], columns, True, about)
+    return DataFile(folder, form, {"encoding": why}, rows, [], columns, True, summary)
 
 
 def media_splits(file: DataFile, kind: MediaKind, task: dict[str, Any], target: Path) -> Keys:
