@@ -60,14 +60,12 @@ def load_adapter(
         adapter: The adapter, as `read_adapter` returns it.
         new: Names of the modules that the task adds to the pretrained model: its head.
         dropout: The dropout probability of the low-rank layers in training.
-        trained: Whether to train the adapter's parameters and the head further; if not, everything
-            is frozen.
+        trained: Whether to train the adapter and the head further, instead of freezing them.
         drawn: Names of parameters that the base checkpoint lacks, so the adapter must hold them;
             None for all parameters of `new`. Like PEFT, use a head that only the base holds.
 
     Raises:
-        IntegrityError: For all tensors that do not fit the model or are missing; the model is then
-            unchanged.
+        IntegrityError: With all misfit or missing tensors; the model is then unchanged.
     """
     use_names_of(model, adapter)
     buffer_problems = check_buffers(adapter.tensors, persistent_buffers(model))
@@ -75,15 +73,15 @@ def load_adapter(
     adapter, rows = split_rows(with_current_names(adapter, model))
     parameters, layers = _parameters(model), layers_of(adapter.type)
     tensors = sort_tensors(adapter.tensors, adapter.type, parameters)
-    full_parameters, untied = tensors.plain, untied_parameters(model, adapter.config, tensors.plain)
+    full, untied = tensors.plain, untied_parameters(model, adapter.config, tensors.plain)
     targets, layer_problems = check_layers(tensors.of_layers, model, adapter, layers)
     rows_to_load, row_problems = saved_rows(model, rows, adapter)
     problems = [*buffer_problems, *tensors.problems, *layer_problems, *row_problems]
     frozen = ignore_trained_rows(tensors.frozen, rows_to_load, parameters)
     problems += check_parameters(
-        full_parameters, frozen, parameters, untied, embedding_names(model), tensors.of_layers
+        full, frozen, parameters, untied, embedding_names(model), tensors.of_layers
     )
-    missing = missing_tensors(adapter, model, parameters, full_parameters, new, drawn)
+    missing = missing_tensors(adapter, model, parameters, full, new, drawn)
     if problems or missing:
         raise misfit_error(problems, missing, adapter)
     model.requires_grad_(False)
@@ -99,18 +97,14 @@ def load_adapter(
             token_rows = add_token_rows(model, saved.name, saved.token_ids, saved.others)
             token_rows.from_peft("rows", saved.rows)
         # an untied copy after its original
-        for name in sorted(full_parameters, key=untied.__contains__):
+        for name in sorted(full, key=untied.__contains__):
             parameter = parameters[name]
-            parameter.data = full_parameters[name].to(parameter.device, torch.float32)
-    head_of_base = (
-        []
-        if not trained
-        else [n for n in parameters if n not in full_parameters and module_of(n, new)]
-    )
-    for name in head_of_base:
+            parameter.data = full[name].to(parameter.device, torch.float32)
+    head = [] if not trained else [n for n in parameters if n not in full and module_of(n, new)]
+    for name in head:
         parameters[name].data = parameters[name].data.float()
     reconcile_dtypes(model, new)
-    _train_alone(model, [parameters[name] for name in [*full_parameters, *head_of_base]], trained)
+    _train_alone(model, [parameters[name] for name in [*full, *head]], trained)
 
 
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -73,8 +73,7 @@ def make_trainable(
 
     Raises:
         LoraError: As `attach`, or if the recipe or its labels contradict the trained adapter.
-        IntegrityError: If the adapter is damaged, or was trained on another base; the model is
-            then unchanged.
+        IntegrityError: If the adapter is damaged or of another base; the model is then unchanged.
     """
     head, learned = list(head), Learned() if learned is None else learned
     if recipe.adapter.from_ is None or learned.in_checkpoint:
@@ -193,17 +192,15 @@ def completed_section(
             "bias": config.get("bias") or "none",
         }
     _reject_other_shapes(recipe, config)
-    recipe_values = {
-        key: getattr(spec, key) for key in spec.model_fields_set & adapter_values.keys()
-    }
-    if "train_modules" in recipe_values and set(
-        full_names(base_modules(model), recipe_values["train_modules"])
+    stated = {key: getattr(spec, key) for key in spec.model_fields_set & adapter_values.keys()}
+    if "train_modules" in stated and set(
+        full_names(base_modules(model), stated["train_modules"])
     ) == {*train_modules}:
-        del recipe_values["train_modules"]  # the same modules, written shorter
+        del stated["train_modules"]  # the same modules, written shorter
     problems = [
-        _differs(recipe, key, recipe_values[key], value)
+        _differs(recipe, key, stated[key], value)
         for key, value in adapter_values.items()
-        if key in recipe_values and recipe_values[key] != value
+        if key in stated and stated[key] != value
     ]
     problems += token_problems
     problems += _other_targets(model, recipe, head, modules, parameters)

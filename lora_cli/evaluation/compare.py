@@ -140,12 +140,10 @@ def compare(
         if not new_predictions:
             what = f"the set `{set_name}` has no {split} rows to compare by `{name}`"
             raise LoraError(what, "--metric", "name another metric, or another `--split`")
-    old_value, new_value, differences = bootstrap(
-        row_metric, task, old_predictions, new_predictions
-    )
+    old_value, new_value, deltas = bootstrap(row_metric, task, old_predictions, new_predictions)
     # rows without a reference do not count as compared
     channel = channel_of(measured[0]) if measured else None
-    finite = differences[np.isfinite(differences)]
+    finite = deltas[np.isfinite(deltas)]
     low, high = np.quantile(finite, [0.025, 0.975]) if len(finite) else (np.nan, np.nan)
     return Comparison(
         split,
@@ -156,7 +154,7 @@ def compare(
         new_value,
         new_value - old_value,
         (float(low), float(high)),
-        len(differences),
+        len(deltas),
         max_drop,
         task.metric_definitions().get(row_metric, ""),
     )

@@ -66,8 +66,7 @@ def answer_file(
         model: The adapted model.
         task: The task of the model.
         source: A csv, tsv, json lines, parquet or text file, or a folder of images.
-        target: A csv, tsv, json lines or parquet file, or for embeddings a numpy array (.npy). It
-            is written completely or not at all.
+        target: A csv, tsv, json lines, parquet or (for embeddings) .npy file, written atomically.
         accelerator: The precision and the device.
         overwrite: Whether to replace the target if it exists.
         report_progress: Called after each chunk with the number of rows written so far.
