@@ -17,7 +17,7 @@ from lora_cli.recipe import Learned, Recipe
 from lora_cli.training.train_state import (
     TrainState,
     changed_keys,
-    let_stopping_go_on,
+    clear_changed_early_stop,
     machine_facts,
     memory_facts,
     read_state,
@@ -272,7 +272,7 @@ def test_a_run_that_stopped_early_goes_on_by_another_rule_only(
     ]
     state = saved(rules[0], stopped_early=stopped, step=3)
     said: list[str] = []
-    let_stopping_go_on(state, saved(rules[1]), said.append)
+    clear_changed_early_stop(state, saved(rules[1]), said.append)
     assert state.stopped_early == (stopped and same_rule)
     assert [text[:34] for text in said] == (
         ["the run stopped early at step 3, s"] if stopped and same_rule else []

@@ -24,7 +24,7 @@ from lora_cli.tasks.examples import Batch
 from lora_cli.training.compiled_layers import CompiledLayers
 from lora_cli.training.engine import Engine, sum_gradients
 from lora_cli.training.fused_modules import FusedModules
-from lora_cli.training.recorded_update import OTHER_THREADS, RecordedUpdate, can_be_recorded
+from lora_cli.training.recorded_update import CAPTURE_MODE, RecordedUpdate, can_be_recorded
 from lora_cli.training.resource_errors import is_out_of_memory
 from lora_cli.training.seeds import random_state_restored
 from lora_cli.unexpected_errors import own_words
@@ -182,7 +182,7 @@ class GraphEngine(Engine):
                 ):  # a warm-up, in which libraries choose their kernels
                     super().add_gradients(own, own_weights)
                 torch.cuda.current_stream(device).wait_stream(self.stream)
-                with torch.cuda.graph(graph, self.pool, self.stream, OTHER_THREADS):
+                with torch.cuda.graph(graph, self.pool, self.stream, CAPTURE_MODE):
                     shares = self._add_all_at_once(own, own_weights)
             self.pool = graph.pool()
             recorded = Graph(graph, own, own_weights, shares)

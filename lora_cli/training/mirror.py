@@ -319,9 +319,8 @@ def _restore(mirror: Mirror, output: Path, changed: bool) -> None:
 
 def _take_result(staging: Path, output: Path, _: str) -> None:
     files = [file for file in (staging / "output").rglob("*") if file.is_file()]
-    for file in sorted(
-        files, key=lambda file: file.name == "report.json"
-    ):  # it marks the run as complete
+    # report.json last, as it marks the run as complete
+    for file in sorted(files, key=lambda file: file.name == "report.json"):
         _move(file, output / file.relative_to(staging / "output"))
     shutil.rmtree(staging)
 

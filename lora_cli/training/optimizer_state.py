@@ -1,4 +1,4 @@
-"""What an optimizer keeps of each parameter, as it is saved, checked and put back."""
+"""Save, check and restore the state of an optimizer."""
 
 from __future__ import annotations
 
@@ -11,58 +11,59 @@ from torch import Tensor
 from lora_cli.errors import Problem
 from lora_cli.training.train_state import TrainState
 
-LIKE_PARAMETER = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
-MOST = 5  # problems that are named
+SHAPED_LIKE_PARAMETER = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
+MAX_SHOWN = 5  # problems in a message
 
 
 def described(tensor: Tensor) -> str:
-    """Return dtype and shape of a tensor: `float32 [4, 32]`."""
+    """Describe the dtype and shape of a tensor: `float32 [4, 32]`."""
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
 def optimizer_problems(
     optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], state: TrainState, file: Path
 ) -> list[Problem]:
-    """Return what is wrong with saved tensors: names, dtypes, shapes, counts, values.
+    """Return what is wrong with saved tensors: names, dtypes, shapes, step counts, values.
 
-    A manifest that was rewritten says that the file is complete; it does not say that it is right.
+    A manifest only shows that a file is complete, not that its content is right: it may have been
+    rewritten.
 
     Args:
-        optimizer: The optimizer that they are for.
+        optimizer: The optimizer to restore.
         tensors: The tensors by `parameter name/key`.
-        state: Says which tensors were written, and after how many steps.
-        file: Where they stand.
+        state: The state of the run, which lists the tensors that were written, and the step.
+        file: The file of the tensors.
     """
     parameters: dict[str, Tensor] = {
         name: parameter
         for group in optimizer.param_groups
         for name, parameter in zip(group["names"], group["params"], strict=True)
     }
-    found = []
+    messages = []
     for path in sorted(tensors.keys() | state.optimizer_tensors.keys() | state.optimizer.keys()):
         name, _, key = path.rpartition("/")
         written, tensor = state.optimizer_tensors.get(path), tensors.get(path)
         if name not in parameters:
-            found.append(f"`{path}` is of a parameter that is not trained")
+            messages.append(f"`{path}` is of a parameter that is not trained")
         elif tensor is None and written is not None:
-            found.append(f"`{path}` is missing")
+            messages.append(f"`{path}` is missing")
         elif tensor is None:
-            continue  # a value that is no tensor
+            continue  # a value that is not a tensor
         elif described(tensor) != written:
-            was = "it was not written" if written is None else f"{written} was written"
-            found.append(f"`{path}` is {described(tensor)}, and {was}")
-        elif key in LIKE_PARAMETER and tensor.shape != parameters[name].shape:
+            expectation = "it was not written" if written is None else f"{written} was written"
+            messages.append(f"`{path}` is {described(tensor)}, and {expectation}")
+        elif key in SHAPED_LIKE_PARAMETER and tensor.shape != parameters[name].shape:
             shape = list(parameters[name].shape)
-            found.append(f"`{path}` is {described(tensor)}, for a parameter of shape {shape}")
+            messages.append(f"`{path}` is {described(tensor)}, for a parameter of shape {shape}")
         elif wrong := _wrong_values(key, tensor, state.step):
-            found.append(f"`{path}` {wrong}")
-    more = len(found) - MOST
-    shown = found[:MOST] + ([f"{more} more tensors are wrong"] if more > 0 else [])
+            messages.append(f"`{path}` {wrong}")
+    n_hidden = len(messages) - MAX_SHOWN
+    shown = messages[:MAX_SHOWN] + ([f"{n_hidden} more tensors are wrong"] if n_hidden > 0 else [])
     return [Problem(what, str(file)) for what in shown]
 
 
 def _wrong_values(key: str, tensor: Tensor, step: int) -> str:
-    """Return what no optimizer can have written, or nothing."""
+    """Return why no optimizer can have written these values, or ""."""
     if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
         return "contains NaN or infinity"
     if key == "step" and not 0 <= float(tensor.max()) <= step:
@@ -73,25 +74,25 @@ def _wrong_values(key: str, tensor: Tensor, step: int) -> str:
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the optimizer's tensors by `parameter name/key`, and its other values likewise."""
+    """Return the optimizer's tensors and its other values, each by `parameter name/key`."""
     tensors: dict[str, Tensor] = {}
-    rest: dict[str, Any] = {}
+    other_values: dict[str, Any] = {}
     for group in optimizer.param_groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):
             for key, value in optimizer.state.get(parameter, {}).items():
                 if isinstance(value, Tensor):
                     tensors[f"{name}/{key}"] = value.detach().cpu().contiguous().clone()
                 else:
-                    rest[f"{name}/{key}"] = value
-    return tensors, rest
+                    other_values[f"{name}/{key}"] = value
+    return tensors, other_values
 
 
 def load_optimizer(
-    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], rest: dict[str, Any]
+    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], other_values: dict[str, Any]
 ) -> None:
-    """Put saved tensors, and other values, into an optimizer; `optimizer_problems` comes first."""
+    """Restore an optimizer's tensors and other values, which `optimizer_problems` has checked."""
     values: dict[str, dict[str, Any]] = {}
-    for path, value in (*tensors.items(), *rest.items()):
+    for path, value in (*tensors.items(), *other_values.items()):
         name, _, key = path.rpartition("/")
         values.setdefault(name, {})[key] = value
     for group in optimizer.param_groups:

@@ -1,4 +1,4 @@
-"""The optimizers that a recipe can choose: one `case` for each `train.optimizer.type`."""
+"""Build the optimizer of a recipe: one `case` for each `train.optimizer.type`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def build_optimizer(
 
     Args:
         model: The model with its adapter attached.
-        recipe: Its `train.optimizer` section names the optimizer and its settings.
+        recipe: The `train.optimizer` section names the optimizer and its settings.
         in_full: The names of the modules trained in full, which the recipe's groups call `head`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The output folder of a run: opened before training, completed after it."""
+"""Manage the output folder of a run: open it before training, and complete it afterwards."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ LIBRARIES = ("torch", "transformers", "datasets", "accelerate", "safetensors")
 
 
 def finished_report(recipe: Recipe, resume: bool) -> dict[str, Any] | None:
-    """Return the report of a complete run that is to be resumed, else None. Nothing is written.
+    """Return the report of the run to resume if it is complete, otherwise None.
 
     A run is not complete if the recipe has changed in an allowed way, such as to more steps or
-    other metrics.
+    other metrics. Nothing is written.
 
     Raises:
         LoraError: If the folder is not empty and the run is not to be resumed, or if the folder
@@ -61,10 +61,10 @@ def finished_report(recipe: Recipe, resume: bool) -> dict[str, Any] | None:
         return None
     report: dict[str, Any] = json.loads((folder / REPORT).read_text(encoding="utf-8"))
     state = _state_of(folder)
-    if not state.step:  # it was restored without its checkpoints, or they are damaged
+    if not state.step:  # restored without its checkpoints, or they are damaged
         try:
             changes = [Problem(what, str(folder)) for what in reject_changes(state, recipe)]
-        except LoraError as error:  # whose hint is how to go on
+        except LoraError as error:  # its hint is how to continue
             changes = error.problems
         if changes:
             why = "its checkpoints are damaged" if checkpoints(folder) else "it has no checkpoints"
@@ -83,23 +83,23 @@ def finished_report(recipe: Recipe, resume: bool) -> dict[str, Any] | None:
 
 
 def _state_of(folder: Path) -> TrainState:
-    """Return the state of a run; of one without checkpoints, its recipe alone."""
+    """Return the state of a run; without checkpoints, a state with only the recipe."""
     return peek_state(folder) or TrainState(recipe=recipe_facts(load_adapter_recipe(folder)))
 
 
 def reject_other_rows(recipe: Recipe, report: dict[str, Any], data: dict[str, Encoded]) -> None:
-    """Reject the results of a complete run if its rows, or what was found in them, are others now.
+    """Reject the results of a complete run if its rows, or values learned from them, have changed.
 
     Args:
-        recipe: The recipe, completed by what the data say.
+        recipe: The recipe, completed with values from the data.
         report: The report of the run.
-        data: The rows now.
+        data: The current rows.
 
     Raises:
         LoraError: With the splits that differ.
     """
     hint = "start a new run in another folder with `-o DIR`, or restore the rows"
-    before = {split: part(report, "data", split).get("sha256") for split in report["data"]}
+    saved = {split: part(report, "data", split).get("sha256") for split in report["data"]}
     now = {split: encoded.rows.content_sha256() for split, encoded in data.items()}
     problems = [
         Problem(
@@ -108,51 +108,51 @@ def reject_other_rows(recipe: Recipe, report: dict[str, Any], data: dict[str, En
             hint,
         )
         for split in SPLITS
-        if before.get(split) != now.get(split)
+        if saved.get(split) != now.get(split)
     ]
     if not problems:
-        found = changed_keys(_state_of(recipe.output_path).recipe, recipe, data_is_read=True)
-        problems = [problem for key, problem in found.items() if key.startswith("task.")]
+        changes = changed_keys(_state_of(recipe.output_path).recipe, recipe, data_is_read=True)
+        problems = [problem for key, problem in changes.items() if key.startswith("task.")]
     if problems:
         raise LoraError(problems)
 
 
 def warn_of_other_versions(report: dict[str, Any]) -> None:
-    """Say which versions a complete run was made with, where they are others now."""
-    then = part(report, "versions")
+    """Warn about packages whose versions have changed since a complete run."""
+    saved = part(report, "versions")
     for name in VERSIONS:
         now = installed_version(name)
-        if name in then and then[name] != now:
+        if name in saved and saved[name] != now:
             warn(
-                f"the run is complete; it was made with `{name}: {then[name]}`, and now it is "
+                f"the run is complete; it was made with `{name}: {saved[name]}`, and now it is "
                 f"`{now}`: these are the results of then"
             )
 
 
 def _reject_foreign(recipe: Recipe, resume: bool) -> None:
-    """Reject an output folder that holds what this run must not write over."""
+    """Reject an output folder with content that this run must not overwrite."""
     folder, at = recipe.output_path, recipe.at("output_dir")
     if folder.exists() and not folder.is_dir():
         raise LoraError(f"{folder} is a file", at, "choose another with `-o DIR`")
-    filled = folder.exists() and any(not is_leftover(path) for path in folder.iterdir())
-    if filled and not resume:
+    has_content = folder.exists() and any(not is_leftover(path) for path in folder.iterdir())
+    if has_content and not resume:
         raise LoraError(
             f"the output folder {folder} is not empty",
             at,
             "continue its run with `--resume`, or choose another with `-o DIR`",
         )
-    if filled and not (folder / "recipe.yaml").exists():
+    if has_content and not (folder / "recipe.yaml").exists():
         what = f"the output folder {folder} contains other things, and no run"
         raise LoraError(what, at, "choose another with `-o DIR`")
 
 
 @contextmanager
 def locked_output(recipe: Recipe, resume: bool) -> Iterator[None]:
-    """Make the output folder, and keep other processes out of it within the context.
+    """Create the output folder, and lock it against other processes within the context.
 
     Raises:
-        LoraError: If another process writes to it, or has by now.
-        ResourceError: If it cannot be written to.
+        LoraError: If another process is writing to it, or has written to it in the meantime.
+        ResourceError: If it cannot be written.
     """
     folder = recipe.output_path
     try:
@@ -168,9 +168,9 @@ def locked_output(recipe: Recipe, resume: bool) -> Iterator[None]:
 
 
 def write_recipe(recipe: Recipe) -> None:
-    """Write the resolved recipe into the output folder, which from then on holds a run.
+    """Write the resolved recipe into the output folder, which marks it as the folder of a run.
 
-    A report of before is removed: it is that of fewer steps, and would make the run complete.
+    An earlier report, after fewer steps, is removed, as it would mark the run as complete.
     """
     try:
         (recipe.output_path / REPORT).unlink(missing_ok=True)
@@ -180,9 +180,9 @@ def write_recipe(recipe: Recipe) -> None:
 
 
 def require_output(recipe: Recipe) -> None:
-    """Check that the output folder is still the one that the run began in.
+    """Check that the output folder still exists.
 
-    One that was removed would be made again, without the log, the recipe and the checkpoints.
+    Otherwise it would be created again, without the log, the recipe and the checkpoints.
 
     Raises:
         FileNotFoundError: If it was removed, by another program or by hand.
@@ -206,7 +206,7 @@ def start_report(
     model: nn.Module,
     accelerator: Accelerator,
 ) -> dict[str, Any]:
-    """Return what of the report is known before training."""
+    """Return the part of the report that is known before training."""
     rows = parameter_table(model)
     trainable = sum(row.count for row in rows if row.trainable)
     total = sum(row.count for row in rows)
@@ -261,17 +261,17 @@ def _facts(task: Task, split: Encoded, sha256: str) -> dict[str, Any]:
         "dropped_rows": rows.dropped,
         "rows_without_example": split.rows_without_example,
     }
-    most = task.metric_context.max_answers
+    max_answers = task.metric_context.max_answers
     if rows.sets:
         parts = dict(zip(rows.sets, rows.parts, strict=True))
         facts["sets"] = {
-            one: {"rows": len(part), "source": part.source} for one, part in parts.items()
+            name: {"rows": len(part), "source": part.source} for name, part in parts.items()
         }
-    if most is not None:
+    if max_answers is not None:
         of_sets = list(facts.get("sets", {}).values())
-        for one in of_sets:
-            one["answered_rows"] = min(most, one["rows"])
-        answered = [one["answered_rows"] for one in of_sets] or [min(most, len(rows))]
+        for name in of_sets:
+            name["answered_rows"] = min(max_answers, name["rows"])
+        answered = [name["answered_rows"] for name in of_sets] or [min(max_answers, len(rows))]
         facts["answered_rows"] = sum(answered)
     if task.max_length is not None:
         facts[f"max_{task.unit}s"] = int(split.lengths.max())
@@ -287,14 +287,14 @@ def add_results(
     epochs: float,
     device: torch.device,
 ) -> None:
-    """Complete the report with what training has done and reached.
+    """Add the results of training to the report.
 
     Args:
-        report: What `start_report` returned.
-        state: Where the run stands at its end.
-        after: Metrics of validation and test with the best adapter.
-        epochs: Passes over the train rows.
-        device: Where it was trained.
+        report: The result of `start_report`.
+        state: The state of the run at its end.
+        after: The metrics of validation and test with the best adapter.
+        epochs: The number of epochs.
+        device: The device of the training.
     """
     seconds = max(state.seconds, 1e-9)
     report["metrics"] = {"before": state.before, "after": after}
@@ -322,26 +322,26 @@ def compare_with_peft(
     in_full: list[str],
     say: Callable[[str], object],
 ) -> None:
-    """Say what PEFT would read otherwise in the output folder than this tool does.
+    """Warn about differences between the adapter as PEFT would load it and as it was trained.
 
     Args:
-        report: Gets it too.
-        model: Of the run.
-        recipe: Of the run.
-        in_full: Names of the modules that are trained in full.
+        report: Gets the differences too.
+        model: The model of the run.
+        recipe: The recipe of the run.
+        in_full: The names of the modules that are trained in full.
         say: Prints a line.
     """
     if not recipe.adapter.low_rank:
         return
-    found = differences_in_peft(model, recipe, in_full, recipe.output_path)
-    for difference in found:
+    differences = differences_in_peft(model, recipe, in_full, recipe.output_path)
+    for difference in differences:
         say(f"warning: {difference}")
-    if found:
-        report["differences_in_peft"] = found
+    if differences:
+        report["differences_in_peft"] = differences
 
 
 def finish(recipe: Recipe, report: dict[str, Any], accelerator: Accelerator) -> dict[str, Any]:
-    """Write the plot, the model card, the page, and the report last."""
+    """Write the plot, the model card, the HTML page, and finally the report."""
     folder = recipe.output_path
     if accelerator.is_main_process:
         require_output(recipe)

@@ -1,4 +1,4 @@
-"""The adapter in the output folder itself: the best one so far, complete with its processor."""
+"""Write the best adapter so far, with its processor, into the output folder itself."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def publish_adapter(
         in_full: The names of the modules that are trained in full.
         base: The fingerprint of the base.
         save_processor: Writes the tokenizer or other processor, and the probe, into a folder.
-        facts: What else of the base decides the result, besides its tensors.
+        facts: The facts of the base that affect outputs besides its tensors.
     """
     staging = output / STAGING
     shutil.rmtree(staging, ignore_errors=True)
@@ -54,7 +54,7 @@ def publish_adapter(
         add_older_names(staging, {})
     else:
         save_adapter(staging, model, recipe, in_full, base)
-        if part_names(model):  # for diffusers, which reads a file of its own
+        if part_names(model):  # diffusers reads another file format
             write_diffusers_file(staging)
     if save_processor is not None:
         save_processor(staging, facts)
@@ -64,12 +64,12 @@ def publish_adapter(
 
 
 def restore_published(output: Path, model: nn.Module, recipe: Recipe) -> None:
-    """Load what `publish_adapter` wrote into the model."""
+    """Load the adapter or model that `publish_adapter` wrote into the model."""
     if recipe.adapter.type == "full":
         for name, part in model.parts.items() if isinstance(model, Bundle) else [("", model)]:
             kind: Any = type(part)
             key = "dtype" if isinstance(part, PreTrainedModel) else "torch_dtype"
-            # its own library may have divided the file, or renamed its tensors
+            # the library that saved it may have split the file, or renamed tensors
             saved = kind.from_pretrained(output / name, **{key: torch.float32})
             part.load_state_dict(saved.state_dict())
     else:

@@ -1,7 +1,7 @@
-"""Several processes make one run only if they agree: on the recipe, the data and the parameters.
+"""Check that all processes of a run agree on the recipe, the data and the parameters.
 
-Each reads the recipe and the data itself. A process with another learning rate or other rows would
-train on without a word; one with another number of steps would wait for ever.
+Each process reads the recipe and the data itself. Different learning rates or rows would go
+unnoticed, and with different numbers of steps the processes would wait for each other forever.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from lora_cli.errors import LoraError, NumericsError, Problem
 from lora_cli.recipe import Recipe, flat
 from lora_cli.training.train_state import TrainState
 
-# where files lie may differ between machines: what is in them is compared
+# paths may differ between machines; the content of the files is compared instead
 PATHS = {
     "model.name", "adapter.from", "task.chat_template", "checkpoint.mirror", "data.path",
     "data.train", "data.validation", "data.test",
 }  # fmt: skip
-MOST = 10  # differences that are named
+MAX_SHOWN = 10  # differences in a message
 SAME_RECIPE = "start all processes with the same recipe, flags and versions"
 SAME_FILES = "give all processes the same base, data and output folder"
 
 
 def require_same_recipe(recipe: Recipe, resume: bool, accelerator: Accelerator) -> None:
-    """Check that all processes were asked for the same.
+    """Check that all processes were started with the same recipe and versions.
 
     Raises:
         LoraError: In the main process; the others end with its exit code.
@@ -54,7 +54,7 @@ def require_same_recipe(recipe: Recipe, resume: bool, accelerator: Accelerator) 
 
 
 def _is_path(key: str) -> bool:
-    """Return whether a key of a recipe says where files lie."""
+    """Return whether a key of a recipe is the path of a file or folder."""
     name = ".".join(["data", *key.split(".")[3:]]) if key.startswith("data.mix.") else key
     return name in PATHS
 
@@ -62,7 +62,7 @@ def _is_path(key: str) -> bool:
 def require_same_start(
     recipe: Recipe, state: TrainState, model: nn.Module, accelerator: Accelerator
 ) -> None:
-    """Check that all processes have read the same files, and stand at the same step.
+    """Check that all processes have read the same files, and are at the same step.
 
     Raises:
         LoraError: In the main process; the others end with its exit code.
@@ -70,7 +70,7 @@ def require_same_start(
     if accelerator.num_processes == 1:
         return
     facts = flat(asdict(state))
-    # threads and devices may differ, and so may paths; `data.train` is here the hash of its rows
+    # threads, devices and paths may differ; `data.train` here is the hash of the rows
     facts = {
         key: value
         for key, value in facts.items()
@@ -93,7 +93,7 @@ def require_same_parameters(model: nn.Module, step: int, accelerator: Accelerato
     if accelerator.num_processes == 1:
         return
     sums = gather_object([checksum(trainable_parameters(model))])
-    others = [str(rank) for rank, found in enumerate(sums) if found != sums[0]]
+    others = [str(rank) for rank, value in enumerate(sums) if value != sums[0]]
     if others:
         noun = "process" if len(others) == 1 else "processes"
         raise NumericsError(
@@ -105,36 +105,36 @@ def require_same_parameters(model: nn.Module, step: int, accelerator: Accelerato
 
 
 def checksum(tensors: Mapping[str, torch.Tensor]) -> str:
-    """Return a hash of the names, shapes and bits of tensors; the sums are made on their device."""
-    found = hashlib.sha256()
+    """Return a hash of the names, shapes and bits of tensors; bits are summed on the device."""
+    digest = hashlib.sha256()
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     sums = []
     for name, tensor in tensors.items():
-        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         integer = integers.get(tensor.element_size(), torch.uint8)
         bits = tensor.detach().contiguous().view(integer)
         sums.append(bits.sum(dtype=torch.int64))
     if sums:
-        found.update(str(torch.stack(sums).tolist()).encode())
-    return found.hexdigest()
+        digest.update(str(torch.stack(sums).tolist()).encode())
+    return digest.hexdigest()
 
 
 def _compare(facts: dict[str, Any], accelerator: Accelerator, hint: str, recipe: Recipe) -> None:
     """Reject facts that differ between the processes."""
-    every: list[dict[str, Any]] = gather_object([facts])
+    facts_by_rank: list[dict[str, Any]] = gather_object([facts])
     problems = []
-    for key in sorted(set().union(*every)):
-        values = [str(of_one.get(key)) for of_one in every]
-        other = next((rank for rank, value in enumerate(values) if value != values[0]), None)
-        if other is not None:
+    for key in sorted(set().union(*facts_by_rank)):
+        values = [str(rank_facts.get(key)) for rank_facts in facts_by_rank]
+        different = next((rank for rank, value in enumerate(values) if value != values[0]), None)
+        if different is not None:
             what = f"the processes differ in `{key}`: process 0 has `{values[0]}`, "
-            what += f"process {other} has `{values[other]}`"
+            what += f"process {different} has `{values[different]}`"
             at = recipe.at(key) if hasattr(recipe, key.partition(".")[0]) else "the processes"
             problems.append(Problem(what, at))
     if not problems:
         return
     if not accelerator.is_main_process:
         raise SystemExit(LoraError.exit_code)
-    shown, more = problems[:MOST], len(problems) - MOST
-    hint += f" ({more} more differences)" if more > 0 else ""
+    shown, n_hidden = problems[:MAX_SHOWN], len(problems) - MAX_SHOWN
+    hint += f" ({n_hidden} more differences)" if n_hidden > 0 else ""
     raise LoraError([*shown[:-1], Problem(shown[-1].what, shown[-1].at, hint)])

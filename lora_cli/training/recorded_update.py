@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-OTHER_THREADS = "thread_local"  # other threads, such as the data loader's, may use the device
+CAPTURE_MODE = "thread_local"  # other threads, such as the data loader's, may use the device
 Finish = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
@@ -45,26 +45,26 @@ class RecordedUpdate:
         self.loss = loss.detach().clone()
         self.rates = [torch.zeros((), device=loss.device) for _ in self.groups]
         self.graph = torch.cuda.CUDAGraph()
-        with self._rates_from_memory(), torch.cuda.graph(self.graph, None, stream, OTHER_THREADS):
-            self.found = finish(self.loss)
+        with self._rates_from_memory(), torch.cuda.graph(self.graph, None, stream, CAPTURE_MODE):
+            self.outputs = finish(self.loss)
 
     def replay(self, loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """End a step, and return what `finish` would."""
+        """End a step, and return the results of `finish`."""
         self.loss.copy_(loss)
         for rate, group in zip(self.rates, self.groups, strict=True):
             rate.fill_(group["lr"])
         self.graph.replay()
-        grad_norm, bad, skipped = self.found
+        grad_norm, bad, skipped = self.outputs
         return grad_norm.clone(), bad.clone(), skipped.clone()
 
     @contextmanager
     def _rates_from_memory(self) -> Iterator[None]:
         """Let the optimizer read its learning rates from tensors, which each replay reads again."""
-        own = [group["lr"] for group in self.groups]
+        rates = [group["lr"] for group in self.groups]
         try:
             for group, rate in zip(self.groups, self.rates, strict=True):
                 group["lr"], group["capturable"] = rate, True
             yield
         finally:
-            for group, number in zip(self.groups, own, strict=True):
-                group["lr"], group["capturable"] = number, False
+            for group, rate_value in zip(self.groups, rates, strict=True):
+                group["lr"], group["capturable"] = rate_value, False

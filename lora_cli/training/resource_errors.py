@@ -1,4 +1,4 @@
-"""The errors of a run whose memory or disk is full: what happened, and what to change."""
+"""Explain errors of a run whose memory or disk is full: what happened, and what to change."""
 
 from __future__ import annotations
 
@@ -30,58 +30,58 @@ SHARED = re.compile(r"shared memory|</torch_\w+>|shm_open|/dev/shm")
 def resource_error(
     error: BaseException, recipe: Recipe, learned: Learned, activity: str
 ) -> ResourceError | None:
-    """Return the error to report for one that means that memory or disk is full, else None.
+    """Return the error to report if an exception means that memory or disk is full, or None.
 
     Args:
-        error: The exception, which may be of any library.
-        recipe: Has the size of the batches, and the output folder.
-        learned: Has the size of micro-batches, if the recipe leaves it open.
+        error: The exception, of any library.
+        recipe: The batch sizes, and the output folder.
+        learned: The micro-batch size, if the recipe does not set it.
         activity: What the run was doing.
     """
     if is_out_of_memory(error):
         return out_of_memory(recipe, learned.micro_batch_of(recipe.train), activity)
     saved = peek_state(recipe.output_path)
-    kept = f"the checkpoint of step {saved.step} is whole; " if saved else ""
-    if (worker := _worker_error(error, activity, kept)) is not None:
+    saved_note = f"the checkpoint of step {saved.step} is whole; " if saved else ""
+    if (worker := _worker_error(error, activity, saved_note)) is not None:
         return worker
-    number = system_error(error)
-    if number == errno.ENOENT:
+    error_number = system_error(error)
+    if error_number == errno.ENOENT:
         return _removed(error, recipe, activity)
-    if number not in DISK_ERRORS:
+    if error_number not in DISK_ERRORS:
         return None
     name = getattr(error, "filename", None) or recipe.output_path
-    hint = f"{kept}free some space, then continue with `--resume`"
-    return ResourceError(f"{DISK_ERRORS[number]} while {activity}", str(name), hint)
+    hint = f"{saved_note}free some space, then continue with `--resume`"
+    return ResourceError(f"{DISK_ERRORS[error_number]} while {activity}", str(name), hint)
 
 
-def _worker_error(error: BaseException, activity: str, kept: str) -> ResourceError | None:
-    """Return the error to report if a process that prepares batches died or had no memory."""
+def _worker_error(error: BaseException, activity: str, saved_note: str) -> ResourceError | None:
+    """Return the error to report if a data loader's worker died or ran out of memory, or None."""
     text = str(error)
-    found = WORKER.search(text)
-    if SHARED.search(text) or (found and found[2] == "Bus"):
+    match = WORKER.search(text)
+    if SHARED.search(text) or (match and match[2] == "Bus"):
         what = (
             f"the shared memory, through which workers hand over batches, is full while {activity}"
         )
-        hint = f"{kept}go on with `--resume --set train.workers=0`, which needs none"
+        hint = f"{saved_note}go on with `--resume --set train.workers=0`, which needs none"
         return ResourceError(what, "/dev/shm", hint)
-    if found is None:
+    if match is None:
         return None
     what = f"a worker that prepares batches was killed while {activity}"
     hint = (
-        f"{kept}continue with `--resume`; if the machine's memory was full (`dmesg` says so), with "
-        "`--set train.workers=0`"
+        f"{saved_note}continue with `--resume`; if the machine's memory was full (`dmesg` says "
+        "so), with `--set train.workers=0`"
     )
     return ResourceError(what, "train.workers", hint)
 
 
 def _removed(error: BaseException, recipe: Recipe, activity: str) -> ResourceError | None:
-    """Return the error to report if the output was removed while the run wrote into it."""
+    """Return the error to report if the output was removed during the run, or None."""
     folder = recipe.output_path
     name = str(getattr(error, "filename", None) or folder)
     if folder.is_dir() and not Path(name).absolute().is_relative_to(folder.absolute()):
         return None
-    lost = str(folder) if not folder.is_dir() else name
-    what = f"`{lost}` was removed while {activity}, by another program or by hand"
+    removed_path = str(folder) if not folder.is_dir() else name
+    what = f"`{removed_path}` was removed while {activity}, by another program or by hand"
     hint = "what was saved in it is gone: start again, with `-o DIR` in another folder"
     if folder.is_dir() and peek_state(folder) is not None:
         hint = "go on from the checkpoints that are left with `--resume`"
@@ -96,13 +96,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def out_of_memory(recipe: Recipe, micro_batch: int, activity: str) -> ResourceError:
-    """Return the error that says what to change if memory is full."""
-    where = "the GPU's memory" if torch.cuda.is_available() else "the memory"
+    """Return the error for full memory, with a hint on what to change."""
+    memory = "the GPU's memory" if torch.cuda.is_available() else "the memory"
     train, evaluation = recipe.train, recipe.evaluate
     ways = []
     if activity == TRAINING:
         if micro_batch > 1:
-            ways.append(f"`{_cut(train.step_size, micro_batch // 2)}` (the same steps)")
+            ways.append(f"`{_split_flags(train.step_size, micro_batch // 2)}` (the same steps)")
         if not train.gradient_checkpointing:
             ways.append("`--set train.gradient_checkpointing=true` (slower)")
         elif train.gradient_checkpointing is True and torch.cuda.is_available():
@@ -114,17 +114,17 @@ def out_of_memory(recipe: Recipe, micro_batch: int, activity: str) -> ResourceEr
         if size > 1:
             ways.append(f"`--set evaluate.micro_batch_size={size // 2}` (the same numbers)")
     lengths = {key: getattr(recipe.task, key, None) for key in recipe.task.length_keys}
-    if activity != LOADING and (known := {key: n for key, n in lengths.items() if n}):
-        flags = " ".join(f"--set task.{key}={max(n // 2, 1)}" for key, n in known.items())
+    if activity != LOADING and (set_lengths := {key: n for key, n in lengths.items() if n}):
+        flags = " ".join(f"--set task.{key}={max(n // 2, 1)}" for key, n in set_lengths.items())
         ways.append(f"`{flags}` (cuts more texts)")
     hint = f"add {', or '.join(ways)}"
     if activity != LOADING and (saved := peek_state(recipe.output_path)) is not None:
         hint += f"; with `--resume` all but the last continue from step {saved.step}"
-    return ResourceError(f"{where} is full while {activity}", hint=hint)
+    return ResourceError(f"{memory} is full while {activity}", hint=hint)
 
 
-def _cut(step_size: int, micro_batch: int) -> str:
-    """Return the flags that divide a step of so many examples into smaller micro-batches."""
+def _split_flags(step_size: int, micro_batch: int) -> str:
+    """Return the flags that split a step into smaller micro-batches."""
     flags: dict[str, Any] = {"micro_batch_size": micro_batch, "gradient_accumulation_steps": 1}
     if step_size % micro_batch == 0:
         flags["gradient_accumulation_steps"] = step_size // micro_batch

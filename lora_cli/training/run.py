@@ -118,16 +118,16 @@ def train(recipe: Recipe, resume: bool = False, learned: Learned | None = None) 
 
 @dataclass(frozen=True)
 class Due:
-    """What is to happen after a step."""
+    """Actions that are due after a step."""
 
     evaluate: bool
     """Measure the validation split."""
     draw: bool
-    """Draw the recipe's sample prompts, if the task draws pictures."""
+    """Generate images for the recipe's sample prompts, if the task is text-to-image."""
     save: bool
     """Write a checkpoint."""
     stop: int
-    """Why the run has to stop: a signal's number or `HOURS_ARE_OVER`; 0 if it goes on."""
+    """Why the run has to stop: a signal's number or `HOURS_ARE_OVER`; 0 if it continues."""
 
 
 class Run:
@@ -137,7 +137,7 @@ class Run:
         task: The task, with its processor loaded.
         data: The encoded splits by name. There is no `train` if its rows are streamed.
         accelerator: The device, the precision and the processes.
-        stop: Knows whether a signal or a limit of time asks the run to stop.
+        stop: Tells whether a signal or the time limit asks the run to stop.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class Run:
         self.task, self.data, self.accelerator, self.stop = task, data, accelerator, stop
         self.model, head, base = load_trainable_model(task, data, accelerator)
         self.learned = task.learned
-        self.recipe = recipe = task.completed_recipe  # labels and adapter are known from here on
+        self.recipe = recipe = task.completed_recipe  # now with the labels and the adapter section
         self.folder = recipe.output_path
         self.in_full = list(dict.fromkeys([*head, *recipe.adapter.train_modules]))
         with main_process_first(accelerator):
@@ -180,7 +180,7 @@ class Run:
         self.report["parameters"] |= trained_facts(self.model, recipe, self.optimizer.param_groups)
         self.evaluations = Evaluations(task, self.model, self.data, accelerator, stop)
         self.judge, self.gpu = Judge(recipe, task), GpuMonitor.of_run(task, accelerator, stop)
-        self.metrics_after_last_step: dict[str, float] | None = None  # of validation
+        self.metrics_after_last_step: dict[str, float] | None = None  # on validation
         self.save_pending = False  # a checkpoint is due, but the last steps were bad
 
     def resume(self) -> None:
@@ -188,7 +188,7 @@ class Run:
         self.state = self.saver.resume(self.state, self.total_steps, self.notes.append)
 
     def train(self) -> None:
-        """Make all steps, or stop early, and measure the best adapter."""
+        """Run all steps, or stop early, and measure the best adapter."""
         self.saver.begin(self.state, self.notes.append)
         needed = optimizer_bytes(self.model, self.recipe)
         parts = (self.model, self.task, self.batches, self.accelerator, needed)
@@ -200,7 +200,7 @@ class Run:
             try:
                 if self.state.step == 0:
                     self._measure_before()
-                self._judge_best_anew()
+                self._reevaluate_best()
                 self._make_steps()
                 self._measure_best()
             except Stopping as stopping:
@@ -210,7 +210,7 @@ class Run:
     # -------------------------------------------------------------------------------- the loop
 
     def _make_steps(self) -> None:
-        """The loop: set the learning rate, make a step, log it; evaluate, save or stop if due."""
+        """Run the loop: set the learning rate, make and log a step; evaluate, save, stop if due."""
         recipe, state, accelerator = self.recipe, self.state, self.accelerator
         self.stop.activity, self.stop.at_once = TRAINING, False
         training_mode(self.model, self.task.frozen_layers)
@@ -223,7 +223,7 @@ class Run:
             if state.stopped_early:
                 break
             began = time.monotonic()
-            # a step's noise depends on its number alone, so a resumed run needs no saved state
+            # randomness depends only on the step's number, so no random state is saved
             seed_everything(recipe.train.seed, planned.number, accelerator.process_index)
             factor = learning_rate_factor(recipe.train.scheduler, planned.number, self.total_steps)
             learning_rate = set_learning_rate(self.optimizer, factor)
@@ -236,7 +236,7 @@ class Run:
         self.report["kernels"] = engine.facts
 
     def _after_step(self) -> None:
-        """Evaluate, save and stop, as far as each is due."""
+        """Evaluate, save and stop, if due."""
         due, state = self._due(), self.state
         if not (due.evaluate or due.draw or due.save or due.stop or self.save_pending):
             return
@@ -255,19 +255,19 @@ class Run:
         self.steps.restart_clock()
 
     def _due(self) -> Due:
-        """Return what is to happen after the last step; all processes get the same answer."""
+        """Return the actions that are due after this step; all processes get the same answer."""
         recipe, is_last = self.recipe, self.state.step == self.total_steps
         evaluation = is_last or self._is_time(recipe.evaluate.every_steps)
-        asked = self.stop.poll()
+        requests = self.stop.poll()
         return Due(
             evaluate=evaluation and "validation" in self.data,
             draw=evaluation and not is_last and bool(recipe.task.sample_prompts),
-            save=is_last or asked.checkpoint or self._is_time(recipe.checkpoint.every_steps),
-            stop=asked.stop,
+            save=is_last or requests.checkpoint or self._is_time(recipe.checkpoint.every_steps),
+            stop=requests.stop,
         )
 
     def _is_time(self, every_steps: int | None) -> bool:
-        """Return whether the last step ends an interval; None is an interval of an epoch."""
+        """Return whether this step ends an interval; None stands for an epoch."""
         interval = every_steps or self.batches.steps_per_epoch or self.total_steps
         return self.state.step % interval == 0
 
@@ -275,7 +275,7 @@ class Run:
         """Measure validation, and publish the adapter if it is the best so far.
 
         Returns:
-            0, or what interrupted the evaluation, which is then still due.
+            0, or the reason why the evaluation was interrupted, which is then still due.
         """
         state, epoch = self.state, self.batches.epoch_of(self.state.step)
         self.stop.activity = "evaluating"
@@ -288,7 +288,7 @@ class Run:
         self.stop.activity = TRAINING
         state.evaluation_due = False
         self.metrics_after_last_step = metrics if is_last else None
-        if math.isfinite(metrics["loss"]):  # the weights are good, whatever the last steps were
+        if math.isfinite(metrics["loss"]):  # the weights are good, even if the last steps were bad
             self.steps.unlogged.bad_streak = []
         improved = self.judge.improved(metrics, state, epoch)
         self.log.evaluated(state.step, epoch, metrics, "  (best)" if improved else "")
@@ -300,9 +300,9 @@ class Run:
         return 0
 
     def _save_unless_bad(self) -> None:
-        """Write a checkpoint, but not while the last steps are bad.
+        """Write a checkpoint, unless the last steps were bad.
 
-        Then it is pending until a good step, or a finite loss on validation, shows that the weights
+        It is then pending until a good step, or a finite loss on validation, shows that the weights
         are good.
         """
         bad_streak, state = self.steps.unlogged.bad_streak, self.state
@@ -332,7 +332,7 @@ class Run:
         )
 
     def _measure_before(self) -> None:
-        """Measure the model before training, to compare every later measurement with."""
+        """Measure the model before training, for comparison with later measurements."""
         if not self.recipe.evaluate.baseline:
             return
         self.stop.activity, self.stop.at_once = "measuring the base, before the first step", True
@@ -346,25 +346,25 @@ class Run:
             self.judge.value_of(before["validation"])  # raises if the metric is unknown
             self.log.evaluated(0, 0.0, before["validation"], "  (before training)")
 
-    def _judge_best_anew(self) -> None:
-        """Measure the best adapter again if a resumed run now chooses by something else.
+    def _reevaluate_best(self) -> None:
+        """Measure the best adapter again if a resumed run selects by another metric or other rows.
 
-        Later adapters would otherwise be compared with a value of another metric, or of other rows.
+        Otherwise, later adapters would be compared with a value that is not comparable.
         """
         state, judge, best = self.state, self.judge, self.state.best
         if best is None or "validation" not in self.data:
             return
-        if judge.used_metric_of(best) and not self.saver.measured_otherwise:
+        if judge.used_metric_of(best) and not self.saver.evaluation_changed:
             return
         which = f"the best adapter so far (step {best['step']}, by `{best['metric']}`)"
         self.log.say(f"{which} is measured anew, by `{judge.metric}`")
         self.stop.activity, self.stop.at_once = "measuring the best adapter so far", True
-        self.saver.leave_best(state)
+        self.saver.restore_best(state)
         metrics = self.evaluations.metrics("validation")
         state.best, state.without_improvement = judge.best_of(metrics, best), 0
         if best["step"] != state.step:
             self.saver.load_newest(state)
-            state.evaluation_due = True  # if the newest adapter was evaluated, then anew too
+            state.evaluation_due = True  # the newest adapter is evaluated again too
 
     def _measure_best(self) -> None:
         """Measure validation and test with the best adapter, and complete the report."""
@@ -372,7 +372,7 @@ class Run:
         state = self.state
         if state.best is None and "validation" in self.data:
             self.evaluations.metrics("validation", strict_loss=True)  # raises if it is not finite
-        self.saver.leave_best(state)
+        self.saver.restore_best(state)
         after: dict[str, dict[str, float]] = {}
         if self.metrics_after_last_step and state.best and state.best["step"] == self.total_steps:
             after["validation"] = self.metrics_after_last_step  # the last adapter is the best
@@ -394,7 +394,7 @@ class Run:
         self.log.say(trained_line(state, self.data.get("train")))
 
     def _save_processor_and_probe(self, folder: Path, facts: dict[str, Any] | None = None) -> None:
-        """Write what else an adapter folder holds: the processor, and the probe of its outputs."""
+        """Write the other files of an adapter folder: the processor, and the probe."""
         self.task.save_processor(folder, facts)
         if (probe := take_probe(self.task, self.model, self.accelerator)) is not None:
             write_probe(folder, probe)

@@ -1,4 +1,4 @@
-"""What a run measures: its splits by metrics, a few rows in words, a few prompts as pictures."""
+"""Evaluate the model of a run: metrics of splits, sample answers, and sample images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lora_cli.training.train_state import TrainState
 
 
 class Evaluations:
-    """Measures the model of a run, as it is at the time of the call.
+    """Evaluates the model of a run in its current state.
 
     Args:
         task: The task, with the complete recipe.
@@ -44,7 +44,7 @@ class Evaluations:
 
         Args:
             split: `validation` or `test`.
-            write_predictions: Write each answer into `predictions/` in the output folder.
+            write_predictions: Write the predictions to `predictions/` in the output folder.
             strict_loss: Raise an error if the loss is NaN or infinite.
 
         Raises:
@@ -65,19 +65,19 @@ class Evaluations:
         )
 
     def sample(self, state: TrainState, when: str | int) -> None:
-        """Add what the model says of a few validation rows to the state of the run.
+        """Add the model's answers to a few validation rows to the state of the run.
 
         Args:
             state: The state of the run.
-            when: `before` training, after which step, or `after` training.
+            when: `before` training, the step, or `after` training.
         """
         split = self.data.get("validation")
         add_samples(self.model, self.task, split, self.accelerator, state.samples, when, state.best)
 
     def draw(self, step: int | None) -> None:
-        """Draw the recipe's sample prompts, if the task draws pictures.
+        """Generate images for the recipe's sample prompts, if the task is text-to-image.
 
         Args:
-            step: After which step; None with the best adapter.
+            step: The number of steps so far; None for the best adapter.
         """
         draw_samples(self.model, self.task, self.accelerator, self.folder, step)

@@ -1,4 +1,4 @@
-"""What a run prints while it trains, and its log files and trackers."""
+"""Print the progress of a run, and write its log files and trackers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ GIB = 2**30
 
 
 def rate_key(unit: str) -> str:
-    """Return the name of the speed in a log and a report: `tokens_per_s`, `pictures_per_s`."""
+    """Return the key of the speed in logs and reports: `tokens_per_s`, `pictures_per_s`."""
     return f"{unit}s_per_s"
 
 
@@ -34,10 +34,10 @@ class RunLog:
         folder: The output folder; None for a process that neither prints nor writes.
         total_steps: The number of steps of the run.
         step: The number of steps done.
-        sizes: The size in bytes of each log file at that step; what follows it is cut off.
+        sizes: The size in bytes of each log file at that step; later content is cut off.
         trackers: `tensorboard`, `trackio`.
         name: The name of the run, for trackers.
-        unit: The unit in which speed is shown, besides examples.
+        unit: The unit for the speed, besides examples.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class RunLog:
         self.console.print(redacted(text), markup=False, soft_wrap=True)
 
     def warn_of_idle(self, parameters: list[str]) -> None:
-        """Warn of trained parameters without a gradient in the first step: they cannot learn."""
+        """Warn about trained parameters without a gradient in the first step: they do not learn."""
         if parameters:
             self.say(
                 f"warning: {len(parameters)} trained parameters take no part in the model's "
@@ -115,8 +115,8 @@ class RunLog:
     def _units_of(self, record: dict[str, Any]) -> str:
         """Return the speed in the task's unit; empty if each example counts as one."""
         rate, name = record[rate_key(self.unit)], "tok" if self.unit == "token" else f"{self.unit}s"
-        same = abs(rate - record["examples_per_s"]) <= 0.1  # they are rounded to different digits
-        return "" if same else f"{rate:,.0f} {name}/s  "
+        is_same = abs(rate - record["examples_per_s"]) <= 0.1  # they are rounded differently
+        return "" if is_same else f"{rate:,.0f} {name}/s  "
 
     def trained(self, record: dict[str, Any], seconds_left: float) -> None:
         """Log a record of training."""
@@ -137,13 +137,13 @@ class RunLog:
     def evaluated(self, step: int, epoch: float, metrics: dict[str, float], note: str) -> None:
         """Log an evaluation."""
         self._write({"step": step, "epoch": epoch, "validation": metrics})
-        # of each set that is mixed the loss alone: metrics.jsonl has all
-        short = {k: v for k, v in metrics.items() if "/" not in k or k.endswith("/loss")}
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in short.items())
+        # for each mixed set, only print the loss; metrics.jsonl has all metrics
+        shown_metrics = {k: v for k, v in metrics.items() if "/" not in k or k.endswith("/loss")}
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in shown_metrics.items())
         self.say(f"step {step:>6}/{self.total_steps}  validation: {shown}{note}")
 
     def flush(self) -> dict[str, int]:
-        """Write the logs to the disk, before a checkpoint refers to them.
+        """Flush the logs to disk, before a checkpoint refers to them.
 
         Returns:
             The size in bytes of each log file, by its name.
@@ -157,9 +157,9 @@ class RunLog:
         return sizes
 
     def _open(self, path: Path, sizes: dict[str, int]) -> TextIO:
-        """Open a log for appending, and cut off what follows its size at the checkpoint."""
+        """Open a log for appending, and truncate it to its size at the checkpoint."""
         size = sizes.get(path.name, 0)
-        if path.is_symlink():  # whoever made the link would choose the file that is cut
+        if path.is_symlink():  # truncating would change a file elsewhere
             hint = "put the file itself in its place, or remove the link"
             raise LoraError(f"`{path.name}` is a link", str(path.parent), hint)
         if path.exists():
@@ -176,43 +176,43 @@ class RunLog:
 
 
 def repair_logs(folder: Path, sizes: dict[str, int], step: int) -> list[str]:
-    """Remove what is no line of a log from the logs of a run that is resumed.
+    """Remove invalid lines from the logs of a run that is resumed.
 
-    What follows a checkpoint's size is cut off later; before it something may have been cut, edited
-    or deleted since.
+    The content before the checkpoint's size may have been truncated, edited or deleted since. Later
+    content is cut off when the log is opened.
 
     Args:
         folder: The output folder.
-        sizes: Size in bytes of each log at the checkpoint; changed to what is kept.
+        sizes: The size in bytes of each log at the checkpoint; updated to the repaired sizes.
         step: The step of the checkpoint.
 
     Returns:
-        What was lost, by log.
+        A message for each log that has lost lines.
     """
-    lost = []
+    losses = []
     for name, size in sizes.items():
         path = folder / name
         if path.is_symlink() or not size:
-            continue  # links are rejected where the log is opened
+            continue  # links are rejected when the log is opened
         raw = path.read_bytes()[:size] if path.exists() else b""
         lines = raw.splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith(b"\n") and _is_record(line, step)]
-        if len(raw) == size and kept == lines:
+        valid = [line for line in lines if line.endswith(b"\n") and _is_record(line, step)]
+        if len(raw) == size and valid == lines:
             continue
         if not path.exists():
-            lost.append(f"{path} is gone, and with it the lines of {counted(step, 'step')}")
+            losses.append(f"{path} is gone, and with it the lines of {counted(step, 'step')}")
         else:
-            lost.append(f"{path} was cut or edited; it keeps {counted(len(kept), 'whole line')}")
-        write_atomically(path, b"".join(kept))
+            losses.append(f"{path} was cut or edited; it keeps {counted(len(valid), 'whole line')}")
+        write_atomically(path, b"".join(valid))
         sizes[name] = path.stat().st_size
-    return lost
+    return losses
 
 
 def _is_record(line: bytes, step: int) -> bool:
-    """Return whether a line of a log is one, and not of a later step."""
+    """Return whether a line of a log is a valid record, up to a step."""
     try:
         record = json.loads(line)
-    except ValueError:  # also what UnicodeDecodeError is
+    except ValueError:  # includes UnicodeDecodeError
         return False
     return isinstance(record, dict) and record.get("step") in range(step + 1)
 
@@ -221,7 +221,7 @@ class _TensorBoard:
     def __init__(self, folder: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # what an earlier process logged beyond the checkpoint is not shown
+        # hide records beyond the checkpoint
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def log(self, record: dict[str, Any]) -> None:
@@ -266,7 +266,7 @@ def _tracker(kind: str, folder: Path, name: str, step: int) -> Any:
 
 
 def _gpu_of(record: dict[str, Any]) -> str:
-    """Return how busy and how hot the GPU was, where that is known."""
+    """Return the utilisation and temperature of the GPU as text, if they are known."""
     busy, heat = record.get("gpu_utilization_percent"), record.get("gpu_temperature_c")
     parts = [f"{busy:.0f} %"] if busy is not None else []
     parts += [f"{heat:.0f} °C"] if heat is not None else []
@@ -274,10 +274,10 @@ def _gpu_of(record: dict[str, Any]) -> str:
 
 
 def clock(seconds: float) -> str:
-    """Return a duration as 1:02:03 or 2:03."""
-    minutes, rest = divmod(round(seconds), 60)
+    """Format a duration as 1:02:03 or 2:03."""
+    minutes, seconds_left = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+    return f"{hours}:{minutes:02d}:{seconds_left:02d}" if hours else f"{minutes}:{seconds_left:02d}"
 
 
 def peak_memory_bytes(device: torch.device) -> int:

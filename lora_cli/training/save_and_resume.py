@@ -29,8 +29,8 @@ from lora_cli.training.rank_agreement import require_same_parameters
 from lora_cli.training.run_log import repair_logs
 from lora_cli.training.train_state import (
     TrainState,
-    let_stopping_go_on,
-    measured_otherwise,
+    clear_changed_early_stop,
+    evaluation_changed,
     memory_facts,
     reject_changes,
     reject_fewer_steps,
@@ -43,14 +43,14 @@ class Saver:
     The main process writes, and the others wait for it.
 
     Args:
-        recipe: Names the folders, and how many checkpoints are kept.
+        recipe: Names the folders, and how many checkpoints to keep.
         model: The model with its adapter attached.
         optimizer: The optimizer of the trained parameters.
         in_full: The names of the modules that are trained in full.
         base: The fingerprint of the base, which is written next to the adapter.
         save_processor: Writes the tokenizer or other processor, and the probe, into a folder.
         accelerator: The processes, and the loss scale of fp16.
-        facts: What else of the base decides the result, besides its tensors.
+        facts: The facts of the base that affect outputs besides its tensors.
         learned: Receives the micro-batch size with which the run was started.
     """
 
@@ -70,22 +70,22 @@ class Saver:
         self.in_full, self.save_processor, self.accelerator = in_full, save_processor, accelerator
         self.base, self.folder, self.facts = base, recipe.output_path, facts
         self.learned = learned
-        self.measured_otherwise = False
-        """Whether a run is resumed whose best adapter was measured otherwise than later ones."""
+        self.evaluation_changed = False
+        """Whether a resumed run evaluates in another way, so that metrics are not comparable."""
 
     def begin(self, state: TrainState, say: Callable[[str], None]) -> None:
-        """Check that the disk has room and the mirror can be written, then write the recipe.
+        """Check that the disk has space and the mirror can be written, then write the recipe.
 
         Args:
             state: The state of the run.
-            say: Called with a line about what is missing in the logs.
+            say: Called with a line about each incomplete log.
         """
         if not self.accelerator.is_main_process:
             return
         require_space_for_checkpoints(self.model, self.recipe)
-        for lost in repair_logs(self.folder, state.logs, state.step):
-            say(f"warning: {lost}")
-            state.changes.append(f"after step {state.step}: {lost}")
+        for loss in repair_logs(self.folder, state.logs, state.step):
+            say(f"warning: {loss}")
+            state.changes.append(f"after step {state.step}: {loss}")
         if self.recipe.checkpoint.mirror is not None:
             mirror = Mirror(self.recipe)
             mirror.check()
@@ -96,15 +96,15 @@ class Saver:
         """Load the newest complete checkpoint into the model, and return its state.
 
         Args:
-            fresh: The state of a new run, with whose recipe and data the checkpoint has to agree.
+            fresh: The state of a new run; the checkpoint must have the same recipe and data.
             total_steps: The number of steps of the run, by the recipe.
-            say: Called with a line about what is skipped, or has changed.
+            say: Called with a line about each skipped checkpoint, and each change.
         """
-        found = load_checkpoint(self.folder, say)
-        if found is None:
+        checkpoint = load_checkpoint(self.folder, say)
+        if checkpoint is None:
             say(f"there is no checkpoint in {self.folder}: starting at the beginning")
             return fresh
-        folder, state = found
+        folder, state = checkpoint
         if self.recipe.train.micro_batch_size in ("auto", state.memory.get("asked")):
             self.learned.micro_batch = state.memory["micro_batch_size"]
         self.learned.checkpointing = state.memory.get("gradient_checkpointing")
@@ -118,9 +118,9 @@ class Saver:
                 f"the run was complete after {counted(state.step, 'step')}; "
                 "it goes on with what has changed"
             )
-        if changes:  # when the run is resumed again, it is compared with the changed recipe
-            let_stopping_go_on(state, fresh, say)
-            self.measured_otherwise = measured_otherwise(state, fresh)
+        if changes:  # when the run is resumed again, the changed recipe counts
+            clear_changed_early_stop(state, fresh, say)
+            self.evaluation_changed = evaluation_changed(state, fresh)
             state.recipe, state.data = fresh.recipe, fresh.data
             state.machine, state.memory = fresh.machine, fresh.memory
             state.changes += [f"after step {state.step}: {change}" for change in changes]
@@ -141,7 +141,7 @@ class Saver:
 
         Args:
             state: The state of the run.
-            say: Called with a line if the mirror could not be written; the run goes on.
+            say: Called with a line if the mirror could not be written; the run continues.
 
         Raises:
             NumericsError: If the processes no longer have the same parameters.
@@ -161,7 +161,7 @@ class Saver:
         self.accelerator.wait_for_everyone()
 
     def publish(self, state: TrainState) -> None:
-        """Write the adapter, as it is now, into the output folder."""
+        """Write the current adapter into the output folder."""
         if self.accelerator.is_main_process:
             require_output(self.recipe)
             trained = (self.model, self.recipe, self.in_full, self.base)
@@ -169,17 +169,17 @@ class Saver:
         self.accelerator.wait_for_everyone()
         state.published = sha256_of(self.folder / MANIFEST)
 
-    def leave_best(self, state: TrainState) -> None:
-        """Load the best adapter, or the last if none was evaluated, into model and output folder.
+    def restore_best(self, state: TrainState) -> None:
+        """Put the best adapter, or the last if none was evaluated, into model and output folder.
 
         Raises:
-            IntegrityError: If the best is neither in the output folder nor among the checkpoints.
+            IntegrityError: If it is neither in the output folder nor among the checkpoints.
         """
         if state.best is None or state.best["step"] == state.step:
-            if not self._holds(state):
+            if not self._has_published(state):
                 self.publish(state)
             return
-        if self._holds(state):
+        if self._has_published(state):
             restore_published(self.folder, self.model, self.recipe)
             return
         best = checkpoint_folder(self.folder, state.best["step"])
@@ -197,8 +197,8 @@ class Saver:
         """Load the parameters of the newest checkpoint into the model."""
         restore_parameters(checkpoint_folder(self.folder, state.step), self.model)
 
-    def _holds(self, state: TrainState) -> bool:
-        """Return whether the output folder has, undamaged, what this run published last."""
+    def _has_published(self, state: TrainState) -> bool:
+        """Return whether the output folder has the adapter that was published last, undamaged."""
         manifest = self.folder / MANIFEST
         if not manifest.exists() or sha256_of(manifest) != state.published:
             return False

@@ -1,4 +1,4 @@
-"""The generators of random numbers: all seeded at once, or left as they were."""
+"""Seed all random number generators, or restore their states."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ import torch
 
 
 def seed_everything(*seed: int) -> None:
-    """Seed the generators of torch, numpy and Python with a mix of the numbers."""
-    (drawn,) = np.random.SeedSequence(seed).generate_state(1, np.uint64)
-    mixed = int(drawn >> 1)
-    # `torch.manual_seed` would take a millisecond for kinds of devices that do not exist
-    torch.default_generator.manual_seed(mixed)
+    """Seed the generators of torch, numpy and Python with a hash of the given numbers."""
+    (state,) = np.random.SeedSequence(seed).generate_state(1, np.uint64)
+    seed_value = int(state >> 1)
+    # `torch.manual_seed` spends a millisecond on kinds of devices that are not available
+    torch.default_generator.manual_seed(seed_value)
     if torch.accelerator.is_available():
         module = torch.get_device_module(torch.accelerator.current_accelerator())
-        getattr(module, "manual_seed_all", module.manual_seed)(mixed)
-    np.random.seed(mixed % 2**32)  # some models draw masks from it
-    random.seed(mixed)
+        getattr(module, "manual_seed_all", module.manual_seed)(seed_value)
+    np.random.seed(seed_value % 2**32)  # some models sample masks with it
+    random.seed(seed_value)
 
 
 @contextmanager
 def random_state_restored(device: torch.device) -> Iterator[None]:
-    """After the context, let all generators continue as if nothing had been drawn in it.
+    """Restore the states of all random generators after the context.
 
     Args:
-        device: Its generator is restored too.
+        device: The device whose generator is restored too.
     """
     python, numpy = random.getstate(), np.random.get_state()
     try:

@@ -1,15 +1,15 @@
 """Attention over rows of at most 128 tokens on a GPU: one kernel forward, one backward.
 
-For each head, with queries Q, keys K and values V (T, D), a mask M that is added, and dropout:
+For each head, with queries Q, keys K and values V (T, D), an additive mask M, and dropout:
 
     S = s Q K^T + M,    P = softmax(S),    O = (P * keep / (1 - p)) V
 
-The kernels of cuDNN and of FlashAttention are made for thousands of tokens: they loop over blocks
-of keys, and for the backward pass they start helpers that sum up, convert and draw. A row of 128
-tokens is one block, so here a program holds all keys and values of a head, and computes its whole
-gradient. It adds up in one fixed order, so that results are the same each time, bit for bit.
+The kernels of cuDNN and FlashAttention are designed for thousands of tokens: they loop over blocks
+of keys, and launch additional kernels for the backward pass. A row of 128 tokens is a single block,
+so here a program holds all keys and values of a head, and computes its whole gradient. The order of
+summation is fixed, so results are deterministic, bit for bit.
 
-The mask of dropout is not kept: it is a hash of a number drawn for the call and of the place.
+The dropout mask is not stored: it is a hash of a random seed for the call and of the position.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LONGEST = 128  # tokens of a row
-HEADS = (16, 32, 64)  # numbers of a head
+MAX_TOKENS = 128  # of a row
+HEAD_DIMS = (16, 32, 64)
 WARPS = 8
 LOG2_E = tl.constexpr(1.4426950408889634)  # GPUs have an instruction for powers of 2
 
 
 @triton.jit
-def _kept(seeds, head, queries, keys, drop):  # type: ignore[no-untyped-def]
-    """Return which of a head's probabilities dropout keeps."""
+def _keep_mask(seeds, head, queries, keys, drop):  # type: ignore[no-untyped-def]
+    """Return the dropout mask of a head's attention probabilities (true: kept)."""
     first = tl.load(seeds).to(tl.uint32, bitcast=True)
     second = tl.load(seeds + 1).to(tl.uint32, bitcast=True)
-    place = ((head * 128 + queries[:, None]) * 128 + keys[None, :]).to(tl.uint32)
-    bits = (place ^ first) * 0x9E3779B1 + second
-    # mix them so that each bit depends on all (the last steps of MurmurHash3)
+    position = ((head * 128 + queries[:, None]) * 128 + keys[None, :]).to(tl.uint32)
+    bits = (position ^ first) * 0x9E3779B1 + second
+    # the finaliser of MurmurHash3, after which each bit depends on all input bits
     bits = (bits ^ (bits >> 16)) * 0x85EBCA6B
     bits = (bits ^ (bits >> 13)) * 0xC2B2AE35
     bits = bits ^ (bits >> 16)
@@ -44,20 +44,20 @@ def _kept(seeds, head, queries, keys, drop):  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _scores(q, k, mask, m_token, m_key, tokens, n_tokens, scale, HAS_MASK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
-    """Return the scores of all tokens with all keys in units of log 2; -inf beyond the last key."""
+    """Return the scores of all queries and keys, divided by log 2; -inf beyond the last key."""
     scores = tl.dot(q, tl.trans(k)) * (scale * LOG2_E)
     inside = tokens[None, :] < n_tokens
     if HAS_MASK:
-        at = mask + tokens[:, None] * m_token + tokens[None, :] * m_key
-        added = tl.load(at, (tokens[:, None] < n_tokens) & inside, other=0.0).to(tl.float32)
-        # the least number of bfloat16 times this would be -inf, and a row of nothing else NaN
-        scores += tl.maximum(added * LOG2_E, -1e38)
+        addresses = mask + tokens[:, None] * m_token + tokens[None, :] * m_key
+        bias = tl.load(addresses, (tokens[:, None] < n_tokens) & inside, other=0.0).to(tl.float32)
+        # the minimum of bfloat16 would overflow to -inf, and a row of only -inf gives NaN
+        scores += tl.maximum(bias * LOG2_E, -1e38)
     return tl.where(inside, scores, float("-inf"))
 
 
 @triton.jit
-def _place(x, row, head, tokens, d, x_row, x_head, x_token):  # type: ignore[no-untyped-def]
-    """Return where the numbers of a head are, of each token of a row."""
+def _addresses(x, row, head, tokens, d, x_row, x_head, x_token):  # type: ignore[no-untyped-def]
+    """Return the addresses of a head's values for each token of a row."""
     return x + (row * x_row + head * x_head + tokens[:, None] * x_token + d[None, :])
 
 
@@ -74,9 +74,9 @@ def _forward(  # type: ignore[no-untyped-def]
     row, head = (program // n_heads).to(tl.int64), (program % n_heads).to(tl.int64)
     tokens, d = tl.arange(0, TOKENS), tl.arange(0, D)
     inside = tokens[:, None] < n_tokens
-    q = _place(q, row, head, tokens, d, q_row, q_head, q_token)
-    k = _place(k, row, head, tokens, d, k_row, k_head, k_token)
-    v = _place(v, row, head, tokens, d, v_row, v_head, v_token)
+    q = _addresses(q, row, head, tokens, d, q_row, q_head, q_token)
+    k = _addresses(k, row, head, tokens, d, k_row, k_head, k_token)
+    v = _addresses(v, row, head, tokens, d, v_row, v_head, v_token)
     mask += row * m_row + head * m_head
     queries, keys = tl.load(q, inside, other=0.0), tl.load(k, inside, other=0.0)
     scores = _scores(queries, keys, mask, m_token, m_key, tokens, n_tokens, scale, HAS_MASK)
@@ -85,7 +85,7 @@ def _forward(  # type: ignore[no-untyped-def]
     total = tl.sum(p, 1)
     factor = 1 / total
     if HAS_DROPOUT:
-        p = tl.where(_kept(seeds, program, tokens, tokens, drop), p, 0.0)
+        p = tl.where(_keep_mask(seeds, program, tokens, tokens, drop), p, 0.0)
         factor /= 1 - drop
     values = tl.load(v, inside, other=0.0)
     out = tl.dot(p.to(values.dtype), values) * factor[:, None]
@@ -108,27 +108,27 @@ def _backward(  # type: ignore[no-untyped-def]
     row, head = (program // n_heads).to(tl.int64), (program % n_heads).to(tl.int64)
     tokens, d = tl.arange(0, TOKENS), tl.arange(0, D)
     inside = tokens[:, None] < n_tokens
-    q = _place(q, row, head, tokens, d, q_row, q_head, q_token)
-    k = _place(k, row, head, tokens, d, k_row, k_head, k_token)
-    v = _place(v, row, head, tokens, d, v_row, v_head, v_token)
-    do = _place(do, row, head, tokens, d, do_row, do_head, do_token)
+    q = _addresses(q, row, head, tokens, d, q_row, q_head, q_token)
+    k = _addresses(k, row, head, tokens, d, k_row, k_head, k_token)
+    v = _addresses(v, row, head, tokens, d, v_row, v_head, v_token)
+    do = _addresses(do, row, head, tokens, d, do_row, do_head, do_token)
     mask += row * m_row + head * m_head
     place = ((row * n_tokens + tokens[:, None]) * n_heads + head) * D + d[None, :]
     places = program.to(tl.int64) * n_tokens + tokens
     queries, keys = tl.load(q, inside, other=0.0), tl.load(k, inside, other=0.0)
-    values, slopes = tl.load(v, inside, other=0.0), tl.load(do, inside, other=0.0)
+    values, d_out = tl.load(v, inside, other=0.0), tl.load(do, inside, other=0.0)
     out = tl.load(o + place, inside, other=0.0)
-    delta = tl.sum(out.to(tl.float32) * slopes.to(tl.float32), 1)
+    delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1)
     log_sum = tl.load(log_sums + places, tokens < n_tokens, other=0.0)
     scores = _scores(queries, keys, mask, m_token, m_key, tokens, n_tokens, scale, HAS_MASK)
     p = tl.exp2(scores - log_sum[:, None])
-    dp = tl.dot(slopes, tl.trans(values))
+    dp = tl.dot(d_out, tl.trans(values))
     dropped, factor = p, 1.0
     if HAS_DROPOUT:
-        kept = _kept(seeds, program, tokens, tokens, drop)
+        keep = _keep_mask(seeds, program, tokens, tokens, drop)
         factor = 1 / (1 - drop)
-        dropped, dp = tl.where(kept, p, 0.0), tl.where(kept, dp * factor, 0.0)
-    dv_sum = tl.dot(tl.trans(dropped.to(slopes.dtype)), slopes) * factor
+        dropped, dp = tl.where(keep, p, 0.0), tl.where(keep, dp * factor, 0.0)
+    dv_sum = tl.dot(tl.trans(dropped.to(d_out.dtype)), d_out) * factor
     tl.store(dv + place, dv_sum.to(dv.dtype.element_ty), inside)
     ds = (p * (dp - delta[:, None]) * scale).to(keys.dtype)
     tl.store(dq + place, tl.dot(ds, keys).to(dq.dtype.element_ty), inside)
@@ -136,18 +136,18 @@ def _backward(  # type: ignore[no-untyped-def]
 
 
 def _sizes(q: Tensor) -> dict[str, int]:
-    """Return the sizes of a program's blocks, and how it is compiled."""
+    """Return the block sizes and compile options of a kernel."""
     tokens = max(triton.next_power_of_2(q.shape[2]), 16)
     return {"TOKENS": tokens, "D": q.shape[3], "num_warps": WARPS, "num_stages": 1}
 
 
 def _device_of(x: Tensor) -> AbstractContextManager[Any]:
-    """Return a context in which kernels start on the GPU of a tensor."""
+    """Return a context in which kernels are launched on the GPU of a tensor."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def _mask_strides(mask: Tensor | None, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the strides of a mask as one of every row and head, 0 where it is the same for all."""
+    """Return the strides of a mask expanded to a shape, 0 for broadcast dimensions."""
     return (0, 0, 0, 0) if mask is None else mask.expand(shape).stride()
 
 
@@ -155,23 +155,23 @@ def _mask_strides(mask: Tensor | None, shape: tuple[int, ...]) -> tuple[int, ...
 def short_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, seeds: Tensor, scale: float, drop: float
 ) -> tuple[Tensor, Tensor]:
-    """Return the outputs of attention, and the binary logarithms of the sums of exp(scores).
+    """Return the outputs of attention, and the base-2 log-sum-exp of the scores.
 
     Args:
-        q: Queries (B, H, T, D), T at most LONGEST, D of HEADS; the numbers of a head are neighbours
-            in memory. On a GPU, in 16 bits.
-        k: Keys, as the queries.
-        v: Values, as the queries.
-        mask: What is added to the scores, (B or 1, H or 1, T or 1, T).
-        seeds: Two random int32, of which the mask of dropout depends.
+        q: Queries (B, H, T, D), in 16 bits on a GPU, with T <= MAX_TOKENS and D in HEAD_DIMS; the
+            last dimension is contiguous.
+        k: Keys, like the queries.
+        v: Values, like the queries.
+        mask: Added to the scores, (B or 1, H or 1, T or 1, T).
+        seeds: Two random int32, which determine the dropout mask.
         scale: The factor s of the scores.
         drop: The probability p of dropout.
 
     Returns:
-        The outputs (B, T, H, D), and float32 (B, H, T).
+        The outputs (B, T, H, D), and the log-sum-exp in float32 (B, H, T).
     """
-    n_rows, n_heads, n_tokens, n_numbers = q.shape
-    o = q.new_empty(n_rows, n_tokens, n_heads, n_numbers)
+    n_rows, n_heads, n_tokens, head_dim = q.shape
+    o = q.new_empty(n_rows, n_tokens, n_heads, head_dim)
     log_sums = q.new_empty(n_rows, n_heads, n_tokens, dtype=torch.float32)
     strides = [s for x in (q, k, v) for s in x.stride()[:3]]
     strides += _mask_strides(mask, (n_rows, n_heads, n_tokens, n_tokens))
@@ -189,7 +189,7 @@ def _gradients(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, seeds: Tensor, o: Tensor,
     log_sums: Tensor, scale: float, drop: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the gradients over queries, keys and values, each (B, T, H, D)."""
+    """Return the gradients of queries, keys and values, each (B, T, H, D)."""
     n_rows, n_heads, n_tokens, _ = q.shape
     dq, dk, dv = torch.empty_like(o), torch.empty_like(o), torch.empty_like(o)
     do = do if do.stride(-1) == 1 else do.contiguous()
@@ -207,9 +207,9 @@ def _gradients(
 
 @short_attention.register_fake
 def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    n_rows, n_heads, n_tokens, n_numbers = q.shape
+    n_rows, n_heads, n_tokens, head_dim = q.shape
     log_sums = q.new_empty(n_rows, n_heads, n_tokens, dtype=torch.float32)
-    return q.new_empty(n_rows, n_tokens, n_heads, n_numbers), log_sums
+    return q.new_empty(n_rows, n_tokens, n_heads, head_dim), log_sums
 
 
 @_gradients.register_fake
@@ -219,7 +219,7 @@ def _(
     return torch.empty_like(o), torch.empty_like(o), torch.empty_like(o)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.scale, ctx.drop = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.set_materialize_grads(False)
@@ -230,4 +230,4 @@ def _backward_of(ctx: Any, do: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     return (*(gradient.transpose(1, 2) for gradient in gradients), None, None, None, None)
 
 
-short_attention.register_autograd(_backward_of, setup_context=_keep)
+short_attention.register_autograd(_backward_of, setup_context=_save_for_backward)

@@ -1,4 +1,4 @@
-"""Let an adapter start from the run's own train rows, before its first step (`init: eva`)."""
+"""Initialise an adapter from the train rows, before the first step (`init: eva`)."""
 
 from __future__ import annotations
 
@@ -17,41 +17,45 @@ from lora_cli.training.batches import Batches
 
 
 def start_from_data(model: nn.Module, task: Task, split: Encoded, accelerator: Accelerator) -> None:
-    """Give the layers the ranks and the starts that the train rows ask for, and say so.
+    """Set the ranks and initial weights of the adapter layers from the train rows, by EVA.
 
-    Every process reads the same rows, and finds the same.
+    All processes read the same rows, and compute the same result.
 
     Args:
-        model: With its adapter attached.
-        task: Its notes get a line; of a run that is resumed, it knows the ranks.
+        model: The model, with its adapter attached.
+        task: The task; its notes get a line. In a resumed run, `task.learned` has the ranks.
         split: The train rows.
-        accelerator: Where the model computes.
+        accelerator: The precision and the device.
     """
     spec = task.completed_recipe.adapter
     if task.learned.in_checkpoint:
-        if task.learned.ranks:  # else no checkpoint can be read, which is said when it is needed
+        if task.learned.ranks:  # otherwise no checkpoint is readable, which is reported later
             set_ranks(model, task.learned.ranks, spec)
         return
-    before = {name: layer.rank for name, layer in lora_layers(model).items()}
+    configured_ranks = {name: layer.rank for name, layer in lora_layers(model).items()}
     batches = Batches(task, split, accelerator).from_the_start()
     with accelerator.autocast():
-        looks = (partial(_look, model, task, batch.to(accelerator.device)) for batch in batches)
-        starts, changing = find_starts(model, looks, spec.eva_rho)
+        forward_passes = (
+            partial(_run_batch, model, task, batch.to(accelerator.device)) for batch in batches
+        )
+        starts, changing = find_starts(model, forward_passes, spec.eva_rho)
     set_starts(model, starts, spec)
-    moved = {name: len(start) for name, start in starts.items() if len(start) != before[name]}
+    changed_ranks = {
+        name: len(start) for name, start in starts.items() if len(start) != configured_ranks[name]
+    }
     note = f"EVA: {counted(len(starts), 'module')} start at the main directions of their inputs"
-    if moved:
+    if changed_ranks:
         ranks = [len(start) for start in starts.values()]
         note += f", with ranks from {min(ranks)} to {max(ranks)}"
-    if without := sum(not rank for rank in moved.values()):
-        note += f"; {without} have none, and no adapter"
+    if n_dropped := sum(not rank for rank in changed_ranks.values()):
+        note += f"; {n_dropped} have none, and no adapter"
     if changing:
         note += f"; {changing} were still changing after {MAX_BATCHES} batches"
     task.notes.append(note)
 
 
-def _look(model: nn.Module, task: Task, batch: Batch) -> Tensor | None:
-    """Put a batch through the model; return which tokens count: no padding, and what is trained."""
+def _run_batch(model: nn.Module, task: Task, batch: Batch) -> Tensor | None:
+    """Run a forward pass; return the mask of tokens that are not padding, and are trained on."""
     task.forward(model, batch)
     mask, labels = batch.inputs.get("attention_mask"), batch.targets.get("labels")
     counted_tokens = None if mask is None or mask.ndim != 2 else mask.bool()

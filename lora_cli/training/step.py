@@ -1,9 +1,9 @@
 """One optimizer step: its gradients are summed, clipped and applied.
 
-Gradients are those of loss *sums*, added up over the micro-batches and processes of a step. Each
-term of the loss is divided once, by its number of items (rows, or trained tokens) in the whole
-step, so the result does not depend on how a step is divided. (The mean of micro-batch means, which
-many training loops take, gives a token of a short batch more weight than one of a long batch.)
+Gradients of loss *sums* are accumulated over the micro-batches and processes of a step. Each term
+of the loss is divided once, by its number of items (rows, or trained tokens) in the whole step, so
+the result does not depend on how the step is split. (The mean of micro-batch means, which many
+training loops use, gives a token of a short batch more weight than one of a long batch.)
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from lora_cli.training.engine import Engine
 
 @dataclass
 class StepResult:
-    """What a step reports. Tensors stay on the device, because reading one waits for the step."""
+    """The results of a step. Tensors stay on the device, because reading one waits for the step."""
 
     loss: Tensor
-    """Mean over the items of the step; of several terms, the weighted sum of their means."""
+    """The mean over the items of the step; with several terms, the weighted sum of their means."""
     terms: dict[str, Tensor]
     """The mean of each term, if the loss has several, as with a teacher."""
     grad_norm: Tensor
@@ -46,7 +46,7 @@ def train_step(engine: Engine, batches: list[Batch]) -> StepResult:
     accelerator = engine.accelerator
     # the loss is divided before the backward pass, so that gradients in fp16 stay in range
     weights = _weights_per_item(engine, batches)
-    shares = torch.zeros(len(weights), device=accelerator.device)  # of each term in the step's loss
+    shares = torch.zeros(len(weights), device=accelerator.device)  # of each term of the step's loss
     if engine.task.couples_examples:  # the loss compares all examples of the step with each other
         shares += add_coupled_gradients(engine, batches, weights)
     else:
@@ -76,7 +76,7 @@ def _weights_per_item(engine: Engine, batches: list[Batch]) -> dict[str, Tensor]
 
 
 def _means(engine: Engine, shares: Tensor) -> dict[str, Tensor]:
-    """Return the mean of each term from its share in the loss; nothing for a single term."""
+    """Return the mean of each term, given its share of the loss; empty for a single term."""
     weights = engine.task.train_loss_weights
     if len(weights) == 1:
         return {}

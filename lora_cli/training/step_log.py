@@ -1,4 +1,4 @@
-"""The log of training: what each step adds to it, and the line that is written every few steps."""
+"""Log training: collect the results of each step, and write a line every few steps."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class UnloggedSteps:
     Losses and flags stay on the device until `read`, because reading one waits for its step.
 
     Args:
-        state: The state of the run; if it was resumed, with the losses that were not logged yet.
-        device: Where the losses are.
-        bad_streak: The bad steps that came last, without a good one between them.
+        state: The state of the run, with the losses that were not logged before it was resumed.
+        device: The device of the losses.
+        bad_streak: The consecutive bad steps up to now.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class UnloggedSteps:
         self._unread: list[tuple[BadStep, Tensor]] = []
 
     def add(self, planned: PlannedStep, result: StepResult) -> None:
-        """Add a step. On a CPU it is known at once whether it is bad, on a GPU after `read`."""
+        """Add a step. On a CPU its flags are read immediately, on a GPU by `read`."""
         self.loss_sum = self.loss_sum + torch.where(result.bad, 0.0, result.loss)
         for term, mean in result.terms.items():
             good_mean = torch.where(result.bad, 0.0, mean)
@@ -78,11 +78,11 @@ class UnloggedSteps:
         """Return the mean loss, the last gradient norm, and the speed since the last line.
 
         Args:
-            task: Names the unit in which batches are counted, and the terms of the loss.
+            task: The task, which names the unit of the speed, and the terms of the loss.
         """
         self.read()
-        now, before = self.state, self.at_last_line
-        seconds = max(now.seconds - before.seconds, 1e-9)
+        now, last = self.state, self.at_last_line
+        seconds = max(now.seconds - last.seconds, 1e-9)
         return {
             "loss": float(self.loss_sum) / self.good_steps if self.good_steps else float("nan"),
             **{
@@ -90,13 +90,13 @@ class UnloggedSteps:
                 for term, total in self.term_sums.items()
             },
             "grad_norm": float(self.grad_norm),
-            "examples_per_s": round((now.examples - before.examples) / seconds, 2),
-            rate_key(task.unit): round((now.tokens - before.tokens) / seconds, 1),
-            "seconds_per_step": round(seconds / max(now.step - before.step, 1), 4),
+            "examples_per_s": round((now.examples - last.examples) / seconds, 2),
+            rate_key(task.unit): round((now.tokens - last.tokens) / seconds, 1),
+            "seconds_per_step": round(seconds / max(now.step - last.step, 1), 4),
         }
 
     def save_to_state(self) -> None:
-        """Put the sums into the state, so that a resumed run logs the same line."""
+        """Store the sums in the state, so that a resumed run logs the same line."""
         self.read()
         self.state.unlogged_steps, self.state.unlogged_loss = self.good_steps, float(self.loss_sum)
         self.state.unlogged_terms = {term: float(total) for term, total in self.term_sums.items()}
@@ -108,15 +108,15 @@ class UnloggedSteps:
 
 
 class StepLog:
-    """Counts steps and seconds, logs them, and ends a run whose numbers are bad.
+    """Counts steps and seconds, logs them, and ends a run with too many bad steps.
 
     Args:
         run_log: Prints the lines and writes `metrics.jsonl`.
         state: The state of the run, in which steps are counted.
-        task: Its recipe says how often a line is written.
+        task: The task; its recipe defines how often a line is written.
         batches: The plan of the run: its steps and epochs.
         accelerator: The device, and fp16's loss scale.
-        gpu: Knows what the GPUs did since the last line.
+        gpu: The GPU statistics since the last line.
     """
 
     def __init__(
@@ -134,21 +134,21 @@ class StepLog:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Count time from now on; evaluations and checkpoints before it are not counted."""
+        """Restart the clock, so that evaluations and checkpoints before are not counted."""
         self._counted_until = time.perf_counter()
 
     def count_seconds(self) -> None:
         """Count the time in steps until now, once the device has finished them."""
         if self.accelerator.device.type == "cuda":
             torch.cuda.synchronize(self.accelerator.device)
-        before, self._counted_until = self._counted_until, time.perf_counter()
-        self.state.seconds += self._counted_until - before
+        counted_until, self._counted_until = self._counted_until, time.perf_counter()
+        self.state.seconds += self._counted_until - counted_until
 
     def check_numbers(self) -> None:
         """Wait for the device, and end the run if too many steps were bad.
 
         Raises:
-            NumericsError: If so.
+            NumericsError: If too many steps in a row were bad, or fp16's loss scale is too small.
         """
         self.unlogged.read()
         reject_bad_steps(self.unlogged.bad_streak, self.recipe)
@@ -197,7 +197,7 @@ class StepLog:
 
 
 def trained_line(state: TrainState, split: Encoded | None) -> str:
-    """Return how long a run trained, and on how many rows if some gave no example.
+    """Return a line on the steps and the duration of a run, and the rows if some had no example.
 
     Args:
         state: The state of the run at its end.

@@ -1,4 +1,4 @@
-"""The state of a run, and what must not change before it is resumed."""
+"""The state of a run, and checks that it is resumed under the same conditions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lora_cli.recipe import Learned, Recipe, flat
 
 FIXED = ("model.", "task.", "adapter.", "train.optimizer.type")  # a change needs a new run
 VERSIONS = ("torch", "transformers")
-MACHINE = {  # what changes the last bits of results, and where it is set
+MACHINE = {  # facts that affect the last bits of results, and where they are set
     "device": "the machine",
     "teacher": "train.distill.teacher",
     "processes": "`accelerate launch --num_processes`",
@@ -33,7 +33,7 @@ class TrainState:
 
     step: int = 0
     seconds: float = 0.0
-    """Time in training steps, evaluations not counted."""
+    """Time in training steps, without evaluations."""
     examples: int = 0
     tokens: int = 0
     before: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -43,36 +43,36 @@ class TrainState:
     best: dict[str, Any] | None = None
     """Metric, mode, value, step and epoch of the best evaluation."""
     published: str = ""
-    """SHA-256 of the manifest of the adapter that was put into the output folder last."""
+    """SHA-256 of the manifest of the adapter that was last written to the output folder."""
     without_improvement: int = 0
-    """Evaluations since the last that early stopping counts as an improvement."""
+    """Evaluations since the last improvement, as defined by early stopping."""
     stopped_early: bool = False
     evaluation_due: bool = False
     """Whether the run was stopped before or during the evaluation of this step."""
     skipped_steps: int = 0
-    """Steps without an update: bad ones, or those whose gradients overflowed in fp16."""
+    """Steps without an update: bad steps, and steps whose gradients overflowed in fp16."""
     unlogged_steps: int = 0
     """Steps since the last line of the log."""
     unlogged_loss: float = 0.0
     """Sum of their losses."""
     unlogged_terms: dict[str, float] = field(default_factory=dict)
-    """The same of each term of the loss, where a teacher adds one."""
+    """Sums of each term of the loss, if there are several, as with a teacher."""
     logs: dict[str, int] = field(default_factory=dict)
-    """The size in bytes of each log file; what follows it is of steps that are made again."""
+    """The size in bytes of each log file; later content is from steps that will be repeated."""
     scaler: dict[str, Any] | None = None
     optimizer: dict[str, Any] = field(default_factory=dict)
     """The state of the optimizer besides its tensors."""
     optimizer_tensors: dict[str, str] = field(default_factory=dict)
     """The dtype and shape of each of the optimizer's tensors."""
     sha256: dict[str, str] = field(default_factory=dict)
-    """The SHA-256 of each file of tensors in the checkpoint."""
+    """The SHA-256 of each safetensors file in the checkpoint."""
     machine: dict[str, Any] = field(default_factory=dict)
-    """What decides the result besides the recipe and the data: the weights of a teacher, and of the
-    machine the device, processes, threads and versions."""
+    """Facts that affect the result besides the recipe and the data: the weights of a teacher, the
+    device, processes, threads and versions."""
     memory: dict[str, Any] = field(default_factory=dict)
-    """How memory is saved, which changes the last bits too; `--resume` may change it."""
+    """Memory settings, which affect the last bits too; they may change when a run is resumed."""
     changes: list[str] = field(default_factory=list)
-    """What had changed when the run was resumed, and was allowed to."""
+    """Allowed changes when the run was resumed."""
     data: dict[str, str] = field(default_factory=dict)
     """SHA-256 of each split."""
     recipe: dict[str, Any] = field(default_factory=dict)
@@ -82,11 +82,11 @@ def read_state(file: Path) -> TrainState:
     """Read the state of a run from a checkpoint.
 
     Raises:
-        ValueError: If a value is missing, unknown or of another type.
+        ValueError: If a value is missing, unknown or has another type.
         OSError: If the file cannot be read.
     """
     values = json.loads(file.read_text(encoding="utf-8"))
-    known = {of_state.name for of_state in fields(TrainState)}
+    known = {state_field.name for state_field in fields(TrainState)}
     if not isinstance(values, dict) or not values.keys() <= known:
         raise ValueError("it is the state of another version")
     state = TypeAdapter(TrainState).validate_python(values)
@@ -96,7 +96,7 @@ def read_state(file: Path) -> TrainState:
 
 
 def machine_facts(accelerator: Accelerator) -> dict[str, Any]:
-    """Return what of the machine changes the last bits of results."""
+    """Return the facts of the machine that affect the last bits of results."""
     device = accelerator.device.type
     facts = {"device": device, "processes": accelerator.num_processes}
     facts |= {name: installed_version(name) for name in VERSIONS}
@@ -105,7 +105,7 @@ def machine_facts(accelerator: Accelerator) -> dict[str, Any]:
 
 
 def memory_facts(recipe: Recipe, learned: Learned) -> dict[str, Any]:
-    """Return how memory is saved."""
+    """Return the memory settings of a run."""
     train = recipe.train
     return {
         "micro_batch_size": learned.micro_batch_of(train),
@@ -115,18 +115,21 @@ def memory_facts(recipe: Recipe, learned: Learned) -> dict[str, Any]:
 
 
 def reject_changes(saved: TrainState, recipe: Recipe, now: TrainState | None = None) -> list[str]:
-    """Reject a resumption with another recipe, other data, or on another machine.
+    """Reject resuming with another recipe or other data, or on another machine.
 
-    Where the result lies may change, and how memory is saved; with `checkpoint.allow_changes`
-    whatever does not change the model.
+    The output folder and memory settings may change; with `checkpoint.allow_changes`, everything
+    that does not change the model.
 
     Args:
-        saved: The state of the run.
-        recipe: The recipe now.
-        now: What there is now of data and machine; None if that does not matter.
+        saved: The saved state of the run.
+        recipe: The current recipe.
+        now: A state with the current data and machine; None to compare only the recipe.
 
     Returns:
-        What changed, and is allowed to.
+        A message for each allowed change.
+
+    Raises:
+        LoraError: With all changes that are not allowed.
     """
     problems = changed_keys(saved.recipe, recipe, now is not None)
     if now is not None:
@@ -134,20 +137,22 @@ def reject_changes(saved: TrainState, recipe: Recipe, now: TrainState | None = N
     allowed = recipe.checkpoint.allow_changes
     fixed = [p for key, p in problems.items() if not allowed or key.startswith(FIXED)]
     if not fixed:
-        cut = {} if now is None else _changed(saved.memory, now.memory)
-        return [problem.what for problem in problems.values()] + list(cut.values())
+        memory_changes = {} if now is None else _changed(saved.memory, now.memory)
+        return [problem.what for problem in problems.values()] + list(memory_changes.values())
     hint = "start a new run in another folder with `-o DIR`, or restore what it was started with"
     if not allowed and not any(key.startswith(FIXED) for key in problems):
         hint += "; `--set checkpoint.allow_changes=true` continues anyway"
     raise LoraError([*fixed[:-1], Problem(fixed[-1].what, fixed[-1].at, hint)])
 
 
-def let_stopping_go_on(state: TrainState, fresh: TrainState, say: Callable[[str], None]) -> None:
-    """Let a run that stopped early continue if the rule of early stopping has changed.
+def clear_changed_early_stop(
+    state: TrainState, fresh: TrainState, say: Callable[[str], None]
+) -> None:
+    """Let a run that stopped early continue if the settings of early stopping have changed.
 
     Args:
-        state: The state of the run, with the recipe of before.
-        fresh: The state of a new run, with the recipe now.
+        state: The state of the run, with the old recipe.
+        fresh: The state of a new run, with the current recipe.
         say: Called with an explanation if the run does not continue.
     """
     if not state.stopped_early:
@@ -162,12 +167,12 @@ def let_stopping_go_on(state: TrainState, fresh: TrainState, say: Callable[[str]
         )
 
 
-def measured_otherwise(saved: TrainState, now: TrainState) -> bool:
-    """Return whether validation is measured on other rows than before, or by other answers.
+def evaluation_changed(saved: TrainState, now: TrainState) -> bool:
+    """Return whether validation now has other rows, or other generation settings.
 
     Args:
-        saved: The state of the run, with the recipe and the data of before.
-        now: The state of a new run, with those of now.
+        saved: The state of the run, with the old recipe and data.
+        now: The state of a new run, with the current recipe and data.
     """
     before, after = saved.recipe["evaluate"], now.recipe["evaluate"]
     other_answers = before.get("generation") != after.get("generation")
@@ -178,7 +183,7 @@ def reject_fewer_steps(state: TrainState, total_steps: int, recipe: Recipe) -> N
     """Reject a recipe with fewer steps than the run has made.
 
     Raises:
-        LoraError: If there are fewer.
+        LoraError: If it has fewer steps.
     """
     if state.step > total_steps:
         key = "train.max_steps" if recipe.train.max_steps else "train.epochs"
@@ -191,99 +196,100 @@ def reject_fewer_steps(state: TrainState, total_steps: int, recipe: Recipe) -> N
 
 
 def changed_keys(before: dict[str, Any], recipe: Recipe, data_is_read: bool) -> dict[str, Problem]:
-    """Return the keys that differ from those with which a run was started.
+    """Return a problem for each recipe key whose value differs from that at the start of the run.
 
     Args:
-        before: `recipe_facts` of then.
-        recipe: The recipe now.
-        data_is_read: Whether it is completed by what the data say; else that is not compared.
+        before: The `recipe_facts` at the start of the run.
+        recipe: The current recipe.
+        data_is_read: Whether the recipe was completed with values from the data; if not, such
+            values are not compared.
     """
     facts = recipe_facts(recipe)
     if not data_is_read:
-        _adopt_findings(facts["task"], before["task"], recipe.task)
-    then, now = flat(_with_new_defaults(before, recipe, facts)), flat(facts)
+        _adopt_learned_values(facts["task"], before["task"], recipe.task)
+    old_facts, now = flat(_with_new_defaults(before, recipe, facts)), flat(facts)
     return {
         key: Problem(
-            f"the run was started with `{key}: {then.get(key)}`, the recipe now says "
+            f"the run was started with `{key}: {old_facts.get(key)}`, the recipe now says "
             f"`{now.get(key)}`",
             recipe.at(key),
         )
-        for key in sorted(then.keys() | now.keys())
-        if then.get(key) != now.get(key)
+        for key in sorted(old_facts.keys() | now.keys())
+        if old_facts.get(key) != now.get(key)
     }
 
 
 def _with_new_defaults(saved: Any, now: Any, facts: Any) -> Any:
-    """Return saved facts with the recipe keys that an earlier version did not know.
+    """Return saved facts with the defaults of recipe keys that an earlier version did not have.
 
-    Such a key was not in what that version saved. A default asks for nothing, so it is no change.
+    Such keys are missing in the saved facts; if they have their default now, nothing has changed.
 
     Args:
-        saved: What the run was started with.
-        now: The recipe now, or a part of it.
-        facts: The same part as facts.
+        saved: The facts at the start of the run, or a part of them.
+        now: The same part of the current recipe.
+        facts: The same part of the current recipe's facts.
     """
     if isinstance(now, BaseModel) and isinstance(saved, dict) and isinstance(facts, dict):
         result = dict(saved)
         for name, key in type(now).model_fields.items():
-            shown, value = key.alias or name, getattr(now, name)
-            if shown not in facts:
+            alias, value = key.alias or name, getattr(now, name)
+            if alias not in facts:
                 continue
-            if shown in saved:
-                result[shown] = _with_new_defaults(saved[shown], value, facts[shown])
+            if alias in saved:
+                result[alias] = _with_new_defaults(saved[alias], value, facts[alias])
             elif not key.is_required() and value == key.get_default(call_default_factory=True):
-                result[shown] = facts[shown]
+                result[alias] = facts[alias]
         return result
     if isinstance(now, dict) and isinstance(saved, dict) and isinstance(facts, dict):
-        known = saved.keys() & now.keys() & facts.keys()
-        return saved | {k: _with_new_defaults(saved[k], now[k], facts[k]) for k in known}
+        common_keys = saved.keys() & now.keys() & facts.keys()
+        return saved | {k: _with_new_defaults(saved[k], now[k], facts[k]) for k in common_keys}
     lists = (saved, now, facts)
     if all(isinstance(part, list) for part in lists) and len(set(map(len, lists))) == 1:
         return [_with_new_defaults(*parts) for parts in zip(*lists, strict=True)]
     return saved
 
 
-def _changed_facts(then: TrainState, now: TrainState) -> dict[str, Problem]:
-    """Return what of the data and of the machine is not as it was."""
+def _changed_facts(saved: TrainState, now: TrainState) -> dict[str, Problem]:
+    """Return a problem for each split, and each fact of the machine, that has changed."""
     problems = {
         f"rows of {split}": Problem(
             f"the rows of {split} are not those the run was started with", f"data.{split}"
         )
-        for split in sorted(then.data.keys() | now.data.keys())
-        if then.data.get(split) != now.data.get(split)
+        for split in sorted(saved.data.keys() | now.data.keys())
+        if saved.data.get(split) != now.data.get(split)
     }
-    changed = _changed(then.machine, now.machine)
+    changed = _changed(saved.machine, now.machine)
     return problems | {key: Problem(what, MACHINE[key]) for key, what in changed.items()}
 
 
-def _changed(then: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
+def _changed(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
     return {
-        key: f"the run was started with `{key}: {then.get(key)}`, and now it is `{value}`"
+        key: f"the run was started with `{key}: {saved.get(key)}`, and now it is `{value}`"
         for key, value in now.items()
-        if key in then and then[key] != value
+        if key in saved and saved[key] != value
     }
 
 
-def _adopt_findings(facts: dict[str, Any], saved: dict[str, Any], spec: BaseModel) -> None:
-    """Take over what a run may have found in its data or its base: keys that the recipe leaves out.
+def _adopt_learned_values(facts: dict[str, Any], saved: dict[str, Any], spec: BaseModel) -> None:
+    """Copy values that a run may have learned from its data or base, for keys not in the recipe.
 
     Args:
-        facts: The task section now; it is changed in place.
-        saved: The task section with which the run was started.
-        spec: The task section of the recipe.
+        facts: The facts of the current task section, changed in place.
+        saved: The facts of the task section at the start of the run.
+        spec: The current task section.
     """
     for name, key in type(spec).model_fields.items():
-        shown, open_values = key.alias or name, (None, key.get_default(call_default_factory=True))
-        if shown in facts and shown in saved and getattr(spec, name) in open_values:
-            facts[shown] = saved[shown]
+        alias, open_values = key.alias or name, (None, key.get_default(call_default_factory=True))
+        if alias in facts and alias in saved and getattr(spec, name) in open_values:
+            facts[alias] = saved[alias]
     if facts.get("class_weights") == "balanced" and isinstance(saved.get("class_weights"), dict):
         facts["class_weights"] = saved["class_weights"]
 
 
 def recipe_facts(recipe: Recipe) -> dict[str, Any]:
-    """Return what of a recipe must not change when a run is resumed.
+    """Return the values of a recipe that must not change when a run is resumed.
 
-    How memory is saved is not among it: of that only the last bits depend.
+    Memory settings are excluded, as they affect only the last bits.
     """
     facts = recipe.model_dump(
         mode="json",

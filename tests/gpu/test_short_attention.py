@@ -137,7 +137,7 @@ def test_a_model_that_computes_with_it_learns_as_with_torch_s(
     file.write_text(json.dumps({**json.loads(file.read_text()), "num_attention_heads": 2}))
     runs.train(runs.recipe(tmp_path, *settings, output="with"))
     assert used
-    monkeypatch.setattr(short_attention, "LONGEST", 0)
+    monkeypatch.setattr(short_attention, "MAX_TOKENS", 0)
     used.clear()
     runs.train(runs.recipe(tmp_path, *settings, output="without"))
     assert not used
