@@ -1,4 +1,4 @@
-"""Numbers that go bad: their step is left out; a run that has gone bad stops, saving nothing."""
+"""Tests of NaN and infinity: bad steps are skipped, and a run of bad steps ends without saving."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from lora_cli.training.engine import Engine
 
 Json = dict[str, Any]
 Run = Callable[..., Json]
-BAD = "Q"  # the base has no number for this letter
+BAD = "Q"  # the base yields NaN for this character
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama that yields NaN for every text with a certain letter."""
+    """A Llama that yields NaN for every text with a certain character."""
     folder = tiny.save_llama(tmp_path_factory.mktemp("bases") / "llama", tied=False)
     model = AutoModelForCausalLM.from_pretrained(folder)
     (token,) = tiny.tokenizer("llama")(BAD, add_special_tokens=False)["input_ids"]
@@ -46,9 +46,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Return a function that trains on texts, two a step, in one epoch."""
+    """Return a function that trains on texts for one epoch, two texts per step."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    # a base with NaN in it is rejected before training: here it stands for rows that overflow
+    # simulates rows that overflow; normally a base with NaN is rejected before training
     monkeypatch.setattr(padding_check, "require_finite_weights", lambda *_: None)
 
     def start(texts: list[str], name: str = "out", resume: bool = False, **sections: Any) -> Json:
@@ -68,7 +68,7 @@ def run(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 
 def texts(count: int, *bad: int) -> list[str]:
-    """Return texts of which some, counted from 0, yield NaN."""
+    """Return texts; those with the given indices yield NaN."""
     return [f"{tiny.CORPUS[i % 8]} {BAD if i in bad else ''}{i}" for i in range(count)]
 
 
@@ -85,7 +85,7 @@ def steps_saved(out: Path) -> list[int]:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_bad_row_costs_its_step_and_is_named(
+def test_the_step_of_a_bad_row_is_skipped_and_the_row_is_named(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], streaming: bool
 ) -> None:
     sections: Json = {"data": {"streaming": True}, "train": {"epochs": None, "max_steps": 6}}
@@ -105,17 +105,17 @@ def test_a_bad_row_costs_its_step_and_is_named(
 def test_a_packed_row_is_named_too(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    vouching: Json = {"data": {"validation": "validation.jsonl"}}  # it may be the last step's
+    vouching: Json = {"data": {"validation": "validation.jsonl"}}  # may be in the last step
     packing = {"packing": True, "micro_batch_size": 1}
     run(texts(12, 7), train=packing, task={"max_length": 24}, **vouching)
     assert "train.jsonl:8" in capsys.readouterr().err
 
 
-def test_a_left_out_step_is_as_if_it_had_not_been(run: Run, tmp_path: Path) -> None:
+def test_a_skipped_step_has_no_effect(run: Run, tmp_path: Path) -> None:
     constant = {"type": "constant"}
     run(texts(12, 7), "a", train={"scheduler": constant, "log_every_steps": 1})
     step = step_of(tmp_path / "a", 7)
-    # the bad rows' step has a learning rate of zero, and no share in AdamW's means
+    # as if the step had a learning rate of zero, and did not enter AdamW's means
     weights: list[dict[str, torch.Tensor]] = []
     real = training_run.train_step
 
@@ -131,7 +131,7 @@ def test_a_left_out_step_is_as_if_it_had_not_been(run: Run, tmp_path: Path) -> N
     assert not all(torch.equal(weights[-1][n], weights[-2][n]) for n in weights[0])
 
 
-def test_bad_steps_in_a_row_stop_the_run(run: Run, tmp_path: Path) -> None:
+def test_consecutive_bad_steps_stop_the_run(run: Run, tmp_path: Path) -> None:
     sections: Json = {"train": {"log_every_steps": 100}, "checkpoint": {"every_steps": 1}}
     with pytest.raises(NumericsError) as caught:
         run(texts(20, *range(20)), **sections)
@@ -146,16 +146,16 @@ def test_bad_steps_in_a_row_stop_the_run(run: Run, tmp_path: Path) -> None:
     assert not (tmp_path / "out/adapter_model.safetensors").exists()
 
 
-def test_weights_gone_bad_stop_the_run_and_are_not_called_good(run: Run, tmp_path: Path) -> None:
+def test_bad_weights_stop_the_run_and_are_not_called_good(run: Run, tmp_path: Path) -> None:
     wild = {"optimizer": {"type": "sgd", "learning_rate": 1e30}, "max_grad_norm": None}
-    warmup = {"type": "constant", "warmup_steps": 2}  # the rate of the first step is zero
+    warmup = {"type": "constant", "warmup_steps": 2}  # the learning rate of the first step is zero
     with pytest.raises(NumericsError, match="lower the learning rate") as caught:
         run(
             texts(20), train={**wild, "scheduler": warmup},
             checkpoint={"every_steps": 1, "keep": 9},
         )  # fmt: skip
     assert "the checkpoint of step 1 is good; delete those after it" in str(caught.value)
-    assert steps_saved(tmp_path / "out") == [1, 2]  # that of step 2 is finite: nobody knew yet
+    assert steps_saved(tmp_path / "out") == [1, 2]  # step 2 had a finite loss, so it was saved
     for _, folder in checkpoints(tmp_path / "out"):
         tensors = load_file(folder / "adapter_model.safetensors").values()
         assert all(tensor.isfinite().all() for tensor in tensors)
@@ -173,7 +173,7 @@ def test_a_checkpoint_waits_for_a_good_step(run: Run, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("validated", [True, False])
 @pytest.mark.slow
-def test_a_bad_last_step_needs_validation_to_vouch_for_the_weights(
+def test_after_a_bad_last_step_validation_must_have_a_finite_loss(
     run: Run, tmp_path: Path, validated: bool
 ) -> None:
     run(texts(12), "order")
@@ -216,7 +216,7 @@ def test_a_run_with_a_bad_step_resumes_exactly(run: Run, tmp_path: Path, stop: i
     assert logged[0] == logged[1]
 
 
-def test_a_gradient_that_is_nan_is_left_out_though_the_loss_is_finite(
+def test_a_step_with_a_nan_gradient_is_skipped_even_if_the_loss_is_finite(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, calls = load_trainable_model.make_trainable, iter(range(100))
@@ -230,13 +230,13 @@ def test_a_gradient_that_is_nan_is_left_out_though_the_loss_is_finite(
     assert run(texts(12))["training"]["skipped_steps"] == 1
 
 
-def test_parameters_gone_bad_are_neither_saved_nor_published(
+def test_parameters_with_nan_are_neither_saved_nor_published(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = training_run.train_step
 
     def spoil(engine: Engine, batches: Any) -> Any:
-        result = real(engine, batches)  # the loss is of the parameters before the step
+        result = real(engine, batches)  # the loss of the parameters before the step
         with torch.no_grad():
             next(iter(engine.parameters.values())).fill_(torch.nan)
         return result
@@ -250,7 +250,7 @@ def test_parameters_gone_bad_are_neither_saved_nor_published(
 
 
 @pytest.mark.parametrize("baseline", [True, False])
-def test_a_loss_that_is_nan_on_validation_stops_the_run(
+def test_a_nan_loss_on_validation_stops_the_run(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, baseline: bool
 ) -> None:
     (tmp_path / "held.jsonl").write_text(json.dumps({"text": f"a {BAD}"}) + "\n")
@@ -265,11 +265,13 @@ def test_a_loss_that_is_nan_on_validation_stops_the_run(
     with pytest.raises(NumericsError, match="the model's loss on this row is nan") as caught:
         run(texts(12), data={"validation": "held.jsonl"}, evaluate={"baseline": baseline})
     assert caught.value.problems[0].at == "held.jsonl:1"
-    assert len(calls) == (0 if baseline else 6)  # found before the first step, if it is measured
+    assert len(calls) == (
+        0 if baseline else 6
+    )  # with a baseline, it is detected before the first step
     assert not (tmp_path / "out/adapter_model.safetensors").exists()
 
 
-def test_an_adapter_is_not_measured_on_nan(run: Run, tmp_path: Path) -> None:
+def test_evaluating_an_adapter_with_nan_is_an_error(run: Run, tmp_path: Path) -> None:
     run(texts(12))
     recipe = load_recipe(tmp_path / "out" / "recipe.yaml")
     (tmp_path / "held.jsonl").write_text(json.dumps({"text": f"a {BAD}"}) + "\n")
@@ -279,7 +281,7 @@ def test_an_adapter_is_not_measured_on_nan(run: Run, tmp_path: Path) -> None:
     assert caught.value.exit_code == 3
 
 
-def test_predictions_are_strict_json_whatever_the_loss(run: Run, tmp_path: Path) -> None:
+def test_predictions_are_strict_json_even_with_nan_losses(run: Run, tmp_path: Path) -> None:
     (tmp_path / "held.jsonl").write_text(json.dumps({"text": f"a {BAD}"}) + "\n")
     report = run(texts(12), data={"test": "held.jsonl"}, evaluate={"baseline": False})
     assert math.isnan(report["metrics"]["after"]["test"]["loss"])

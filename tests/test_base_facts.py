@@ -1,4 +1,4 @@
-"""What lies beside an adapter that another tool made, and tells how the adapter was trained."""
+"""Tests of adapters of other tools that come with their own tokenizer or processor."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def base(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def adapter(base: Path, tmp_path: Path) -> Path:
-    """An adapter of PEFT's with the base's tokenizer, a token more, and a chat template."""
+    """A PEFT adapter with the base's tokenizer, an additional token, and a chat template."""
     model = AutoModelForCausalLM.from_pretrained(base)
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
@@ -66,7 +66,7 @@ def ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return list(tokenizer(TEXT)["input_ids"])
 
 
-def test_it_is_used_where_it_is_not_the_base_s(
+def test_a_different_tokenizer_is_used(
     adapter: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = tokenizer_for(adapter, base, tmp_path)
@@ -77,14 +77,16 @@ def test_it_is_used_where_it_is_not_the_base_s(
     assert "a tokenizer of its own (its tokens are others, and its chat template is another" in said
 
 
-def test_a_merged_model_gets_it(adapter: Path, base: Path, tmp_path: Path) -> None:
+def test_a_merged_model_gets_the_adapter_s_tokenizer(
+    adapter: Path, base: Path, tmp_path: Path
+) -> None:
     merge_adapter(str(base), adapter, tmp_path / "merged")
     merged = AutoTokenizer.from_pretrained(tmp_path / "merged")
     assert ids(merged) == ids(AutoTokenizer.from_pretrained(adapter))
     assert merged.chat_template == TEMPLATE
 
 
-def test_a_plain_copy_of_the_base_s_is_not_spoken_of(
+def test_a_copy_of_the_base_s_tokenizer_causes_no_warning(
     adapter: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save_tokenizer(base, adapter, [], None)
@@ -92,7 +94,7 @@ def test_a_plain_copy_of_the_base_s_is_not_spoken_of(
     assert capsys.readouterr().err == ""
 
 
-def test_a_template_that_only_the_base_has_is_kept(
+def test_a_chat_template_that_only_the_base_has_is_used(
     adapter: Path, base: Path, tmp_path: Path
 ) -> None:
     save_tokenizer(base, base, [], TEMPLATE)
@@ -100,7 +102,7 @@ def test_a_template_that_only_the_base_has_is_kept(
     assert tokenizer_for(adapter, base, tmp_path).chat_template == TEMPLATE
 
 
-def test_tokens_without_a_row_are_left_out_and_said(
+def test_a_tokenizer_with_tokens_without_rows_is_not_used(
     adapter: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save_tokenizer(base, adapter, [TURN, *(f"<{i}>" for i in range(4))], None)
@@ -108,7 +110,7 @@ def test_tokens_without_a_row_are_left_out_and_said(
     assert "the base has no rows for all of its tokens" in capsys.readouterr().err
 
 
-def test_one_that_cannot_be_read_is_an_error(adapter: Path, base: Path, tmp_path: Path) -> None:
+def test_an_unreadable_tokenizer_is_an_error(adapter: Path, base: Path, tmp_path: Path) -> None:
     (adapter / "tokenizer.json").write_text("{", encoding="utf-8")
     with pytest.raises(LoraError, match="own tokenizer") as caught:
         tokenizer_for(adapter, base, tmp_path)
@@ -117,10 +119,10 @@ def test_one_that_cannot_be_read_is_an_error(adapter: Path, base: Path, tmp_path
 
 
 @pytest.mark.parametrize("is_other", [True, False])
-def test_training_further_with_that_of_the_base_is_said(
+def test_continued_training_with_the_base_s_tokenizer_causes_a_warning(
     is_other: bool, adapter: Path, base: Path, tmp_path: Path
 ) -> None:
-    if not is_other:  # that the base has a template besides is no difference
+    if not is_other:  # an additional template of the base is no difference
         save_tokenizer(base, base, [], TEMPLATE)
         save_tokenizer(base, adapter, [], None)
     recipe = tiny.recipe(base, tmp_path, adapter={"rank": 2, "from": str(adapter)})
@@ -135,7 +137,7 @@ def test_training_further_with_that_of_the_base_is_said(
     [({}, None), ({"do_pad": True}, None), ({"image_mean": [0.1, 0.2, 0.3]}, "`image_mean`")],
 )
 @pytest.mark.parametrize("use", ["merge", "train"])
-def test_another_processor_of_pictures_is_named(
+def test_a_different_image_processor_causes_a_warning(
     use: str, changed: dict[str, object], said: str | None, tmp_path: Path
 ) -> None:
     base = tiny_pictures.save("vit", tmp_path / "base", CLASSES)

@@ -32,7 +32,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recipe_file(base: Path, tmp_path: Path, labels: Any = None, **sections: Any) -> Path:
-    """Write a recipe whose train labels are 1, 0, 1, 1, 0 …, so that 1 is the commonest."""
+    """Write a recipe whose train labels are 1, 0, 1, 1, 0 …, so that 1 is the most common."""
     for name, first in (("train", 0), ("dev", 3), ("test", 5)):
         rows = [
             {"text": f"{text} {name}", "label": labels(i + first) if labels else int(i % 3 != 1)}
@@ -50,7 +50,7 @@ def counted(base: Path, tmp_path: Path, labels: Any = None, **sections: Any) -> 
     return majority(task, load_data(task))
 
 
-def test_the_majority_is_the_commonest_label_of_train(base: Path, tmp_path: Path) -> None:
+def test_the_majority_is_the_most_common_label_of_train(base: Path, tmp_path: Path) -> None:
     found = counted(base, tmp_path)
     assert found["validation"] == {"accuracy": 5 / 8, "f1": pytest.approx(10 / 13)}
     assert list(found) == ["validation", "test"]
@@ -60,12 +60,12 @@ def test_the_majority_of_numbers_is_their_mean(base: Path, tmp_path: Path) -> No
     task = {"labels": None, "problem": "regression"}
     evaluate = {"metrics": ["mse", "pearson"]}
     found = counted(base, tmp_path, lambda i: 0.5 * i, task=task, evaluate=evaluate)
-    # the mean of train is 1.75; validation is the same, 1.5 more
+    # the mean of train is 1.75; the values of validation are 1.5 larger
     assert found["validation"]["mse"] == pytest.approx(0.25 * 63 / 12 + 1.5**2)
     assert found["validation"]["pearson"] != found["validation"]["pearson"]
 
 
-def test_the_majority_of_several_labels_is_that_of_each(base: Path, tmp_path: Path) -> None:
+def test_the_majority_of_multiple_labels_is_taken_per_label(base: Path, tmp_path: Path) -> None:
     task = {"labels": ["a", "b", "c"], "problem": "multi_label"}
     found = counted(
         base, tmp_path, lambda i: ["a", *(["b"] if i % 4 == 0 else [])], task=task,
@@ -95,13 +95,13 @@ def test_all_baselines_are_measured_and_shown(base: Path, tmp_path: Path) -> Non
         assert column in (tmp_path / "out" / "README.md").read_text()
     assert report["verdict"]["words"] in result.stdout
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    assert report["verdict"]["passed"] is None  # of 8 rows
+    assert report["verdict"]["passed"] is None  # 8 rows are too few
     assert "8 rows are too few to tell whether the adapter" in report["verdict"]["words"]
     assert "Too few rows to tell." in page
     assert "its baselines." not in page
     assert "head alone" in page
     assert json.loads((head / "report.json").read_text())["adapter"] == {"type": "none"}
-    # the head is trained as by a recipe of its own
+    # the head is trained as by a separate recipe
     own = load_recipe(path, ["adapter.type=none", "evaluate.baselines=[]", "output_dir=own"])
     own = own.with_values({"output_dir": str(tmp_path / "own")})
     again = train(own)["metrics"]["after"]
@@ -185,7 +185,7 @@ def test_the_verdict(mode: str, ours: float, others: Any, passed: bool, words: s
         ("bleu", 40.0, 1.0, 5, None, "Too few rows to tell."),
     ],
 )
-def test_few_rows_carry_no_verdict(
+def test_few_rows_allow_no_verdict(
     metric: str, ours: float, other: float, rows: int, passed: Any, head: str
 ) -> None:
     report: dict[str, Any] = {
@@ -201,13 +201,13 @@ def test_few_rows_carry_no_verdict(
     assert (f"no clear difference on {rows:,} rows" in words) == (head == "No clear change.")
 
 
-def test_a_mean_loss_is_judged_by_the_losses_of_the_rows(tmp_path: Path) -> None:
+def test_the_verdict_on_a_mean_loss_uses_the_losses_of_rows(tmp_path: Path) -> None:
     report: dict[str, Any] = {
         "metrics": {"after": {"test": {"loss": 1.0}}},
         "baselines": {"base": {"test": {"loss": 1.05}}},
         "data": {"test": {"rows": 200}},
     }
-    assert verdict(report, "loss", "min")["passed"] is True  # nothing tells how they spread
+    assert verdict(report, "loss", "min")["passed"] is True  # their variance is unknown
     (tmp_path / "predictions").mkdir()
     for spread, passed in ((2.0, None), (0.01, True)):
         lines = [
@@ -229,7 +229,7 @@ def test_a_mean_loss_is_judged_by_the_losses_of_the_rows(tmp_path: Path) -> None
         (["evaluate.baselines=[none]", "data={path: rows.jsonl}"], "held-out rows, and there are"),
     ],
 )
-def test_baselines_that_cannot_be(
+def test_impossible_baselines_are_rejected(
     base: Path, tmp_path: Path, sets: list[str], message: str
 ) -> None:
     with pytest.raises(LoraError, match=message):

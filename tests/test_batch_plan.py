@@ -1,4 +1,4 @@
-"""The order of training: every example once an epoch, whatever the start and the split of work."""
+"""Tests of the order of training, which depends neither on the start nor on the split of work."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def mixtures(draw: st.DrawFn) -> BatchPlan:
 
 
 @given(plan=mixtures(), epochs=st.integers(1, 5))
-def test_an_epoch_has_the_quota_of_each_set_and_repeats_none_before_all_were_drawn(
+def test_an_epoch_has_the_quota_of_each_set_and_repeats_examples_last(
     plan: BatchPlan, epochs: int
 ) -> None:
     assert plan.mixture is not None
@@ -65,7 +65,7 @@ def test_an_epoch_has_the_quota_of_each_set_and_repeats_none_before_all_were_dra
 
 
 @given(plan=mixtures(), start=st.integers(0, 60), count=st.integers(0, 60))
-def test_a_mixture_goes_on_where_it_was_interrupted(
+def test_a_mixture_continues_where_it_was_interrupted(
     plan: BatchPlan, start: int, count: int
 ) -> None:
     assert of(plan.steps(start, start + count)) == of(plan.steps(0, start + count))[start:]
@@ -109,7 +109,7 @@ def test_epochs_and_seeds_have_other_orders() -> None:
         for epoch in range(3)
     }
     assert len(orders) == 9
-    # as it was when this was written: a seed names an order for good
+    # recorded when this was written: the order for a seed must never change
     assert np.concatenate(list(BatchPlan(8, 3, 0).epoch(0))).tolist() == GOLDEN
 
 
@@ -154,7 +154,9 @@ def test_micro_batches_divide_a_step_exactly(count: int, size: int, processes: i
 
 
 @given(lengths=st.lists(st.integers(0, 64), max_size=150), seed=st.integers(0, 2**32 - 1))
-def test_packs_hold_every_example_once_and_never_too_much(lengths: list[int], seed: int) -> None:
+def test_packs_contain_every_example_once_within_their_capacity(
+    lengths: list[int], seed: int
+) -> None:
     packs = pack(lengths, 64, seed)
     assert sorted(i for one in packs for i in one) == list(range(len(lengths)))
     assert all(one and sum(lengths[i] for i in one) <= 64 for one in packs)
@@ -168,11 +170,11 @@ def test_packs_are_filled(capacity: int) -> None:
     packs = pack(lengths, capacity, 0)
     assert sum(lengths) / (capacity * len(packs)) > 0.95
     assert packs != pack(lengths, capacity, 1)
-    # packs mix what the data set keeps apart
+    # packs mix neighbours with distant examples
     assert np.mean([np.ptp(one) for one in packs if len(one) > 1]) > 5000
 
 
-def test_an_example_longer_than_a_pack_is_our_own_bug() -> None:
+def test_an_example_longer_than_a_pack_fails_an_assertion() -> None:
     with pytest.raises(AssertionError):
         pack([65], 64, 0)
 
@@ -181,11 +183,11 @@ def test_fifty_steps_are_sorted_together() -> None:
     size, n_examples = 2, 204
     order = np.concatenate(list(BatchPlan(n_examples, size, 5).epoch(0)))
     window = np.empty(n_examples, dtype=int)
-    window[order] = np.arange(n_examples) // (50 * size)  # of the order without lengths
+    window[order] = np.arange(n_examples) // (50 * size)  # by the order without lengths
     steps = list(BatchPlan(n_examples, size, 5, np.arange(n_examples)).epoch(0))
     assert sorted(int(window[step].sum()) for step in steps) == [0] * 50 + [2] * 50 + [4] * 2
     assert all(len(set(window[step].tolist())) == 1 for step in steps)
-    # the longest of the first window begins; then the steps stand in any order
+    # the step with the longest examples of the first window is first, the others in any order
     assert steps[0].tolist() == sorted(order[:100].tolist(), reverse=True)[:2]
     assert [int(window[step[0]]) for step in steps] != sorted(window[step[0]] for step in steps)
 

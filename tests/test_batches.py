@@ -1,4 +1,4 @@
-"""The micro-batches of the steps of a run: by plan, for each process, prepared for the step."""
+"""Tests of the micro-batches of a run: their order, their processes, and their preparation."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_how_many_steps_a_run_has(
     assert made.total_steps == total
 
 
-def test_examples_of_like_length_stand_together(base: Path, tmp_path: Path) -> None:
+def test_examples_of_similar_length_are_in_the_same_step(base: Path, tmp_path: Path) -> None:
     made = of(tmp_path, base, train={"group_by_length": True})
     lengths = np.array([len(made.split.examples[i]["input_ids"]) for i in range(COUNT)])
     plan = BatchPlan(COUNT, 4, 5, lengths, None)
@@ -133,7 +133,7 @@ def test_examples_of_like_length_stand_together(base: Path, tmp_path: Path) -> N
     assert wanted != [some.tolist() for _, some in BatchPlan(COUNT, 4, 5, None, None).steps(0, 6)]
 
 
-def test_places_of_packs_are_those_of_their_members(base: Path, tmp_path: Path) -> None:
+def test_the_locations_of_a_pack_are_those_of_its_members(base: Path, tmp_path: Path) -> None:
     made = of(tmp_path, base, train={"packing": True}, task={"max_length": 60})
     lengths = [len(made.split.examples[i]["input_ids"]) for i in range(COUNT)]
     packs: Any = made.examples.packs
@@ -146,7 +146,7 @@ def test_places_of_packs_are_those_of_their_members(base: Path, tmp_path: Path) 
     assert made.total_cost == pytest.approx(sum(lengths) * made.total_steps / made.steps_per_epoch)
 
 
-def test_the_cost_of_a_mixture_is_that_of_what_is_drawn(base: Path, tmp_path: Path) -> None:
+def test_the_cost_of_a_mixture_is_that_of_its_sampled_examples(base: Path, tmp_path: Path) -> None:
     made = of(tmp_path, base)
     members = (np.arange(3), np.arange(3, COUNT))
     made.mixture = SimpleNamespace(members=members, quotas=(8, 2))  # type: ignore[assignment]
@@ -155,7 +155,7 @@ def test_the_cost_of_a_mixture_is_that_of_what_is_drawn(base: Path, tmp_path: Pa
     assert made.total_cost == pytest.approx(2 * epoch)
 
 
-def test_an_example_is_prepared_by_its_seed_step_and_row(
+def test_preparing_an_example_depends_on_seed_step_and_row(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = of(tmp_path, base)
@@ -180,7 +180,9 @@ def test_an_example_is_prepared_by_its_seed_step_and_row(
     assert ids([first, second]) == ids(step.batches)
 
 
-def test_rows_from_the_start_are_those_of_epoch_after_epoch(base: Path, tmp_path: Path) -> None:
+def test_rows_from_the_start_are_in_training_order_across_epochs(
+    base: Path, tmp_path: Path
+) -> None:
     made = of(tmp_path, base, rank=1, processes=2)
     found = made.from_the_start()
     plan = BatchPlan(COUNT, 4, 5, None, None)
@@ -190,7 +192,7 @@ def test_rows_from_the_start_are_those_of_epoch_after_epoch(base: Path, tmp_path
 
 
 @pytest.mark.parametrize("prepares", [False, True])
-def test_a_stream_is_divided_into_steps(prepares: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_is_split_into_steps(prepares: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"row": i, "place": f"rows:{i}", "cost": 10 + i} for i in range(100)]
     monkeypatch.setattr(module, "Stream", lambda task: Rows(rows))
     monkeypatch.setattr(
@@ -217,7 +219,7 @@ def test_a_stream_is_divided_into_steps(prepares: bool, monkeypatch: pytest.Monk
 
 
 class Rows(list[Any]):
-    """A stream, which has a note."""
+    """A stream with a note."""
 
     def note(self) -> str:
         return "a note"
@@ -252,7 +254,7 @@ def test_workers_leave_signals_to_the_run(monkeypatch: pytest.MonkeyPatch) -> No
     assert set(ignored.values()) == {signal.SIG_IGN}
 
 
-def test_pinned_memory_is_for_gpus(
+def test_memory_is_pinned_only_for_gpus(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[bool] = []

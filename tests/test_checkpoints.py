@@ -1,4 +1,4 @@
-"""Checkpoints: the room that they need, which are kept, which is read, and what is put back."""
+"""Tests of checkpoints: their disk space, which are kept, which is read, and restoring them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def recipe(tmp_path: Path) -> Recipe:
 
 
 def trained(recipe: Recipe) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Return a model after a step of its optimizer."""
+    """Return a model and its optimizer after one step."""
     model = tiny.encoder(2)
     attach(model, recipe, HEAD)
     optimizer = build_optimizer(model, recipe, HEAD)
@@ -57,7 +57,7 @@ def trained(recipe: Recipe) -> tuple[nn.Module, torch.optim.Optimizer]:
 
 
 def save(recipe: Recipe, *steps: int, best: int | None = None) -> list[int]:
-    """Save a checkpoint after each of these steps, and return which are left."""
+    """Save a checkpoint after each of these steps, and return the steps that are kept."""
     model, optimizer = trained(recipe)
     for step in steps:
         state = TrainState(step=step, best=None if best is None else {"step": best})
@@ -68,7 +68,7 @@ def save(recipe: Recipe, *steps: int, best: int | None = None) -> list[int]:
 @pytest.mark.parametrize(
     ("kind", "share"), [("adamw", 2.0), ("sgd", 1.0), ("adafactor", 0.1), ("adamw_8bit", 0.6)]
 )
-def test_the_room_is_that_of_all_that_is_on_the_disk_at_once(
+def test_the_required_space_covers_all_files_on_the_disk_at_once(
     kind: str, share: float, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = recipe.with_values(
@@ -82,7 +82,7 @@ def test_the_room_is_that_of_all_that_is_on_the_disk_at_once(
     asked: list[int] = []
     monkeypatch.setattr(module, "require_space", lambda _, size, at: asked.append(size))
     require_space_for_checkpoints(model, recipe)
-    # three, that of the best evaluation, and a new one; the adapter in two versions; a MiB
+    # three checkpoints, the best and a new one; the adapter in two versions; 1 MiB
     assert asked == [5 * (trained + kept) + 2 * trained + 2**20]
     there = recipe.output_path / "checkpoints" / "step-000001"
     there.mkdir(parents=True)
@@ -91,7 +91,7 @@ def test_the_room_is_that_of_all_that_is_on_the_disk_at_once(
     assert asked[1] == asked[0] - 1000
 
 
-def test_of_buffers_those_of_the_layers_themselves_are_kept(
+def test_only_the_adapter_layers_own_buffers_are_counted(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny.encoder(2)
@@ -108,7 +108,7 @@ def test_of_buffers_those_of_the_layers_themselves_are_kept(
     assert [size - asked[0] for size in asked] == [0, 0, (4 + 2) * 400]
 
 
-def test_a_model_of_parts_also_needs_room_for_the_file_of_diffusers(
+def test_a_model_of_parts_also_needs_space_for_the_diffusers_file(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny.encoder(2)
@@ -122,7 +122,7 @@ def test_a_model_of_parts_also_needs_room_for_the_file_of_diffusers(
     assert asked[1] - asked[0] == 2 * trained  # old and new
 
 
-def test_what_decides_the_computation_is_kept_beside_what_is_trained(
+def test_facts_of_the_computation_are_saved_with_the_parameters(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, optimizer = trained(recipe)
@@ -144,7 +144,7 @@ def test_what_decides_the_computation_is_kept_beside_what_is_trained(
     assert (len(written), len(processors)) == (2, 1)
 
 
-def test_of_several_tensors_that_are_missing_the_last_says_how_to_go_on(recipe: Recipe) -> None:
+def test_the_last_of_several_missing_tensors_has_the_hint(recipe: Recipe) -> None:
     model, optimizer = trained(recipe)
     state = TrainState(step=1)
     folder = save_checkpoint(recipe.output_path, state, optimizer, model, recipe, HEAD, None)
@@ -160,7 +160,7 @@ def test_of_several_tensors_that_are_missing_the_last_says_how_to_go_on(recipe: 
 
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
-def test_an_optimizer_keeps_as_much_as_was_expected(kind: str, recipe: Recipe) -> None:
+def test_the_size_of_an_optimizer_s_state_is_as_estimated(kind: str, recipe: Recipe) -> None:
     values: dict[str, Any] = {"train.optimizer.type": kind}
     if kind == "sgd":
         values["train.optimizer.momentum"] = 0.9
@@ -183,10 +183,10 @@ def test_an_optimizer_keeps_as_much_as_was_expected(kind: str, recipe: Recipe) -
         ((1, 2, 3, 4), None, [3, 4]),
         ((1, 2, 3, 4), 1, [1, 3, 4]),
         ((1, 2, 3, 4), 4, [3, 4]),
-        ((5, 9, 6, 7), None, [6, 7, 9]),  # one of a later step is left alone
+        ((5, 9, 6, 7), None, [6, 7, 9]),  # later checkpoints are not deleted
     ],
 )
-def test_the_newest_are_kept_and_the_best(
+def test_the_newest_and_the_best_checkpoints_are_kept(
     steps: tuple[int, ...], best: int | None, left: list[int], recipe: Recipe
 ) -> None:
     assert save(recipe, *steps, best=best) == left
@@ -194,7 +194,7 @@ def test_the_newest_are_kept_and_the_best(
     assert names == {f"step-{step:06d}" for step in left}
 
 
-def test_the_newest_whole_checkpoint_is_read_and_damage_is_named(recipe: Recipe) -> None:
+def test_the_newest_complete_checkpoint_is_read_and_damage_is_reported(recipe: Recipe) -> None:
     assert load_checkpoint(recipe.output_path) is None
     assert save(recipe, 2, 4) == [2, 4]
     said: list[str] = []
@@ -215,7 +215,7 @@ def test_the_newest_whole_checkpoint_is_read_and_damage_is_named(recipe: Recipe)
     assert "no checkpoint is whole" in str(caught.value)
 
 
-def test_a_checkpoint_of_another_step_than_its_name_is_damaged(recipe: Recipe) -> None:
+def test_a_checkpoint_whose_name_has_another_step_is_damaged(recipe: Recipe) -> None:
     save(recipe, 2)
     folder = recipe.output_path / "checkpoints" / "step-000002"
     folder.rename(folder.with_name("step-000003"))
@@ -223,7 +223,7 @@ def test_a_checkpoint_of_another_step_than_its_name_is_damaged(recipe: Recipe) -
         load_checkpoint(recipe.output_path)
 
 
-def test_parameters_and_the_optimizer_are_put_back(recipe: Recipe) -> None:
+def test_parameters_and_the_optimizer_are_restored(recipe: Recipe) -> None:
     model, optimizer = trained(recipe)
     state = TrainState(step=1)
     folder = save_checkpoint(recipe.output_path, state, optimizer, model, recipe, HEAD, None)
@@ -239,7 +239,7 @@ def test_parameters_and_the_optimizer_are_put_back(recipe: Recipe) -> None:
             assert torch.equal(other.state[again.get_parameter(name)][key], value)
 
 
-def test_another_file_of_the_same_shapes_is_no_part_of_the_checkpoint(recipe: Recipe) -> None:
+def test_a_replaced_file_with_the_same_shapes_is_rejected(recipe: Recipe) -> None:
     model, optimizer = trained(recipe)
     states = [TrainState(step=step) for step in (2, 3)]
     folders = []
@@ -257,7 +257,7 @@ def test_another_file_of_the_same_shapes_is_no_part_of_the_checkpoint(recipe: Re
         restore_checkpoint(folders[1], states[1], model, optimizer)
 
 
-def test_the_state_alone_is_read_of_the_newest_that_has_one(recipe: Recipe) -> None:
+def test_peeking_reads_the_newest_readable_state(recipe: Recipe) -> None:
     out = recipe.output_path
     assert peek_state(out) is None
     save(recipe, 2, 4)
@@ -269,7 +269,7 @@ def test_the_state_alone_is_read_of_the_newest_that_has_one(recipe: Recipe) -> N
     assert peek_state(out) is None
 
 
-def test_other_names_are_no_checkpoints_and_numbers_order_them(recipe: Recipe) -> None:
+def test_checkpoints_are_ordered_by_number_and_other_names_ignored(recipe: Recipe) -> None:
     folder = recipe.output_path / "checkpoints"
     assert checkpoints(recipe.output_path) == []
     for name in ("step-000010", "step-9", "step-000002", ".step-000003.old", "step-x", "best"):
@@ -279,7 +279,7 @@ def test_other_names_are_no_checkpoints_and_numbers_order_them(recipe: Recipe) -
     ]  # fmt: skip
 
 
-def test_what_a_killed_process_left_is_cleared_in_both_folders(recipe: Recipe) -> None:
+def test_leftovers_of_a_killed_process_are_cleared_in_both_folders(recipe: Recipe) -> None:
     save(recipe, 2)
     out = recipe.output_path
     for folder in (out, out / "checkpoints"):
@@ -295,13 +295,13 @@ def test_what_a_killed_process_left_is_cleared_in_both_folders(recipe: Recipe) -
 # -------------------------------------------------------------------------- a run that is resumed
 
 
-def test_a_new_run_takes_nothing_over(recipe: Recipe) -> None:
+def test_a_new_run_adopts_nothing(recipe: Recipe) -> None:
     learned = Learned()
     adopt_adapter(recipe, learned)
     assert learned == Learned()
 
 
-def test_a_resumed_run_goes_on_with_the_adapter_of_its_checkpoint(recipe: Recipe) -> None:
+def test_a_resumed_run_continues_with_the_adapter_of_its_checkpoint(recipe: Recipe) -> None:
     started = recipe.with_values({"adapter.rank": 3, "adapter.alpha": 5.0, "adapter.dropout": 0.5})
     model, optimizer = trained(started)
     state = TrainState(step=1, recipe=json.loads(json.dumps(recipe_facts(started))))
@@ -309,7 +309,7 @@ def test_a_resumed_run_goes_on_with_the_adapter_of_its_checkpoint(recipe: Recipe
     learned = Learned()
     adopt_adapter(started, learned)
     assert learned == Learned(in_checkpoint=True)
-    # the recipe names an adapter, and says of it one thing otherwise than the run did
+    # the recipe names an adapter, and one of its settings differs from the run's
     section = {"from": "old", "dropout": 0.25, "target_modules": ["query"]}
     spec = type(recipe.adapter).model_validate(section)
     now = recipe.with_values({"adapter": spec})
@@ -321,7 +321,7 @@ def test_a_resumed_run_goes_on_with_the_adapter_of_its_checkpoint(recipe: Recipe
     assert learned.ranks == {}
 
 
-def test_ranks_that_were_moved_are_those_of_the_newest_checkpoint_that_can_be_read(
+def test_ranks_are_those_of_the_newest_readable_checkpoint(
     recipe: Recipe,
 ) -> None:
     for step, rank in ((1, 5), (2, 3)):
@@ -349,7 +349,7 @@ def test_ranks_that_were_moved_are_those_of_the_newest_checkpoint_that_can_be_re
         ("more", "is of shape [4, 32], and should be not there"),
     ],
 )
-def test_parameters_of_another_run_are_named_before_any_is_put_back(
+def test_parameters_of_another_run_are_rejected_before_any_is_restored(
     change: str, said: str, recipe: Recipe
 ) -> None:
     model, optimizer = trained(recipe)
@@ -378,7 +378,7 @@ def test_parameters_of_another_run_are_named_before_any_is_put_back(
     assert all(torch.equal(p, before[n]) for n, p in trainable_parameters(other).items())
 
 
-def test_of_several_parts_the_file_of_the_part_is_named(
+def test_an_error_names_the_file_of_the_part(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = ["text_encoder/adapter_model.safetensors", "unet/adapter_model.safetensors"]
@@ -418,7 +418,7 @@ class Part(nn.Module):
 
 
 @pytest.mark.parametrize("kind", ["lora", "full", "bundle"])
-def test_what_was_published_is_put_back(kind: str, recipe: Recipe) -> None:
+def test_the_published_adapter_is_restored(kind: str, recipe: Recipe) -> None:
     if kind != "lora":
         recipe = recipe.with_values({"adapter.type": "full"})
 

@@ -45,7 +45,7 @@ def recipe_of(base: Path, tmp_path: Path, **sections: Any) -> Recipe:
 
 
 def adapter(recipe: Recipe, folder: Path, seed: int) -> Path:
-    """Write a folder as training would, with weights drawn from a seed."""
+    """Write a folder as training would, with random weights."""
     torch.manual_seed(seed)
     task = build_task(recipe)
     task.load_processor()
@@ -89,13 +89,13 @@ def test_the_interval_is_that_of_paired_differences() -> None:
     assert len(differences) == 10_000
     per_row = np.subtract(new, old, dtype=float)
     assert differences.mean() == pytest.approx(per_row.mean(), abs=2e-3)
-    # of the pairs: were the rows drawn apart, it would be four times as wide
+    # of paired rows: with independent resamples it would be four times as wide
     assert differences.std() == pytest.approx(per_row.std() / 20, rel=0.05)
     again = bootstrap("accuracy", task, rows_of(old), rows_of(new))[2]
     assert np.array_equal(differences, again)
 
 
-def test_batches_of_resamples_make_no_difference_but_in_memory(
+def test_batches_of_resamples_do_not_change_the_result(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     task, old, new = build_task(tiny.recipe_of()), rows_of([True, False] * 30), rows_of([True] * 60)
@@ -104,7 +104,7 @@ def test_batches_of_resamples_make_no_difference_but_in_memory(
     assert np.array_equal(bootstrap("accuracy", task, old, new)[2], whole)
 
 
-def test_examples_of_one_row_are_drawn_together() -> None:
+def test_examples_of_one_row_are_resampled_together() -> None:
     examples = [
         Prediction(row, None, None, None, {"nll": (2.0 * n, n)}, {"loss": (2.0 * n, n)})
         for row, n in ((4, 3), (4, 5), (7, 1))
@@ -117,7 +117,7 @@ def test_examples_of_one_row_are_drawn_together() -> None:
 
 @pytest.mark.slow_after(1)
 @pytest.mark.parametrize("metric", ["f1", "matthews_correlation", "balanced_accuracy"])
-def test_metrics_that_are_no_sums_are_computed_anew(
+def test_metrics_that_are_not_sums_are_recomputed(
     metric: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert comparison.FEWER_RESAMPLES == 1000
@@ -136,7 +136,7 @@ def test_metrics_that_are_no_sums_are_computed_anew(
     theirs, ours, differences = bootstrap(metric, task, predicted(5), predicted(3))
     assert theirs > ours
     assert len(differences) == 50
-    chance = float(differences.std()) / 50**0.5  # of the mean of so many draws
+    chance = float(differences.std()) / 50**0.5  # standard error of the mean
     assert differences.mean() == pytest.approx(ours - theirs, abs=5 * chance)
     assert 0.03 < differences.std() < 0.25
 
@@ -181,7 +181,7 @@ def test_the_verdict(
     [(("lora", "lora"), None), (("lora", "full"), "loss"), (("full", "lora"), "f1")],
 )
 @pytest.mark.slow
-def test_both_are_measured_as_eval_measures_them(
+def test_both_adapters_are_measured_as_by_eval(
     base: Path, tmp_path: Path, kinds: tuple[str, str], metric: str | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -205,7 +205,7 @@ def test_both_are_measured_as_eval_measures_them(
 
 
 @pytest.mark.slow
-def test_the_command_says_old_new_and_verdict(base: Path, tmp_path: Path) -> None:
+def test_the_command_prints_old_new_and_verdict(base: Path, tmp_path: Path) -> None:
     recipe = recipe_of(base, tmp_path)
     a, b = (str(adapter(recipe, tmp_path / f"a{i}", i)) for i in (0, 1))
     options = ("--metric", "loss", "--max-drop", "0", "--json")
@@ -246,7 +246,7 @@ def test_the_command_says_old_new_and_verdict(base: Path, tmp_path: Path) -> Non
         (["--against", "base"], "was trained on `/elsewhere`"),
     ],
 )
-def test_what_cannot_be_compared(
+def test_incomparable_adapters_are_rejected(
     base: Path, tmp_path: Path, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -292,7 +292,7 @@ def test_another_file_is_measured_without_the_other_splits(
     assert "there is no file nowhere.csv" in str(missing.exception)
 
 
-def test_a_file_stands_for_a_data_set_of_the_hub(base: Path, tmp_path: Path) -> None:
+def test_a_file_replaces_a_data_set_of_the_hub(base: Path, tmp_path: Path) -> None:
     recipe = recipe_of(base, tmp_path, data={"name": "user/set", "validation": "validation"})
     folder = adapter(recipe, tmp_path / "a", 0)
     found = run("--adapter", str(folder), "--input", str(tmp_path / "dev.jsonl"), "--json")

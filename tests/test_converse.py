@@ -35,7 +35,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def folder_of(tmp_path: Path, kind: str = "llama", **sections: Any) -> Path:
-    """Write the folder of an adapter with weights at work."""
+    """Write the folder of an adapter with nonzero updates."""
     save = tiny.save_llama if kind == "llama" else tiny.save_encoder
     (tmp_path / "chat.jinja").write_text(TEMPLATE)
     sections.setdefault("evaluate", {"generation": {"max_new_tokens": 12}})
@@ -71,7 +71,7 @@ def talk(opened: Opened, *lines: str) -> tuple[str, str]:
 
 
 def asked_of(opened: Opened, monkeypatch: pytest.MonkeyPatch, *lines: str) -> list[str]:
-    """Return the prompts that the model was given, as text; it answers `ok` each time."""
+    """Return the prompts of the model as text; it answers `ok` each time."""
     task, model = opened
     prompts: list[str] = []
 
@@ -94,7 +94,7 @@ def test_a_chat_remembers_until_it_is_reset(
     assert prompts == ["u:one|a:", "u:one|a:ok|u:two|a:", "u:three|a:"]
 
 
-def test_a_text_model_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_text_model_does_not_remember(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = asked_of(opened(folder_of(tmp_path)), monkeypatch, "one\n", "two")
     assert [prompt.removeprefix("<s>").strip() for prompt in prompts] == ["one", "two"]
 
@@ -115,7 +115,7 @@ def test_a_long_chat_forgets_its_oldest_turns(
     assert "oldest turns were dropped" in notes
 
 
-def test_what_is_streamed_is_the_answer(tmp_path: Path) -> None:
+def test_the_streamed_text_is_the_answer(tmp_path: Path) -> None:
     task, model = opened(folder_of(tmp_path, task=CHAT))
     prompt = task.chat_prompt([{"role": "user", "content": "great"}])  # type: ignore[attr-defined]
     pieces: list[str] = []
@@ -143,7 +143,7 @@ def test_the_best_of_several_beams_is_written_at_the_end(tmp_path: Path) -> None
     assert said.strip() == wanted.strip().rstrip("\N{REPLACEMENT CHARACTER}")
 
 
-def test_half_a_character_waits_for_its_other_half() -> None:
+def test_an_incomplete_character_is_not_written() -> None:
     tokenizer = tiny.tokenizer("llama")
     pieces: list[str] = []
     streamer = Streamer(tokenizer, pieces.append, [tiny.EOS])
@@ -156,7 +156,7 @@ def test_half_a_character_waits_for_its_other_half() -> None:
     assert not any("\ufffd" in piece for piece in pieces)
 
 
-def test_what_is_wrong_is_noted_and_the_talk_goes_on(
+def test_an_error_is_noted_and_the_conversation_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chat = opened(folder_of(tmp_path, task=CHAT))
@@ -174,7 +174,7 @@ def test_what_is_wrong_is_noted_and_the_talk_goes_on(
 
 
 @pytest.mark.parametrize("kind", [NumericsError, ResourceError])
-def test_what_no_further_message_can_mend_ends_the_conversation(
+def test_a_persistent_error_ends_the_conversation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[LoraError]
 ) -> None:
     chat = opened(folder_of(tmp_path, task=CHAT))
@@ -206,18 +206,18 @@ def test_a_pipe_is_answered_to_its_end(tmp_path: Path) -> None:
     assert result.exception is None
     first = CliRunner().invoke(app, ["predict", "--adapter", str(folder), "great"])
     assert result.stdout == first.stdout * 2
-    assert "> " not in result.stdout  # a pipe is not asked
+    assert "> " not in result.stdout  # a pipe gets no prompt
     assert "the conversation starts over" in result.stderr
 
 
 @pytest.mark.parametrize("more", [["text"], ["--input", "a", "--output", "b"], ["--json"]])
-def test_it_stands_alone(tmp_path: Path, more: list[str]) -> None:
+def test_interactive_excludes_other_inputs(tmp_path: Path, more: list[str]) -> None:
     result = CliRunner().invoke(app, ["predict", "--adapter", ".", "--interactive", *more])
     assert isinstance(result.exception, LoraError)
     assert "`--interactive` excludes" in str(result.exception)
 
 
-def test_a_line_of_any_length_is_passed_over_in_bounded_memory(
+def test_a_line_of_any_length_is_skipped_in_bounded_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(conversation, "MAX_LINE_CHARACTERS", 10)

@@ -1,4 +1,4 @@
-"""A step whose examples are compared with each other, cut and shared out in any way."""
+"""Tests of steps that compare their examples, for any split into micro-batches and processes."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ WEIGHTS = {"near": torch.tensor(0.25), "far": torch.tensor(-3.0)}
 
 
 class CoupledTask:
-    """Outputs are vectors, and each loss compares every vector with all others."""
+    """A task whose outputs are vectors, and whose losses compare every vector with all others."""
 
     def output(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return a vector of each example (B, 3)."""
+        """Return a vector for each example (B, 3)."""
         found: Tensor = model(batch.inputs["x"])
         return found
 
     def losses(self, model: nn.Module, output: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """Return two losses of each example (B,)."""
+        """Return two losses for each example (B,)."""
         wanted = batch.targets["y"]
         products = output @ output.T
         return {
@@ -40,14 +40,14 @@ class CoupledTask:
 
 
 def examples() -> tuple[nn.Module, Tensor, Tensor]:
-    """Return a model, its inputs (10, 4) and, for each, the number of another example (10,)."""
+    """Return a model, its inputs (10, 4), and the index of another example for each (10,)."""
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
     return model, torch.randn(10, 4), torch.randperm(10)
 
 
 def batches_of(parts: list[list[int]], x: Tensor, y: Tensor) -> list[Batch]:
-    """Return the batches of these rows."""
+    """Return batches of the given rows."""
     return [
         Batch({"x": x[part]}, {"y": y[part]}, {"near": torch.ones(len(part))}, 0, part)
         for part in parts
@@ -63,7 +63,7 @@ def at_once(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, list[Tensor
 
 
 def process(index: int, count: int) -> Any:
-    """Return what a step reads of an accelerator."""
+    """Return a stand-in for the accelerator of a process."""
     return SimpleNamespace(
         num_processes=count,
         process_index=index,
@@ -81,7 +81,7 @@ def assert_like(found: list[Tensor], wanted: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 10])
-def test_any_cut_gives_the_gradients_of_one_large_batch(size: int) -> None:
+def test_any_split_gives_the_gradients_of_one_large_batch(size: int) -> None:
     model, x, y = examples()
     loss, wanted = at_once(model, x, y)
     parts = [list(range(start, min(start + size, 10))) for start in range(0, 10, size)]
@@ -123,7 +123,7 @@ def test_the_shares_of_processes_add_up_to_the_whole_step(monkeypatch: pytest.Mo
     assert shares == pytest.approx([float(loss) / len(SHARES)] * len(SHARES), rel=1e-5)
 
 
-def test_a_process_alone_sends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_single_process_does_not_communicate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(coupled_step, "gather_object", lambda _: pytest.fail("nothing to gather"))
     model, x, y = examples()
     engine: Any = SimpleNamespace(accelerator=process(0, 1), task=CoupledTask(), model=model)
@@ -154,7 +154,7 @@ def test_one_batch_of_several_processes_is_compared_with_the_others(
     assert float(share) == pytest.approx(float(at_once(model, x, y)[0]) / 2, rel=1e-5)
 
 
-def test_the_generator_goes_on_as_after_one_pass() -> None:
+def test_the_random_generator_continues_as_after_one_pass() -> None:
     _, x, y = examples()
     model = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5))
     batches = batches_of([[0, 1, 2], [3, 4]], x, y % 5)
@@ -168,7 +168,7 @@ def test_the_generator_goes_on_as_after_one_pass() -> None:
     assert torch.equal(torch.rand(3), wanted)
 
 
-def test_on_a_gpu_its_own_generator_is_put_back_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_gpu_its_generator_is_restored_too(monkeypatch: pytest.MonkeyPatch) -> None:
     device, put = torch.device("cuda"), []
     on_gpu = torch.tensor([5, 6, 7])
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda at: on_gpu if at == device else None)

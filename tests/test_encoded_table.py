@@ -1,4 +1,4 @@
-"""Examples read as slices of the table are those that the data set itself gives."""
+"""Tests that examples read as slices of the table equal those of the data set."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FEATURES = datasets.Features({
 
 
 def row(i: int) -> dict[str, Any]:
-    ids = list(range(i, i + i % 4))  # every fourth has none
+    ids = list(range(i, i + i % 4))  # every fourth is empty
     return {
         "input_ids": ids, "token_type_ids": [i % 2] * len(ids), "labels": [i / 4] * 2,
         "image": {"bytes": bytes([i]), "path": None}, "length": len(ids), "weight": i / 8,
@@ -45,7 +45,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> EncodedTable:
     return found
 
 
-def test_a_batch_of_examples_is_that_of_the_data_set(table: EncodedTable) -> None:
+def test_a_batch_of_examples_equals_that_of_the_data_set(table: EncodedTable) -> None:
     order = [22, 0, 5, 6, 4, 17, 5]
     found = table.__getitems__(order)
     for position, example in zip(order, found, strict=True):
@@ -61,13 +61,13 @@ def test_a_batch_of_examples_is_that_of_the_data_set(table: EncodedTable) -> Non
     assert len(table) == 23
 
 
-def test_what_the_table_holds_cannot_be_written_over(table: EncodedTable) -> None:
+def test_examples_are_read_only(table: EncodedTable) -> None:
     (example,) = table.__getitems__([3])
     with pytest.raises(ValueError, match="read-only"):
         example["input_ids"][0] = 7
 
 
-def test_states_are_those_of_their_example_wherever_the_file_has_them(table: EncodedTable) -> None:
+def test_states_belong_to_their_examples_in_any_order(table: EncodedTable) -> None:
     random = np.random.default_rng(0)
     order = random.permutation(23)
     kept = {i: bytes([i] * (i % 5 + 1)) for i in range(23)}

@@ -82,7 +82,7 @@ def measured(
 # ----------------------------------------------------------------------------------- evaluate
 
 
-def test_neither_batch_size_nor_window_matters(
+def test_results_depend_on_neither_batch_size_nor_window(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = recipe_of(base, tmp_path)
@@ -104,7 +104,7 @@ def test_neither_batch_size_nor_window_matters(
             }
 
 
-def test_a_batch_has_twice_the_examples_of_one_in_training_unless_the_recipe_says(
+def test_a_batch_has_twice_the_training_size_unless_the_recipe_sets_it(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = recipe_of(base, tmp_path, train={"micro_batch_size": 4})
@@ -123,7 +123,7 @@ def test_a_batch_has_twice_the_examples_of_one_in_training_unless_the_recipe_say
         assert asked == [[23]]
 
 
-def test_metrics_that_no_row_has_anything_for_are_named() -> None:
+def test_metrics_without_any_reference_are_an_error() -> None:
     split: Any = SimpleNamespace(rows=SimpleNamespace(source="x.jsonl"))
     recipe: Any = SimpleNamespace(at=lambda key: key)
     one = evaluation._no_reference(["f1"], split, recipe).problems[0].what
@@ -141,7 +141,7 @@ def test_the_order_of_the_rows_does_not_matter(base: Path, tmp_path: Path) -> No
         assert other["loss"] == pytest.approx(line["loss"], rel=1e-4, abs=1e-5)
 
 
-def test_each_line_is_of_its_own_row(base: Path, tmp_path: Path) -> None:
+def test_each_line_belongs_to_its_row(base: Path, tmp_path: Path) -> None:
     recipe = recipe_of(base, tmp_path)
     task, model, split = opened(recipe)
     _, lines = measured(recipe, tmp_path)
@@ -166,7 +166,7 @@ def test_the_loss_is_the_sum_over_the_number_of_items(
     assert 0 < right < 23
 
 
-def test_logits_are_let_go_and_the_model_is_left_as_it_was(base: Path, tmp_path: Path) -> None:
+def test_logits_are_freed_and_the_mode_of_the_model_is_restored(base: Path, tmp_path: Path) -> None:
     recipe = recipe_of(base, tmp_path, evaluate={"micro_batch_size": 2})
     task, model, split = opened(recipe)
     made: list[weakref.ref[torch.Tensor]] = []
@@ -186,7 +186,7 @@ def test_logits_are_let_go_and_the_model_is_left_as_it_was(base: Path, tmp_path:
     assert model.training
 
 
-def test_a_failure_leaves_the_model_as_it_was(
+def test_a_failure_restores_the_mode_of_the_model(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task, model, split = opened(recipe_of(base, tmp_path))
@@ -233,7 +233,7 @@ def test_the_examples_of_a_row_are_joined_wherever_a_window_ends(cuts: list[int]
     found, start = [], 0
     for end in cuts:
         rows = joined.add(parts[start:end], end == 6)
-        # only the last row of a window may go on in the next
+        # only the last row of a window may continue in the next
         assert len(joined.waiting) == (0 if end == 6 else sum(p.row == parts[end - 1].row
                                                               for p in parts[:end]))  # fmt: skip
         found += rows
@@ -255,7 +255,7 @@ def test_examples_that_are_rows_pass_through() -> None:
 
 @pytest.mark.parametrize("answered", [range(9), [], [1, 2, 6]])
 @pytest.mark.parametrize("n_rows", [1, 4, 5, 8, 9])
-def test_windows_are_in_order_and_sorted_by_length_those_first_that_are_answered(
+def test_windows_are_in_order_and_sorted_with_answered_rows_first(
     n_rows: int, answered: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(evaluation, "WINDOW", 2)
@@ -273,7 +273,7 @@ def test_windows_are_in_order_and_sorted_by_length_those_first_that_are_answered
         assert all(len(batch) <= 2 for batch in window)
         order = [int(i) for batch in window for i in batch]
         assert sorted(order) == list(range(4 * number, min(4 * number + 4, n_rows)))
-        # of equal ones the first first
+        # ties keep their order
         assert order == sorted(order, key=lambda i: (i not in answered, -lengths[i], i))
     assert sum(len(batch) for window in windows for batch in window) == n_rows
     flags = [last for _, last in evaluation._with_last(iter(windows))]
@@ -291,13 +291,13 @@ def test_losses_are_means_of_sums_and_terms_are_weighted() -> None:
     assert found == {"loss": 4.5, "loss_boxes": 1.5}
     task.loss_weights = {MAIN: 2.0, "teacher": 0.5}
     found = evaluation._mean_losses(task, {MAIN: [6.0, 4.0], "teacher": [0.0, 0.0]})
-    assert found == {"loss": 3.0}  # which is not said twice
+    assert found == {"loss": 3.0}  # not returned twice
     found = evaluation._mean_losses(task, {MAIN: [6.0, 4.0], "teacher": [8.0, 2.0]})
     assert found == {"loss": 5.0, "loss_labels": 1.5, "loss_teacher": 4.0}
 
 
 class Rows(list[Any]):
-    """Rows of no file."""
+    """Rows without a file."""
 
     def place(self, i: int) -> str:
         return f"rows:{i}"
@@ -307,7 +307,7 @@ class Rows(list[Any]):
 
 
 class Lines(Parts):
-    """Shows its rows, which are of any length."""
+    """A task that shows rows of any length."""
 
     def shown_input(self, row: str) -> str:
         return row
@@ -331,7 +331,7 @@ def test_a_long_text_is_shown_to_five_hundred_characters(length: int) -> None:
     assert "scores" not in line
 
 
-def test_letters_of_any_script_are_written_as_they_are() -> None:
+def test_characters_of_any_script_are_not_escaped() -> None:
     split: Any = SimpleNamespace(rows=Rows(["Zoë 良い"]))
     task: Any = Lines()
     line = evaluation._line(part(0, "y", 1.0, 2), split, task)
@@ -348,7 +348,7 @@ def test_a_line_has_the_prediction_s_own_reference_and_six_digits_of_scores() ->
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_row_whose_loss_is_no_number_is_named_where_that_is_asked(
+def test_a_strict_loss_rejects_a_row_with_a_nan_loss(
     bad: float, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task, model, split = opened(recipe_of(base, tmp_path))
@@ -370,7 +370,7 @@ def test_a_row_whose_loss_is_no_number_is_named_where_that_is_asked(
 
 
 class Samples:
-    """A task that answers in words."""
+    """A task that generates text."""
 
     recipe = SimpleNamespace(evaluate=SimpleNamespace(samples=5))
 
@@ -379,7 +379,7 @@ class Samples:
         return [("p" * 3000 + row, "w" * 600, f"{row}!") for row in rows]
 
 
-def test_samples_are_of_the_first_rows_and_get_both_answers() -> None:
+def test_samples_are_the_first_rows_with_answers_before_and_after() -> None:
     class Rows(list):
         sets: dict[str, Any] = {}
 
@@ -435,10 +435,10 @@ def test_a_saved_adapter_measures_as_it_did_in_memory(base: Path, tmp_path: Path
     folder.mkdir()
     save_adapter(folder, model, recipe, new)
     wanted = evaluate(model, task, split, Accelerator(cpu=True))
-    torch.manual_seed(99)  # another head is drawn before the saved one is loaded
+    torch.manual_seed(99)  # the head is initialised differently before the saved one is loaded
     found = evaluate_adapter(folder, recipe)
     assert found == {"validation": pytest.approx(wanted, rel=1e-4)}
-    # a recipe as it was written leaves labels and weights open: the train rows say them
+    # the original recipe has no labels and weights: they come from the train rows
     found = evaluate_adapter(folder, load_recipe(tmp_path / "recipe.yaml"), "validation")
     assert found["validation"]["accuracy"] == wanted["accuracy"]
     task, model, _ = open_adapter(folder, load_recipe(tmp_path / "recipe.yaml"))
@@ -469,7 +469,7 @@ def test_a_peft_folder_is_measured_with_a_recipe(base: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("split", ["test", "path", "dev", None])
-def test_a_split_that_is_not_there_is_refused_at_once(
+def test_a_missing_split_is_rejected_early(
     base: Path, tmp_path: Path, split: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = recipe_of(base, tmp_path)
@@ -480,7 +480,7 @@ def test_a_split_that_is_not_there_is_refused_at_once(
         evaluate_adapter(tmp_path, recipe, split)
 
 
-def test_the_data_are_checked_before_weights_are_loaded(
+def test_the_data_is_checked_before_weights_are_loaded(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = recipe_of(base, tmp_path, labels=["meh"] * 23)
@@ -489,7 +489,7 @@ def test_the_data_are_checked_before_weights_are_loaded(
         evaluate_adapter(tmp_path, recipe)
 
 
-def test_fp16_without_a_gpu_is_refused(
+def test_fp16_without_a_gpu_is_rejected(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -512,14 +512,14 @@ def test_fp16_without_a_gpu_is_refused(
         ({"best": {"metric": "accuracy", "mode": "min"}}, ("accuracy", "min")),
     ],
 )
-def test_what_chooses_the_best(
+def test_the_metric_for_the_best_adapter(
     base: Path, tmp_path: Path, evaluate: dict[str, Any], wanted: tuple[str, str]
 ) -> None:
     recipe = recipe_of(base, tmp_path, evaluate=evaluate)
     assert best_by(recipe, build_task(recipe)) == wanted
 
 
-def test_a_metric_of_several_numbers_chooses_by_the_first(tmp_path: Path) -> None:
+def test_the_first_of_a_metric_s_results_selects_the_best(tmp_path: Path) -> None:
     task = {"type": "causal_lm", "prompt_column": "a", "completion_column": "b"}
     recipe = recipe_of(tmp_path, tmp_path, task=task, evaluate={"metrics": ["rouge", "bleu"]})
     assert best_by(recipe, build_task(recipe)) == ("rouge1", "max")
@@ -557,7 +557,7 @@ def test_a_file_to_measure_is_read_as_predict_reads_it(
         ("x.jsonl", '{"text": "a", "label": "1.234"}\n{"text": "b", "label": 2000}\n'),
     ],
 )
-def test_numbers_of_a_file_to_measure_are_written_as_those_that_were_learned(
+def test_numbers_in_a_measured_file_have_the_format_of_the_train_rows(
     name: str, content: str, is_mixed: bool, base: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "rows.csv").write_text("text;label\na;1.234,5\n", encoding="utf-8")
@@ -573,7 +573,7 @@ def test_numbers_of_a_file_to_measure_are_written_as_those_that_were_learned(
     assert [example["labels"] for example in found] == [1234.0, 2000.0]
 
 
-def test_only_a_folder_of_pictures_is_measured_as_a_folder(base: Path, tmp_path: Path) -> None:
+def test_only_a_folder_of_images_is_measured_as_a_folder(base: Path, tmp_path: Path) -> None:
     recipe = recipe_of(base, tmp_path)
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -600,7 +600,7 @@ def test_only_a_folder_of_pictures_is_measured_as_a_folder(base: Path, tmp_path:
         ({}, None),
     ],
 )
-def test_rows_of_the_hub_are_not_fetched_to_measure_a_file(
+def test_measuring_a_file_does_not_load_rows_from_the_hub(
     task: dict[str, Any], said: str | None, base: Path, tmp_path: Path
 ) -> None:
     file = tmp_path / "x.jsonl"
@@ -616,7 +616,7 @@ def test_rows_of_the_hub_are_not_fetched_to_measure_a_file(
     assert (found.train, found.test) == (str(file), str(file))
 
 
-def test_of_the_splits_all_but_train_are_measured_unless_one_is_named(
+def test_all_splits_except_train_are_measured_by_default(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = recipe_of(base, tmp_path).with_values({"data.test": str(tmp_path / "dev.jsonl")})
@@ -632,7 +632,7 @@ def test_of_the_splits_all_but_train_are_measured_unless_one_is_named(
         lambda self, name, rows, examples: (0.5, name == "test" and f"{name}: {len(rows)} rows"),
     )  # fmt: skip
     assert set(evaluate_adapter(tmp_path, recipe)) == {"validation", "test"}
-    assert given == [{"strict_loss": True}] * 2  # a loss that is no number is an error
+    assert given == [{"strict_loss": True}] * 2  # a NaN loss is an error
     assert warned == ["test: 23 rows"]
     for name in ("train", "validation", "test"):
         assert set(evaluate_adapter(tmp_path, recipe, name)) == {name}
