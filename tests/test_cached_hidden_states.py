@@ -1,4 +1,4 @@
-"""What enters the first trained layer is kept: the same training, without the layers below."""
+"""Tests that training with cached hidden states equals training that computes all layers."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 class Layers:
-    """Counts how often the frozen layers of a run are computed, and passed over."""
+    """Counts how often a run computes the frozen layers, and how often it skips them."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.recorded = self.skipped = 0
@@ -64,7 +64,7 @@ class Layers:
 
 
 def base(folder: Path, kind: str, dropout: float = 0.5) -> Path:
-    """Save a small model that drops much of its hidden states in training, and return its folder.
+    """Save a small model with much dropout of hidden states, and return its folder.
 
     Its layers are three, so that there are frozen ones below others.
     """
@@ -97,7 +97,7 @@ def rows(folder: Path, texts: list[str], name: str = "rows.jsonl") -> None:
 def trained(
     folder: Path, model: Path, limit: str, **sections: Any
 ) -> tuple[Json, dict[str, Tensor]]:
-    """Train, and return the report, and what was trained."""
+    """Train, and return the report and the trained parameters."""
     sections["data"] = {"path": "rows.jsonl", "cache_limit": limit, **sections.get("data", {})}
     recipe = load_recipe(tiny.recipe(model, folder, **{"train": STEPS, **sections}))
     report = training_run.train(recipe.with_values({"output_dir": str(folder / f"out-{limit}")}))
@@ -130,7 +130,7 @@ RUNS: dict[str, tuple[str, Json]] = {
 
 @pytest.mark.parametrize("name", RUNS)
 @pytest.mark.slow_after(1)
-def test_kept_or_computed_the_training_is_the_same(
+def test_training_is_the_same_with_cached_and_computed_states(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kind, sections = RUNS[name]
@@ -159,7 +159,7 @@ def test_kept_or_computed_the_training_is_the_same(
 
 @pytest.mark.slow_after(1)
 @pytest.mark.parametrize("adapter", [{"type": "none"}, UPPER["adapter"]])
-def test_with_batches_of_equal_shapes_the_bits_are_the_same(adapter: Json, tmp_path: Path) -> None:
+def test_batches_of_equal_shapes_give_identical_bits(adapter: Json, tmp_path: Path) -> None:
     model = base(tmp_path / "base", "bert")
     rows(tmp_path, ["a good film", "a dull film", "a fine plot", "a slow plot"] * 3)
     tokens = AutoTokenizer.from_pretrained(model)(["a good film", "a slow plot"])["input_ids"]
@@ -242,7 +242,7 @@ def test_a_split_that_takes_more_than_the_limit_is_computed_in_every_step(
 
 
 @pytest.mark.slow
-def test_what_is_kept_depends_on_what_is_frozen(
+def test_the_cache_depends_on_the_frozen_tensors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = base(tmp_path / "base", "bert")
@@ -267,7 +267,7 @@ def test_what_is_kept_depends_on_what_is_frozen(
 
 
 @pytest.mark.slow
-def test_what_is_computed_once_and_what_training_draws_are_not_kept(tmp_path: Path) -> None:
+def test_states_that_are_used_once_or_augmented_are_not_cached(tmp_path: Path) -> None:
     model = base(tmp_path / "base", "vit")
     tiny_pictures.draw_folders(tmp_path / "pictures", {"train": 4, "validation": 2, "test": 2})
     sections: Json = {
@@ -289,7 +289,7 @@ def test_what_is_computed_once_and_what_training_draws_are_not_kept(tmp_path: Pa
     assert "train: kept, " in report["kernels"]["frozen_layers"]
 
 
-def test_a_pack_holds_several_examples_so_nothing_is_kept_for_it(tmp_path: Path) -> None:
+def test_states_of_packs_are_not_cached(tmp_path: Path) -> None:
     model = base(tmp_path / "base", "llama")
     rows(tmp_path, tiny.CORPUS)
     train = {**STEPS, "packing": True}
@@ -298,7 +298,7 @@ def test_a_pack_holds_several_examples_so_nothing_is_kept_for_it(tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_states_that_do_not_begin_with_the_examples_are_not_kept(tmp_path: Path) -> None:
+def test_states_whose_first_dimension_is_not_the_batch_are_not_cached(tmp_path: Path) -> None:
     config = XLNetConfig(
         d_model=32, n_layer=3, n_head=4, d_inner=48, vocab_size=tiny.vocabulary(), pad_token_id=1
     )
@@ -310,7 +310,7 @@ def test_states_that_do_not_begin_with_the_examples_are_not_kept(tmp_path: Path)
     assert "train: not kept: its layers do not compute a block for each example" in said
 
 
-def test_nothing_is_said_where_all_layers_are_trained(tmp_path: Path) -> None:
+def test_there_is_no_note_if_all_layers_are_trained(tmp_path: Path) -> None:
     model = base(tmp_path / "base", "bert")
     rows(tmp_path, tiny.CORPUS)
     report, _ = trained(tmp_path, model, "16GB")
@@ -326,7 +326,7 @@ def states(*tensors: Tensor) -> Iterator[dict[str, CachedState]]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_states_lie_where_the_tokens_are(dtype: torch.dtype) -> None:
+def test_states_are_padded_like_the_tokens(dtype: torch.dtype) -> None:
     short, long = torch.randn(2, 3).to(dtype), torch.randn(4, 3).to(dtype)
     pair = list(states(short, long))
     zeros = torch.zeros(2, 3, dtype=dtype)
@@ -336,7 +336,10 @@ def test_states_lie_where_the_tokens_are(dtype: torch.dtype) -> None:
     for inputs, expected in (
         (right, [torch.cat([short, zeros]), long]),
         (left, [torch.cat([zeros, short]), long]),
-        (wide, [torch.cat([short, zeros]), long]),  # of other tokens, as those of a source
+        (
+            wide,
+            [torch.cat([short, zeros]), long],
+        ),  # of other tokens, such as those of a source text
         ({}, [torch.cat([short, zeros]), long]),
     ):
         found = states_of_batch(pair, inputs)[f"{STATES}layer"]

@@ -1,4 +1,4 @@
-"""When hidden states are kept, of which examples, and how closely they have to agree."""
+"""Tests of when hidden states are cached, for which examples, and how closely losses must agree."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from lora_cli.tasks.hidden_states import STATES, CachedState
 
 
 class Examples(list[Any]):
-    """Examples as a table gives them."""
+    """Examples with the interface of a table."""
 
     def __getitems__(self, positions: list[int]) -> list[Any]:
         return [dict(self[i]) for i in positions]
@@ -111,7 +111,7 @@ def test_how_often_a_run_computes_each_split(
     assert passes_over(recipe, {}) == {"test": test}
 
 
-def test_why_no_states_are_kept_of_any_split() -> None:
+def test_reasons_to_cache_no_split() -> None:
     task: Any = Prepared()
     model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
     assert _reason_not_to_cache(task, model) == ""
@@ -137,7 +137,7 @@ def test_why_no_states_are_kept_of_any_split() -> None:
         ("train", False, False, False, "with it alone"), ("test", False, False, False, "with it"),
     ],
 )  # fmt: skip
-def test_why_the_states_of_a_split_are_not_kept(
+def test_reasons_not_to_cache_a_split(
     name: str, packing: bool, drawn: bool, agrees: bool, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task = Prepared()
@@ -150,7 +150,7 @@ def test_why_the_states_of_a_split_are_not_kept(
 
 
 @pytest.mark.parametrize(("differs_at", "drawn"), [(None, False), (0, True), (3, True), (4, False)])
-def test_four_draws_of_a_batch_show_whether_training_changes_it(
+def test_augmentation_is_detected_in_four_draws_of_a_batch(
     differs_at: int | None, drawn: bool
 ) -> None:
     task = Prepared()
@@ -162,7 +162,7 @@ def test_four_draws_of_a_batch_show_whether_training_changes_it(
     assert states_of(task).inputs_vary(split)
 
 
-def test_a_task_that_prepares_nothing_draws_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_task_without_preparation_has_no_augmentation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cached_hidden_states.Task, "prepare", Prepared.prepare)
     task = Prepared()
     task.differs_at = 0
@@ -171,7 +171,9 @@ def test_a_task_that_prepares_nothing_draws_nothing(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(("micro", "evaluated", "size"), [(3, None, 6), (1, None, 2), (3, 5, 5)])
-def test_examples_that_are_computed_at_once(micro: int, evaluated: int | None, size: int) -> None:
+def test_the_number_of_examples_in_a_forward_pass(
+    micro: int, evaluated: int | None, size: int
+) -> None:
     assert states_of(Prepared(micro, evaluated)).batch_size == size
 
 
@@ -179,7 +181,7 @@ def test_examples_that_are_computed_at_once(micro: int, evaluated: int | None, s
 
 
 class Layers:
-    """Layers of which the last ones are kept, or what enters a head."""
+    """Layers whose last outputs, or the inputs of a head, are cached."""
 
     def __init__(self, first: str | None, last: tuple[str, ...]) -> None:
         self.first, self.last = first, last
@@ -196,7 +198,7 @@ class Layers:
         (None, ("a",), [False], False, 1), (None, ("a",), [True], True, 1),
     ],
 )  # fmt: skip
-def test_what_enters_the_head_is_tried_before_what_the_last_layers_compute(
+def test_inputs_of_the_head_are_tried_before_outputs_of_the_last_layers(
     first: str | None, last: tuple[str, ...], answers: list[bool], agrees: bool, tries: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -211,7 +213,7 @@ def test_what_enters_the_head_is_tried_before_what_the_last_layers_compute(
     lengths = [5, 9, 1, 3, 7, 2, 8, 4, 6]
     states = states_of(Prepared(), Layers(first, last), model)
     assert states.is_equivalent(split_of([0] * 9, lengths)) is agrees
-    # the shortest, the longest and two between: of 1, 3, 6 and 9 tokens
+    # the shortest, the longest and two in between, of 1, 3, 6 and 9 tokens
     assert asked == [([1, 2, 3, 8], first), ([1, 2, 3, 8], None)][:tries]
     assert model.training
 
@@ -224,7 +226,7 @@ def test_what_enters_the_head_is_tried_before_what_the_last_layers_compute(
         (torch.float32, torch.nan, 0.0, None), (torch.float32, torch.inf, 0.0, None),
     ],
 )  # fmt: skip
-def test_losses_agree_up_to_rounding_of_what_is_kept(
+def test_losses_agree_up_to_rounding_of_the_cached_dtype(
     dtype: torch.dtype, loss: float, near: float, far: float | None, monkeypatch: Any
 ) -> None:
     kept = {"a": CachedState(np.zeros(8, dtype=np.uint8), dtype, (2,))}
@@ -277,10 +279,10 @@ def kept(n: int, dtype: torch.dtype = torch.float32) -> dict[str, CachedState]:
     ("limit", "error"),
     [(60, None), (40, None), (39, 40.0), (30, 40.0), (29, 60.0)],
 )
-def test_keeping_ends_as_soon_as_it_will_be_too_much(
+def test_caching_ends_as_soon_as_the_limit_will_be_exceeded(
     limit: int, error: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # two groups of two: of one token of ten bytes each, then of two tokens, of ten bytes as well
+    # two groups of two examples: with one token, then with two tokens, of ten bytes each
     split = split_of([0] * 4, [1, 1, 2, 2])
     monkeypatch.setattr(_States, "_compute", lambda self, split, group: [kept(10) for _ in group])
     rows = states_of(Prepared())._rows(split, [[0, 1], [2, 3]], limit, kept(10))
@@ -292,13 +294,13 @@ def test_keeping_ends_as_soon_as_it_will_be_too_much(
     assert caught.value.n_bytes == error
 
 
-def test_states_may_differ_in_their_length_alone() -> None:
+def test_states_may_only_differ_in_length() -> None:
     _require_same_form(kept(10), kept(20))
     with pytest.raises(_ShapeMismatchError):
         _require_same_form(kept(10), kept(10, torch.float16))
 
 
-def test_only_tensors_that_are_not_trained_decide_what_is_kept() -> None:
+def test_the_hash_covers_only_frozen_tensors() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     model[0].weight.requires_grad_(False)
     states = states_of(Prepared(), model=model)
@@ -314,7 +316,7 @@ def test_only_tensors_that_are_not_trained_decide_what_is_kept() -> None:
     assert states._hash() != frozen
 
 
-def test_splits_share_what_may_be_kept_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_splits_share_the_cache_limit_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     task: Any = Prepared()
     limits: list[int] = []
 

@@ -75,7 +75,7 @@ def found(path: Path, *sets: str) -> Findings:
 
 
 def plain(count: int, name: str) -> list[tuple[str, int]]:
-    """Return rows that share nothing with each other."""
+    """Return rows without any overlap."""
     return [(f"{name * 3}{i}{name} {i * 7919}{name[::-1]}{i * 31}", i % 2) for i in range(count)]
 
 
@@ -138,7 +138,7 @@ def test_duplicates_and_contradictions(write: Write) -> None:
     ("labels", "opposed"),
     [(["good", 1], 0), (["good", "bad"], 2), ([0, "good"], 2)],
 )
-def test_a_label_by_name_and_by_position_is_the_same(
+def test_labels_by_name_and_by_position_are_equal(
     labels: list[Any], opposed: int, write: Write
 ) -> None:
     rows = [*plain(4, "x"), ("same", labels[0]), ("same", labels[1])]
@@ -147,7 +147,7 @@ def test_a_label_by_name_and_by_position_is_the_same(
     assert split.contradictions.rows == opposed
 
 
-def test_several_labels_and_numbers_contradict_too(write: Write) -> None:
+def test_contradictions_of_multiple_labels_and_of_numbers(write: Write) -> None:
     several = [("same", ["a", "b"]), ("same", ["b", "a"]), ("same", ["a"]), ("other", ["b"])]
     task = {"problem": "multi_label", "labels": ["a", "b"]}
     split = found(write(train=several, task=task)).splits["train"]
@@ -160,7 +160,7 @@ def test_several_labels_and_numbers_contradict_too(write: Write) -> None:
     assert (split.contradictions.rows, split.labels) == (2, {})
 
 
-def test_near_duplicates_can_be_left_out(write: Write) -> None:
+def test_the_search_for_near_duplicates_can_be_disabled(write: Write) -> None:
     path = write(train=[*plain(5, "x"), (LONG, 0), (f"{LONG}s", 1)], validation=[(LONG + "x", 0)])
     findings = found(path)
     near = findings.splits["train"].near_duplicates
@@ -184,7 +184,7 @@ def test_rows_that_could_not_be_read_are_counted(write: Write) -> None:
 # -------------------------------------------------------------------------------- language models
 
 
-def test_a_long_text_is_divided_and_not_cut(write: Write) -> None:
+def test_a_long_text_is_split_and_not_cut(write: Write) -> None:
     rows = [{"text": "word " * 40}, {"text": "a b"}]
     split = found(write("llama", train=rows, task={"max_length": 16})).splits["train"]
     assert (split.divided_rows, split.cut_rows) == (1, 0)
@@ -204,15 +204,15 @@ def test_a_long_pair_is_cut_and_its_trained_tokens_are_counted(write: Write) -> 
     trained = sum(sum(label != -100 for label in e["labels"][1:]) for e in examples)
     assert split.trained_tokens == trained / sum(len(e["labels"]) for e in examples)
     assert 0 < split.trained_tokens < 1
-    assert split.duplicates.rows == 0  # equal prompts are no equal rows
+    assert split.duplicates.rows == 0  # rows with equal prompts are not duplicates
 
 
-def test_plain_text_is_trained_but_for_the_first_token(write: Write) -> None:
+def test_all_tokens_of_plain_text_except_the_first_are_trained(write: Write) -> None:
     split = found(write("llama", train=[{"text": "a b c"}, {"text": "d"}])).splits["train"]
     assert split.trained_tokens == (split.lengths["total"] - 2) / split.lengths["total"]
 
 
-def test_what_of_a_conversation_is_compared() -> None:
+def test_the_compared_text_of_a_conversation() -> None:
     turns = [
         {"role": "system", "content": "Be kind."},
         {"role": "user", "content": "hi"},
@@ -242,7 +242,7 @@ def test_a_conversation_without_words_is_an_error(write: Write) -> None:
 # ----------------------------------------------------------------------------------- overlap
 
 
-def test_overlap_is_counted_of_each_split_with_the_others(write: Write) -> None:
+def test_the_overlap_of_each_split_with_the_others_is_counted(write: Write) -> None:
     path = write(
         train=[*plain(10, "x"), ("Shared  text", 0)],
         validation=[*plain(3, "y"), ("shared TEXT", 1)],
@@ -262,7 +262,7 @@ def test_overlap_is_counted_of_each_split_with_the_others(write: Write) -> None:
     (pair,) = findings.overlap["validation"]["train"].exact.examples
     assert (pair.row, pair.other) == ("validation.jsonl:4", "train.jsonl:11")
     assert (pair.text, pair.other_text) == ("shared TEXT", "Shared text")
-    problems = findings.problems()  # test with validation is none
+    problems = findings.problems()  # overlap of test with validation is not a problem
     assert [p.at.split(" ")[0] for p in problems if p.at] == ["data.validation", "data.test"]
 
 
@@ -272,7 +272,7 @@ def test_the_limit(limit: str, rejected: bool, write: Write) -> None:
     assert bool(found(path, f"data.check.max_overlap={limit}").problems()) is rejected
 
 
-def test_drawn_rows_share_nothing(write: Write) -> None:
+def test_rows_split_off_from_train_have_no_overlap(write: Write) -> None:
     path = write(train=plain(20, "x") * 2, data={"validation": {"fraction": 0.3}})
     assert found(path).overlap["validation"]["train"].exact.rows == 0
     path = write(train=plain(20, "x") * 2, data={"validation": {"fraction": 0.3, "disjoint": None}})
@@ -284,7 +284,7 @@ def no_weights(*_: Any, **__: Any) -> Any:
 
 
 @pytest.mark.parametrize("command", [["train"], ["validate", "--data"]])
-def test_a_leak_ends_with_2_before_any_weights(
+def test_a_leak_ends_with_exit_code_2_before_weights_are_loaded(
     command: list[str], write: Write, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -308,7 +308,7 @@ def test_a_leak_ends_with_2_before_any_weights(
     assert not found(path, allowed.removeprefix("--set ")).problems()  # the hint works
 
 
-def test_the_report_has_it_and_keeps_its_keys(write: Write, tmp_path: Path) -> None:
+def test_the_report_contains_the_findings_and_keeps_its_keys(write: Write, tmp_path: Path) -> None:
     path = write(
         train=[*plain(10, "x"), plain(1, "x")[0]], validation=plain(4, "y"), test=plain(4, "y")[:3],
         evaluate={"metrics": ["accuracy"]},
@@ -343,7 +343,7 @@ def test_the_report_has_it_and_keeps_its_keys(write: Write, tmp_path: Path) -> N
     assert "overlap" not in card
 
 
-def test_of_streamed_rows_it_knows_nothing_and_says_so(
+def test_streamed_rows_are_not_inspected_and_the_table_says_so(
     write: Write, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = plain(8, "x")
@@ -385,7 +385,7 @@ def test_the_table_stays_short(write: Write) -> None:
     assert lines[-1].endswith("more warnings; report.json has them all)")
 
 
-def test_clean_data_have_no_warning(write: Write) -> None:
+def test_clean_data_causes_no_warning(write: Write) -> None:
     findings = found(write(train=plain(10, "x"), validation=plain(4, "y")))
     assert (findings.warnings(), findings.problems()) == ([], [])
 
@@ -434,7 +434,7 @@ def test_the_assistants_turns_are_marked(write: Write) -> None:
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_plain_text_is_marked_but_for_its_first_token(packing: bool, write: Write) -> None:
+def test_plain_text_is_marked_except_its_first_token(packing: bool, write: Write) -> None:
     rows = [{"text": "a great story"}, {"text": "word " * 40}]
     path = write("llama", train=rows, task={"max_length": 16})
     recipe = load_recipe(path, [f"train.packing={str(packing).lower()}"])
@@ -445,7 +445,7 @@ def test_plain_text_is_marked_but_for_its_first_token(packing: bool, write: Writ
     assert "16 tokens, the first of " in two
 
 
-def test_runs_together_are_the_whole_text(bases: Callable[[str], Path]) -> None:
+def test_the_shown_runs_add_up_to_the_whole_text(bases: Callable[[str], Path]) -> None:
     tokenizer = tiny.tokenizer("llama")
     ids = tokenizer("a warm … and \U0001f600 funny  film")["input_ids"]
     whole = tokenizer.decode(ids)
@@ -453,7 +453,7 @@ def test_runs_together_are_the_whole_text(bases: Callable[[str], Path]) -> None:
         trained = [i >= border for i in range(len(ids))]
         runs = list(pieces(tokenizer, ids, trained))
         assert [on for on, _ in runs] == [False, True]
-        if "\ufffd" not in runs[0][1]:  # the border is not inside a character
+        if "\ufffd" not in runs[0][1]:  # the boundary is not inside a character
             assert "".join(text for _, text in runs) == whole
 
 
@@ -477,7 +477,7 @@ def test_language_models_are_shown_by_the_command_too(write: Write) -> None:
     assert "⟦a great story</s>⟧" in result.stdout
 
 
-def test_rows_without_an_answer_contradict_none(
+def test_rows_without_an_answer_cause_no_contradiction(
     write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from lora_cli.tasks.sequence_classification import SequenceClassification

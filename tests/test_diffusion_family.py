@@ -1,4 +1,4 @@
-"""Kinds of models that draw, one rule at a time: what fits together, sizes, texts and patches."""
+"""Tests of diffusion families, one rule at a time: matching parts, sizes, texts and patches."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ FLUX = {
 
 
 def family(kind: str, **changes: dict[str, Any]) -> Family:
-    """Return a family whose parts fit together, but for changes by the name of the part."""
+    """Return a family whose parts fit together, except for changes by the name of the part."""
     clip = {"hidden_size": 5, "projection_dim": 5}
     build: Any
     build, configs = {
@@ -61,7 +61,7 @@ KINDS = ["sd", "xl", "sd3", "flux"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_parts_of_one_kind_fit(kind: str) -> None:
+def test_parts_of_one_family_fit(kind: str) -> None:
     assert family(kind).mismatches() == []
 
 
@@ -111,7 +111,7 @@ def test_parts_of_one_kind_fit(kind: str) -> None:
          "text, and its `text_encoder` makes 9"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_named(kind: str, changes: dict[str, Any], said: str) -> None:
+def test_mismatches_are_named(kind: str, changes: dict[str, Any], said: str) -> None:
     found = family(kind, **changes).mismatches()
     assert said in found
     if "latent_channels" not in str(changes):  # by which two things may not fit
@@ -124,19 +124,19 @@ def test_what_does_not_fit_is_named(kind: str, changes: dict[str, Any], said: st
         ("sd", {"scheduler": {"prediction_type": "epsilon"}}),
         ("sd", {"scheduler": {"prediction_type": "v_prediction"}}),
         ("sd3", {"transformer": {"out_channels": None}}),
-        ("sd3", {"text_encoder": {"hidden_size": 7}}),  # zeros fill it up to T5's width
+        ("sd3", {"text_encoder": {"hidden_size": 7}}),  # zero-padded to T5's width
         ("sd3", {"text_encoder": {"hidden_size": 2}}),
         ("flux", {"transformer": {"out_channels": 16, "guidance_embeds": False}}),
         ("sd3", {"scheduler": {"invert_sigmas": False, "stochastic_sampling": False}}),
     ],
 )
-def test_what_is_usual_fits(kind: str, changes: dict[str, Any]) -> None:
+def test_usual_configurations_fit(kind: str, changes: dict[str, Any]) -> None:
     assert family(kind, **changes).mismatches() == []
 
 
 @pytest.mark.parametrize("kind", ["sd3", "flux"])
 @pytest.mark.parametrize("key", ["invert_sigmas", "stochastic_sampling"])
-def test_another_way_to_draw_a_flow_is_named(kind: str, key: str) -> None:
+def test_unsupported_flow_schedulers_are_named(kind: str, key: str) -> None:
     said = f"its scheduler has `{key}`, with which it draws in another way"
     assert family(kind, scheduler={key: True}).mismatches() == [said]
 
@@ -179,7 +179,7 @@ def test_sides_are_multiples_of_what_a_latent_or_a_patch_covers(
     assert (found.longest_side, found.usual_side) == (longest, usual)
 
 
-def test_tokens_that_each_text_encoder_reads() -> None:
+def test_the_token_limit_of_each_text_encoder() -> None:
     tokenizer = SimpleNamespace(model_max_length=77)
     of = {"sd": [77], "xl": [77, 77], "sd3": [77, 77, 256], "flux": [77, 512]}
     for kind, wanted in of.items():
@@ -190,7 +190,7 @@ def test_tokens_that_each_text_encoder_reads() -> None:
         ][: len(wanted)]  # fmt: skip
 
 
-def test_each_part_is_of_a_class_that_computes_as_here() -> None:
+def test_supported_classes_of_each_part() -> None:
     clip = "CLIPTextModelWithProjection"
     assert StableDiffusion3.classes["text_encoder"] == (clip,)
     assert StableDiffusion3.classes["text_encoder_2"] == (clip,)
@@ -201,7 +201,7 @@ def test_each_part_is_of_a_class_that_computes_as_here() -> None:
         assert {found.denoiser, "vae", *found.encoders} <= set(found.classes)
 
 
-def test_what_each_kind_reads_and_learns() -> None:
+def test_inputs_and_targets_of_each_family() -> None:
     flags = {k: (family(k).has_sizes, family(k).uses_flow_matching, family(k).reads_guidance,
                  family(k).has_negative_prompt) for k in KINDS}  # fmt: skip
     assert flags == {
@@ -215,7 +215,7 @@ def test_what_each_kind_reads_and_learns() -> None:
     ]  # fmt: skip
 
 
-def test_drawings_are_usually_those_of_each_pipeline() -> None:
+def test_sampling_defaults_are_those_of_each_pipeline() -> None:
     assert {kind: family(kind).sampling_defaults for kind in KINDS} == {
         "sd": {}, "xl": {"guidance_scale": 5.0}, "sd3": {"steps": 28, "guidance_scale": 7.0},
         "flux": {"steps": 28, "guidance_scale": 3.5},
@@ -224,14 +224,14 @@ def test_drawings_are_usually_those_of_each_pipeline() -> None:
     assert schnell.sampling_defaults == {"steps": 4, "guidance_scale": 0.0}
 
 
-def test_channels_that_are_the_same_do_not_differ() -> None:
+def test_equal_channels_are_no_mismatch() -> None:
     assert latents_differ("U-Net", 4, 4, " a patch") == []
     assert latents_differ("U-Net", 4, 5, " a patch") == [
         "its U-Net reads 4 channels a patch, and its autoencoder makes 5"
     ]
 
 
-def test_pipelines_leave_out_what_is_no_part_of_the_model() -> None:
+def test_pipelines_omit_the_safety_checker_and_watermark() -> None:
     assert family("sd").pipeline_options({"safety_checker": ["a", "b"]}) == {
         "safety_checker": None, "feature_extractor": None, "requires_safety_checker": False,
     }  # fmt: skip
@@ -246,7 +246,7 @@ def test_pipelines_leave_out_what_is_no_part_of_the_model() -> None:
 
 
 class Encoder(nn.Module):
-    """A text encoder whose outputs can be told apart."""
+    """A text encoder with distinguishable outputs."""
 
     def __init__(self, width: int, base: float, projected: bool = False) -> None:
         super().__init__()
@@ -279,7 +279,7 @@ def before_last(ids: Tensor, base: float, width: int) -> Tensor:
     return (ids[..., None] + base + 30).float().expand(-1, -1, width)
 
 
-def test_clip_s_states_before_the_last_layer_stand_side_by_side() -> None:
+def test_clip_states_before_the_last_layer_are_concatenated() -> None:
     states, whole = clip_texts(PARTS, ("text_encoder", "text_encoder_2"), [IDS, IDS + 1, MORE])
     wanted = torch.cat([before_last(IDS, 0, 2), before_last(IDS + 1, 100, 3)], -1)
     assert torch.equal(states, wanted)
@@ -320,7 +320,7 @@ def test_texts_of_each_kind() -> None:
 
 
 class Denoiser(nn.Module):
-    """Notes what it is given, and returns its first input plus one."""
+    """Records its inputs, and returns the first one plus one."""
 
     def forward(self, *given: Any, **named: Any) -> tuple[Tensor]:
         self.given, self.named = given, named
@@ -333,7 +333,7 @@ NOISY = torch.arange(2 * 4 * 4 * 6.0).reshape(2, 4, 4, 6)
 TIMES = torch.tensor([250.0, 1000.0])
 
 
-def test_a_u_net_reads_texts_and_for_xl_sizes_and_the_whole_text() -> None:
+def test_inputs_of_a_u_net_and_of_xl() -> None:
     texts, sizes = [torch.ones(2, 3, 6), torch.zeros(2, 5)], torch.ones(2, 6)
     unet = Denoiser()
     found = family("sd").denoised(unet, NOISY, TIMES, Conditions(texts[:1]))
@@ -345,7 +345,7 @@ def test_a_u_net_reads_texts_and_for_xl_sizes_and_the_whole_text() -> None:
     assert unet.named["added_cond_kwargs"] == {"text_embeds": texts[1], "time_ids": sizes}
 
 
-def test_stable_diffusion_3_reads_zeros_where_it_has_no_t5() -> None:
+def test_stable_diffusion_3_without_t5_gets_zeros() -> None:
     whole, transformer = torch.zeros(2, 5), Denoiser()
     states = torch.ones(2, 3, 12)
     found = family("sd3").denoised(transformer, NOISY, TIMES, Conditions([states, whole]))
@@ -362,7 +362,7 @@ def test_stable_diffusion_3_reads_zeros_where_it_has_no_t5() -> None:
 
 
 @pytest.mark.parametrize("reads", [True, False])
-def test_flux_reads_patches_with_their_places_and_a_guidance(reads: bool) -> None:
+def test_flux_gets_patches_with_positions_and_guidance(reads: bool) -> None:
     found = family("flux", transformer={"guidance_embeds": reads})
     transformer, states, whole = Denoiser(), torch.ones(2, 7, 12), torch.zeros(2, 5)
     given = Conditions([states, whole], guidance=3.5)

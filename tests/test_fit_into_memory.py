@@ -1,4 +1,4 @@
-"""What fits into memory: found as by trying every size, and without a trace."""
+"""Tests that the choice of what fits into memory is right, and leaves the model unchanged."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_the_largest_that_fits_is_found_with_few_trials(limit: int) -> None:
 
 
 class Gpu:
-    """Stands for the memory of a GPU: what torch is told and asked of it."""
+    """A stand-in for torch's functions for the memory of a GPU."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.fractions: list[float] = []
@@ -72,7 +72,7 @@ class Model(nn.Module):
 def setting(
     monkeypatch: pytest.MonkeyPatch, room: int, lengths: list[int], processes: int = 1, **train: Any
 ) -> tuple[Any, ...]:
-    """Return the arguments of a search where so many examples at a time fit."""
+    """Return the arguments of a search; `most` examples fit at a time."""
     device: Any = SimpleNamespace(type="cuda", index=0)
     tried: list[list[int]] = []
     recipe = SimpleNamespace(
@@ -105,24 +105,24 @@ def setting(
     return (Model().eval(), task, batches, accelerator, 77), tried
 
 
-def test_the_longest_examples_are_tried_and_the_model_stays_as_it_was(
+def test_the_longest_examples_are_tried_and_the_model_is_unchanged(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     gpu = Gpu(monkeypatch)
     arguments, tried = setting(monkeypatch, 3, [5, 9, 7, 9, 1, 8, 2])
     assert find_micro_batch(*arguments) == 3
     assert [len(examples) for examples in tried] == [1, 2, 4, 3]
-    # by length, of equal ones the first first; as the first step prepares them
+    # sorted by length (ties in order), and prepared as in the first step
     assert tried[2] == [("e1", 3, 0), ("e3", 3, 0), ("e5", 3, 0), ("e2", 3, 0)]
     model = arguments[0]
     assert (float(model.passes), model.training) == (0.0, False)
-    # of 8 GiB that are free, 5 % are left; 2 GiB are torch's already; all is allowed again after it
+    # 8 GiB are free, of which 5 % are reserved; torch has 2 GiB already; the limit is lifted later
     index, share = gpu.fractions[0]
     assert (index, share * 100) == (0, pytest.approx(2 + 8 * 0.95))
     assert gpu.fractions[1:] == [(0, 1.0)]
 
 
-def test_no_more_is_tried_than_a_process_has_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_at_most_the_share_of_a_process_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     Gpu(monkeypatch)
     arguments, tried = setting(monkeypatch, 99, [1] * 20, step_size=6)
     assert find_micro_batch(*arguments) == 6
@@ -166,20 +166,20 @@ def test_without_a_gpu_nothing_is_tried(
         (9, {"step_size": 30}, 7),
     ],
 )  # fmt: skip
-def test_a_step_is_computed_at_once_where_it_easily_fits(
+def test_a_step_is_one_micro_batch_if_it_easily_fits(
     room: int, train: dict[str, Any], wanted: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpu = Gpu(monkeypatch)
     arguments, tried = setting(monkeypatch, room, [1] * 7, **train)
     assert join_micro_batches(*arguments) == wanted
-    if tried:  # once, with 70 % of the free memory left
+    if tried:  # once, with 70 % of the free memory reserved
         assert len(tried) == 1
         assert gpu.fractions[0][1] * 100 == pytest.approx(2 + 8 * 0.3)
     arguments[1].same_in_any_batch = False
     assert join_micro_batches(*arguments) is None
 
 
-def test_a_step_is_computed_at_once_where_it_fits_for_every_process(
+def test_a_step_is_one_micro_batch_if_it_fits_for_every_process(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     Gpu(monkeypatch)
@@ -198,7 +198,7 @@ def test_a_step_is_computed_at_once_where_it_fits_for_every_process(
         ({"micro_batch_size": "auto"}, 7, 1),
     ],
 )  # fmt: skip
-def test_as_much_is_computed_again_as_a_micro_batch_needs_to_fit(
+def test_only_necessary_checkpointing_is_chosen(
     train: dict[str, Any], rows: int, tried_with: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpu = Gpu(monkeypatch)
@@ -208,7 +208,7 @@ def test_as_much_is_computed_again_as_a_micro_batch_needs_to_fit(
     ):  # fmt: skip
         arguments, tried = setting(monkeypatch, room, [*range(rows)], **train)
         enabled = checkpointing_gives(more, arguments[0], monkeypatch)
-        assert choose_checkpointing(*arguments) is False  # the architecture has none
+        assert choose_checkpointing(*arguments) is False  # the architecture does not support it
         assert not tried
         arguments[0].supports_gradient_checkpointing = True
         assert choose_checkpointing(*arguments) == wanted
@@ -239,7 +239,7 @@ def checkpointing_gives(more: int, model: nn.Module, monkeypatch: pytest.MonkeyP
     return enabled
 
 
-def test_activations_are_computed_again_where_one_process_has_too_little_memory(
+def test_checkpointing_is_chosen_if_one_process_lacks_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     Gpu(monkeypatch)
@@ -268,7 +268,7 @@ def test_the_memory_is_that_of_the_device_or_of_the_current_one(
     assert gpu.fractions[0] == pytest.approx(wanted)
 
 
-def test_two_passes_are_made_and_their_gradients_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_passes_are_run_and_their_gradients_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     Gpu(monkeypatch)
     model, seen = Model(), []
 

@@ -99,7 +99,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Any:
     return put
 
 
-def test_a_line_of_the_log_has_what_was_seen_since_the_last(install: Any) -> None:
+def test_a_line_of_the_log_has_the_statistics_since_the_last(install: Any) -> None:
     card = Card(busy=40)
     install({"GPU-a": card})
     monitor = GpuMonitor([0])
@@ -118,7 +118,7 @@ def test_a_line_of_the_log_has_what_was_seen_since_the_last(install: Any) -> Non
     }  # fmt: skip
 
 
-def test_torchs_first_gpu_may_be_another_than_nvmls(install: Any) -> None:
+def test_torch_and_nvml_may_number_gpus_differently(install: Any) -> None:
     install({"GPU-b": Card(busy=10), "GPU-a": Card(busy=99)}, ("a", "b"))
     first, second = GpuMonitor([0]), GpuMonitor([1])
     for monitor in (first, second):
@@ -127,7 +127,7 @@ def test_torchs_first_gpu_may_be_another_than_nvmls(install: Any) -> None:
     assert second.record()["gpu_utilization_percent"] == 10.0
 
 
-def test_of_several_gpus_the_mean_use_and_the_hottest_count(install: Any) -> None:
+def test_several_gpus_give_the_mean_utilisation_and_maximum_temperature(install: Any) -> None:
     install({"GPU-a": Card(busy=100, heat=50), "GPU-b": Card(busy=20, heat=83, used=7 * GIB)})
     monitor = GpuMonitor([0, 1])
     monitor.sample()
@@ -137,7 +137,7 @@ def test_of_several_gpus_the_mean_use_and_the_hottest_count(install: Any) -> Non
 
 
 @pytest.mark.parametrize("shown", ["MIG-1", "GPU-x,MIG-1", ""])
-def test_a_part_of_a_gpu_has_its_memory_and_the_cards_temperature(
+def test_a_mig_partition_has_its_memory_and_the_card_s_temperature(
     shown: str, install: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     card = Card(heat=55, used=70 * GIB, reasons=0x20)
@@ -151,7 +151,7 @@ def test_a_part_of_a_gpu_has_its_memory_and_the_cards_temperature(
 
 
 def test_reasons_for_lower_clocks_are_counted(install: Any) -> None:
-    card = Card(reasons=0x01)  # idle is none
+    card = Card(reasons=0x01)  # idling is not a slowdown
     install({"GPU-a": card})
     monitor = GpuMonitor([0])
     for card.reasons in (0x01, 0x04, 0x40, 0x60):
@@ -160,7 +160,7 @@ def test_reasons_for_lower_clocks_are_counted(install: Any) -> None:
 
 
 @pytest.mark.parametrize("missing", ["library", "driver", "gpu", "cpu"])
-def test_where_nothing_can_be_measured_nothing_is_said(
+def test_nothing_is_reported_if_nothing_can_be_measured(
     missing: str, install: Any, monkeypatch: pytest.MonkeyPatch, recwarn: Any
 ) -> None:
     nvml = install({} if missing == "gpu" else {"GPU-a": Card()})
@@ -174,7 +174,7 @@ def test_where_nothing_can_be_measured_nothing_is_said(
     assert not recwarn.list
 
 
-def test_a_thread_asks_and_leaves_out_what_is_no_training(
+def test_a_thread_samples_only_during_training(
     install: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu_monitor, "INTERVAL_S", 0.001)
@@ -249,7 +249,7 @@ def monitor_after(
         ([0.0] * 40, {"waits_for_device": True}, "for what the CPU decides"),
     ],
 )  # fmt: skip
-def test_a_gpu_that_idles_is_named_with_its_cause(
+def test_an_idle_gpu_is_reported_with_the_cause(
     waits: list[float], changes: dict[str, Any], words: str, install: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -262,7 +262,7 @@ def test_a_gpu_that_idles_is_named_with_its_cause(
     assert monitor.summary()["gpu_use"] in news
 
 
-def test_a_busy_gpu_and_the_first_seconds_are_not_named(
+def test_a_busy_gpu_and_the_first_seconds_are_not_reported(
     install: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install({"GPU-a": Card(busy=71)})
@@ -272,7 +272,7 @@ def test_a_busy_gpu_and_the_first_seconds_are_not_named(
     assert monitor_after([0.5] * MIN_SAMPLES, monkeypatch).new_notes() != []
 
 
-def test_the_log_the_progress_line_and_the_report_have_it(
+def test_the_log_the_progress_line_and_the_report_show_the_statistics(
     tmp_path: Path, install: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     install({"GPU-a": Card(busy=40)})

@@ -1,4 +1,4 @@
-"""The learning rate of each step, compared with the schedules of transformers."""
+"""Tests of the learning rate of each step, against the schedules of transformers."""
 
 from __future__ import annotations
 

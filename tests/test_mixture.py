@@ -1,4 +1,4 @@
-"""Several data sets in one run: their shares, metrics, files, names of columns, and errors."""
+"""Tests of several data sets in one run: their shares, metrics, files, columns, and errors."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Rows = list[dict[str, Any]]
 
 
 class Stopped(Exception):
-    """Ends a run in the middle."""
+    """Interrupts a run."""
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +86,7 @@ def task_of(recipe: Recipe) -> Any:
 # ------------------------------------------------------------------------------------- the rows
 
 
-def test_rows_of_all_sets_stand_in_one_split(tmp_path: Path, two: dict[str, Any]) -> None:
+def test_rows_of_all_sets_are_in_one_split(tmp_path: Path, two: dict[str, Any]) -> None:
     found = load_rows(recipe_of(tmp_path, two))
     train_rows, dev = found["train"], found["validation"]
     texts = [row["text"] for row in train_rows]
@@ -123,11 +123,11 @@ def test_a_row_that_moves_to_another_set_changes_the_hashes(
     assert moved[1] != first[1]
     renamed = {**one, "b": {**one["b"], "columns": {"label": "text", "text": "label"}}}
     assert hashes(renamed, {"a": rows[:8], "c": rows[8:]})[1] != first[1]
-    # the weights decide only what is drawn
+    # the weights only affect sampling
     assert hashes(weighted(one, a=1, b=3), {"a": rows[:8], "c": rows[8:]}) == first
 
 
-def test_labels_that_the_sets_number_differently_go_by_their_names(tmp_path: Path) -> None:
+def test_labels_that_sets_number_differently_are_matched_by_name(tmp_path: Path) -> None:
     for name, labels in (("a", ["bad", "good"]), ("b", ["good", "so-so", "bad"])):
         features = datasets.Features(
             {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=labels)}
@@ -152,7 +152,7 @@ def test_labels_that_the_sets_number_differently_go_by_their_names(tmp_path: Pat
 
 
 @pytest.mark.parametrize("labels", [None, ["bad", "good"]])
-def test_numbers_of_one_set_are_no_labels_beside_the_names_of_another(
+def test_numbers_of_one_set_do_not_mix_with_label_names_of_another(
     tmp_path: Path, labels: list[str] | None
 ) -> None:
     write(tmp_path, a=[{"text": f"a {i}", "label": name} for i, name in enumerate(("bad", "good"))])
@@ -168,7 +168,7 @@ def test_numbers_of_one_set_are_no_labels_beside_the_names_of_another(
         assert [task.labels_of(row) for row in rows] == [["bad"], ["good"]] * 2
 
 
-def test_numbers_of_all_sets_are_read_in_the_way_that_they_share(tmp_path: Path) -> None:
+def test_numbers_of_all_sets_have_one_format(tmp_path: Path) -> None:
     comma = {"delimiter": ";", "decimal": ",", "thousands": "."}
     write(tmp_path, b=[{"text": "b", "label": "0,25"}])
     (tmp_path / "a.csv").write_text("text;label\none;1.234\ntwo;0,5\n", encoding="utf-8")
@@ -182,7 +182,7 @@ def test_numbers_of_all_sets_are_read_in_the_way_that_they_share(tmp_path: Path)
     assert labels == [1234.0, 0.5, 0.25]
     with pytest.raises(LoraError, match="the sets write numbers in several ways"):
         recipe_of(tmp_path, mix(), task=task)
-    assert recipe_of(tmp_path, mix())  # what has labels reads no numbers
+    assert recipe_of(tmp_path, mix())  # tasks with labels do not parse numbers
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "folder"])
@@ -219,7 +219,7 @@ def test_weights_are_the_shares_of_an_epoch(
     assert facts["sets"]["b"]["rows"] == 6
     assert facts["shares"] == {"a": 6 / 18, "b": 12 / 18}
     assert (out / "report.html").read_text().count("66.7 % of an epoch") == 1
-    # what a run leaves that is stopped and goes on is the same
+    # an interrupted and resumed run has the same result
     other = recipe.with_values({"output_dir": str(tmp_path / "other")})
     whole = StepLog._write_line
 
@@ -236,7 +236,7 @@ def test_weights_are_the_shares_of_an_epoch(
     assert_same_run(out, tmp_path / "other")
 
 
-def test_packs_are_of_one_set_where_sets_have_weights(tmp_path: Path) -> None:
+def test_packs_contain_one_set_if_sets_have_weights(tmp_path: Path) -> None:
     write(tmp_path, a=rows_of("a", 40), b=rows_of("b", 9))
     mix = {"a": {"path": "a.jsonl"}, "b": {"path": "b.jsonl"}}
     for weights in ({}, {"a": 1, "b": 1}):
@@ -263,7 +263,7 @@ def test_packs_are_of_one_set_where_sets_have_weights(tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------- the metrics
 
 
-def test_metrics_of_a_set_are_those_of_its_rows_alone(tmp_path: Path, two: dict[str, Any]) -> None:
+def test_metrics_of_a_set_are_those_of_its_rows(tmp_path: Path, two: dict[str, Any]) -> None:
     sections: dict[str, Any] = {"evaluate": {"metrics": ["accuracy", "f1"], "micro_batch_size": 2}}
     task = task_of(recipe_of(tmp_path, two, **sections))
     model = task.load_model(torch.device("cpu"))[0]
@@ -282,10 +282,10 @@ def test_metrics_of_a_set_are_those_of_its_rows_alone(tmp_path: Path, two: dict[
     assert [line["set"] for line in lines(file)] == ["a"] * 5 + ["b"] * 4
 
 
-def test_a_metric_that_a_set_has_no_references_for_is_left_out_of_that_set_alone(
+def test_a_metric_is_only_omitted_for_sets_without_references(
     tmp_path: Path, two: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As of texts without an answer, beside a set of questions with one."""
+    """For example, a set of plain texts next to a set of questions with answers."""
     predict = evaluate_split._predict_window
 
     def without_labels(*args: Any) -> list[Prediction]:
@@ -303,7 +303,7 @@ def test_a_metric_that_a_set_has_no_references_for_is_left_out_of_that_set_alone
     assert found["accuracy"] == found["a/accuracy"]
 
 
-def test_the_metric_of_a_set_chooses_the_best_adapter(tmp_path: Path, two: dict[str, Any]) -> None:
+def test_the_metric_of_a_set_selects_the_best_adapter(tmp_path: Path, two: dict[str, Any]) -> None:
     recipe = recipe_of(
         tmp_path, two, train={"max_steps": 4, "micro_batch_size": 4},
         evaluate={"best": {"metric": "b/accuracy"}, "every_steps": 1},

@@ -1,4 +1,4 @@
-"""Equal and nearly equal texts: against all pairs compared one by one."""
+"""Tests of equal and nearly equal texts, against a comparison of all pairs."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def sentence(rng: random.Random, words: int) -> str:
 
 
 def similarity(a: str, b: str) -> float:
-    """Return the exact share of common runs, of the lengths that both texts have runs of."""
+    """Return the exact Jaccard similarity, for the shingle length that both texts have."""
     a, b = normalised(a), normalised(b)
     shares = [0.0]
     for run, suits in (
@@ -61,7 +61,7 @@ def similarity(a: str, b: str) -> float:
 
 @functools.cache
 def runs(text: str, length: int) -> set[str]:
-    """Return the runs of a text, of which those that begin with wide letters have two."""
+    """Return the shingles of a text; those that start with a CJK character have two characters."""
     text = f" {text} ".ljust(5)
     wide = [unicodedata.east_asian_width(letter) == "W" for letter in text] + [False]
     sizes = [2 if wide[i] or wide[i + 1] else length for i in range(len(text))]
@@ -69,7 +69,7 @@ def runs(text: str, length: int) -> set[str]:
 
 
 @given(st.lists(st.text(alphabet="aB \n", max_size=4), max_size=12), st.integers(1, 5))
-def test_repeated_are_those_that_stand_before(texts: list[str], size: int) -> None:
+def test_repeated_texts_are_found(texts: list[str], size: int) -> None:
     normal = [normalised(text) for text in texts]
     expected = [(i, normal.index(t)) for i, t in enumerate(normal) if normal.index(t) < i]
     rows, first = repeated(prints(texts, size))
@@ -77,7 +77,7 @@ def test_repeated_are_those_that_stand_before(texts: list[str], size: int) -> No
 
 
 @given(*[st.lists(st.text(alphabet="aB ", max_size=3), max_size=8)] * 2)
-def test_shared_are_those_that_stand_on_the_other_side(a: list[str], b: list[str]) -> None:
+def test_texts_shared_by_two_splits_are_found(a: list[str], b: list[str]) -> None:
     others = [normalised(text) for text in b]
     expected = [
         (i, others.index(normalised(t))) for i, t in enumerate(a) if normalised(t) in others
@@ -88,26 +88,26 @@ def test_shared_are_those_that_stand_on_the_other_side(a: list[str], b: list[str
 
 @pytest.mark.parametrize("words", [5, 12, 60, 2000])
 @pytest.mark.slow_after(1)
-def test_changed_copies_are_found_and_strangers_are_not(words: int) -> None:
+def test_changed_copies_are_found_and_unrelated_texts_are_not(words: int) -> None:
     rng = random.Random(words)
     count = 300 if words < 1000 else 20
     texts = [sentence(rng, words) for _ in range(count)]
     copies = []
-    for text in texts:  # a letter is lost, or a mark and capitals are added
+    for text in texts:  # a character is dropped, or punctuation and capitals are added
         at = rng.randrange(len(text))
         shorter = text[:at] + text[at + 1 :]
         copies.append(rng.choice([f"{text.upper()} ok", f"{text}s", shorter]))
     alike = [similarity(a, b) >= 0.86 for a, b in zip(texts, copies, strict=True)]
     strangers = [sentence(rng, words) for _ in range(count)]
     rows, others = near_shared(prints(copies + strangers), prints(texts))
-    assert (others == rows).all()  # the partner is the original, and no stranger has one
+    assert (others == rows).all()  # the partner is the original, and unrelated texts have none
     found = np.isin(np.flatnonzero(alike), rows)
     assert sum(alike) > count / 2
     assert found.mean() >= 0.97
 
 
 @pytest.mark.slow
-def test_within_a_split_as_with_all_pairs_compared() -> None:
+def test_near_duplicates_within_a_split_equal_those_of_all_pairs() -> None:
     rng = random.Random(1)
     texts: list[str] = []
     for _ in range(150):
@@ -141,7 +141,7 @@ def test_equal_texts_are_not_near_duplicates() -> None:
     assert len(near_shared(texts, texts)[0]) == 0
 
 
-def test_a_changed_word_of_a_short_text_makes_another_text() -> None:
+def test_a_short_text_with_a_changed_word_is_another_text() -> None:
     pairs = ["turn the light on", "turn the light off", "a", "b", "", "I like it", "I hate it"]
     assert len(near_repeated(prints(pairs))[0]) == 0
 
@@ -155,7 +155,7 @@ def test_the_same_texts_give_the_same_hashes() -> None:
         312251911,
         28563615,
         1848495,
-    ]  # on any machine, in any process
+    ]  # the same on any machine, in any process
 
 
 @pytest.mark.slow
@@ -169,7 +169,7 @@ def test_memory_does_not_grow_with_the_length_of_the_texts() -> None:
     assert peak < 60e6  # the texts are 17 MB, their codes would be 70
 
 
-def test_only_so_many_rows_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_compared_rows_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(near_duplicates, "MAX_ROWS", 3)
     texts = [f"{word} is a long and winding text" for word in "ab"] * 3
     result = prints(texts, 2)
@@ -195,12 +195,12 @@ def test_only_so_many_rows_are_compared(monkeypatch: pytest.MonkeyPatch) -> None
         ("返品 したい", "返品したい"),
     ],
 )
-def test_copies_that_are_typed_another_way_are_equal(text: str, copy: str) -> None:
+def test_copies_with_other_typography_are_equal(text: str, copy: str) -> None:
     rows, first = repeated(prints([text, copy]))
     assert (rows.tolist(), first.tolist()) == ([1], [0])
 
 
-def test_marks_alone_are_texts_of_their_own() -> None:
+def test_texts_of_punctuation_are_not_normalised_away() -> None:
     assert len(repeated(prints(["?", "!", "...", "", "\u200b!"]))[0]) == 1  # the last is `!`
 
 
@@ -225,7 +225,7 @@ def test_changed_copies_of_short_texts_are_found(text: str, changed: str, other:
     assert (rows.tolist(), partner.tolist()) == ([2], [0])
 
 
-def test_of_short_texts_the_similarity_is_counted() -> None:
+def test_the_similarity_of_short_texts_is_exact() -> None:
     things = ["帽子", "椅子", "靴", "時計", "スマホ", "バッグ", "椅子と机", "大きな椅子"]
     texts = [f"{thing}を返品したいのですが" for thing in things]
     texts += [f"where is my {thing}" for thing in ("bag", "bags", "big bag", "hat", "old hat")]
@@ -247,7 +247,7 @@ def test_of_short_texts_the_similarity_is_counted() -> None:
             )
 
 
-def test_texts_on_both_sides_of_what_is_short_are_compared() -> None:
+def test_texts_around_the_limit_of_short_texts_are_compared() -> None:
     for length in range(
         near_duplicates.SHORT - 3, near_duplicates.SHORT + near_duplicates.AROUND_SHORT + 3
     ):

@@ -1,4 +1,4 @@
-"""Layers' inputs that wait on the host: only they do, and checkpointing stays what it is."""
+"""Tests that exactly the inputs of layers are offloaded, and gradients stay the same."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from lora_cli.models import offloaded_inputs
 from lora_cli.models.gradient_checkpointing import enable_gradient_checkpointing
 from lora_cli.models.offloaded_inputs import OffloadedInputs, OffloadingCheckpoint, offload_inputs
 
-NO_RECIPE: Any = None  # only messages of errors name its lines
+NO_RECIPE: Any = None  # only needed for error messages
 
 
 class Bench:
-    """Stands for a GPU: copies are made at once, and what is copied is noted."""
+    """A stand-in for a GPU: copies are synchronous, and recorded."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.out: list[Tensor] = []
@@ -50,7 +50,7 @@ def gradients(found: nn.Module) -> list[Tensor]:
     return list(torch.autograd.grad(y.square().sum(), list(found.parameters())))
 
 
-def test_each_layer_s_input_and_nothing_else_is_kept_on_the_host(
+def test_exactly_the_inputs_of_layers_are_offloaded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     found, inputs = model(), []
@@ -72,7 +72,7 @@ def test_each_layer_s_input_and_nothing_else_is_kept_on_the_host(
         assert torch.equal(a, b)
 
 
-def test_tensors_beside_the_input_stay_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_saved_tensors_are_not_offloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench(monkeypatch)
     x = torch.randn(4, 4, requires_grad=True)
     kept = x * 1
@@ -84,7 +84,7 @@ def test_tensors_beside_the_input_stay_where_they_are(monkeypatch: pytest.Monkey
     assert torch.equal(bench.out[0], kept)
 
 
-def test_an_input_that_is_on_the_host_is_not_kept_on_the_gpu_too(
+def test_an_offloaded_input_is_freed_on_the_gpu(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     Bench(monkeypatch)
@@ -99,7 +99,7 @@ def test_an_input_that_is_on_the_host_is_not_kept_on_the_gpu_too(
     torch.testing.assert_close(x.grad, 2 * x)
 
 
-def test_on_a_cpu_inputs_are_on_the_host_already() -> None:
+def test_nothing_is_offloaded_on_a_cpu() -> None:
     found = model()
     enable_gradient_checkpointing(found, NO_RECIPE, True)
     wanted = gradients(found)

@@ -1,4 +1,4 @@
-"""A saved model says how it turns positions under the names that other readers look for."""
+"""Tests that a saved config.json has the older names of rotary embedding settings."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def write_config(folder: Path, changes: dict[str, Any], without: tuple[str, ...]
 
 
 def with_names(folder: Path, saved: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
-    """Return what is added to a config.json."""
+    """Return the keys that are added to a config.json."""
     file = folder / "config.json"
     file.write_text(json.dumps(saved))
     add_older_names(folder, base)
@@ -42,7 +42,7 @@ def with_names(folder: Path, saved: dict[str, Any], base: dict[str, Any]) -> dic
     return {name: value for name, value in values.items() if name not in saved}
 
 
-def test_what_the_base_says_is_kept_under_its_names(tmp_path: Path) -> None:
+def test_names_of_the_base_are_kept(tmp_path: Path) -> None:
     saved = {
         "dtype": "float32",
         "rope_parameters": {"full_attention": {"rope_theta": 1e6}},
@@ -60,11 +60,11 @@ def test_what_the_base_says_is_kept_under_its_names(tmp_path: Path) -> None:
         "rope_theta": 1e6,
         "rope_local_base_freq": 10_000,
         "rotary_pct": 0.5,
-        "torch_dtype": "float32",  # of the weights that are saved
+        "torch_dtype": "float32",  # the dtype of the saved weights
     }
 
 
-def test_in_a_part_of_the_model_too(tmp_path: Path) -> None:
+def test_names_in_nested_configurations_are_kept(tmp_path: Path) -> None:
     saved = {"text_config": {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}}
     (tmp_path / "config.json").write_text(json.dumps(saved))
     add_older_names(tmp_path, {"text_config": {"rope_theta": 5e5}})
@@ -80,14 +80,14 @@ def test_in_a_part_of_the_model_too(tmp_path: Path) -> None:
         (None, {}),
     ],
 )
-def test_a_base_that_transformers_5_wrote_gets_them(
+def test_older_names_are_added_for_a_base_saved_by_transformers_5(
     rope: Any, wanted: dict[str, Any], tmp_path: Path
 ) -> None:
     assert with_names(tmp_path, {"rope_parameters": rope}, {}) == wanted
 
 
 @pytest.mark.parametrize("adapter", [{"rank": 2, "target_modules": ["q_proj"]}, {"type": "full"}])
-def test_a_model_that_is_merged_or_trained_in_full_has_them(
+def test_merged_and_fully_trained_models_have_older_names(
     adapter: dict[str, Any], tmp_path: Path
 ) -> None:
     base = tiny.save_llama(tmp_path / "base")

@@ -1,4 +1,4 @@
-"""An optimizer's state is saved by name, checked, and put back so that steps go on as they were."""
+"""Tests that an optimizer's state is saved by name, checked, and restored exactly."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ OPTIMIZERS: dict[str, Any] = {
 
 
 def built(kind: str) -> torch.optim.Optimizer:
-    """Return an optimizer of two groups of named parameters."""
+    """Return an optimizer with two groups of named parameters."""
     torch.manual_seed(0)
     shapes = {"a": (3, 2), "b": (2, 2), "c": (4,)}
     named = {name: nn.Parameter(torch.randn(shape)) for name, shape in shapes.items()}
@@ -41,7 +41,7 @@ def built(kind: str) -> torch.optim.Optimizer:
 
 
 def steps(optimizer: torch.optim.Optimizer, numbers: range) -> list[Tensor]:
-    """Take steps, each with gradients of its own, and return the parameters."""
+    """Make steps with different gradients, and return the parameters."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for number in numbers:
         torch.manual_seed(number)
@@ -52,7 +52,7 @@ def steps(optimizer: torch.optim.Optimizer, numbers: range) -> list[Tensor]:
 
 
 def saved(kind: str = "adamw") -> tuple[torch.optim.Optimizer, dict[str, Tensor], TrainState]:
-    """Return an optimizer after two steps, its tensors, and the state that goes with them."""
+    """Return an optimizer after two steps, its tensors, and the matching state."""
     optimizer = built(kind)
     steps(optimizer, range(2))
     tensors, rest = optimizer_state(optimizer)
@@ -61,7 +61,7 @@ def saved(kind: str = "adamw") -> tuple[torch.optim.Optimizer, dict[str, Tensor]
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_steps_go_on_as_if_nothing_had_happened(kind: str) -> None:
+def test_steps_after_restoring_are_the_same(kind: str) -> None:
     whole = steps(built(kind), range(4))
     optimizer, tensors, state = saved(kind)
     again = built(kind)
@@ -74,7 +74,7 @@ def test_steps_go_on_as_if_nothing_had_happened(kind: str) -> None:
         assert torch.equal(found, wanted)
 
 
-def test_tensors_are_named_and_copies_and_other_values_stay_apart() -> None:
+def test_tensors_are_named_copies_separate_from_other_values() -> None:
     optimizer, tensors, _ = saved()
     assert sorted(tensors) == sorted(
         f"{name}/{key}" for name in "abc" for key in ("step", "exp_avg", "exp_avg_sq")
@@ -89,7 +89,7 @@ def test_tensors_are_named_and_copies_and_other_values_stay_apart() -> None:
     assert optimizer_state(optimizer)[1] == {"c/name": "value"}
 
 
-def test_a_value_that_is_no_tensor_is_not_missed() -> None:
+def test_a_value_that_is_not_a_tensor_is_not_reported_as_missing() -> None:
     optimizer, tensors, state = saved()
     state.optimizer = {"a/kind": 3}
     assert optimizer_problems(optimizer, tensors, state, FILE) == []
@@ -101,7 +101,7 @@ def test_a_dtype_and_a_shape_are_described() -> None:
 
 
 def problems(change: dict[str, Tensor | None], rewritten: bool = True) -> list[str]:
-    """Return what is said of changed tensors, whose descriptions were rewritten too or not."""
+    """Return the problems of changed tensors; `rewritten` updates their descriptions too."""
     optimizer, tensors, state = saved()
     for name, tensor in change.items():
         if tensor is None:
@@ -128,9 +128,7 @@ def problems(change: dict[str, Tensor | None], rewritten: bool = True) -> list[s
         ({"a/exp_avg": None}, "is missing"),
     ],
 )
-def test_what_no_optimizer_can_have_written_is_named(
-    change: dict[str, Tensor | None], said: str
-) -> None:
+def test_impossible_values_are_reported(change: dict[str, Tensor | None], said: str) -> None:
     (name,) = change
     (found,) = problems(change)
     assert found.startswith(f"`{name}` ")
@@ -144,15 +142,15 @@ def test_what_no_optimizer_can_have_written_is_named(
         {"c/step": torch.tensor(2.0)},
         {"b/exp_avg": torch.full((2, 2), -1.0)},
         {"b/exp_avg_sq": torch.zeros(2, 2)},
-        {"a/other": torch.zeros(7)},  # no key whose tensor is like its parameter
-        {"a/other": torch.tensor([7])},  # and no floating point
+        {"a/other": torch.zeros(7)},  # a key whose tensor need not have the parameter's shape
+        {"a/other": torch.tensor([7])},  # and is not floating point
     ],
 )
-def test_what_an_optimizer_may_have_written_is_taken(change: dict[str, Tensor | None]) -> None:
+def test_possible_values_are_accepted(change: dict[str, Tensor | None]) -> None:
     assert problems(change) == []
 
 
-def test_a_tensor_that_is_not_as_it_was_written_is_named() -> None:
+def test_a_tensor_that_differs_from_its_description_is_reported() -> None:
     assert problems({"a/exp_avg": torch.zeros(1, 2)}, rewritten=False) == [
         "`a/exp_avg` is float32 [1, 2], and float32 [3, 2] was written"
     ]
@@ -179,10 +177,10 @@ def test_five_problems_are_named_and_the_others_counted(n_missing: int, n_more: 
         ({"fused": True, "capturable": True}, True),
     ],
 )
-def test_tensors_go_where_their_parameter_is_and_counts_of_steps_stay_on_the_host(
+def test_tensors_move_to_their_parameter_and_step_counts_stay_on_the_host(
     options: dict[str, Any], counts_on_device: bool
 ) -> None:
-    parameter = nn.Parameter(torch.zeros(2, device="meta"))  # any device but the host
+    parameter = nn.Parameter(torch.zeros(2, device="meta"))  # any device other than the host
     group = {"params": [parameter], "names": ["layer.weight"], **options}
     optimizer: Any = SimpleNamespace(param_groups=[group], state=defaultdict(dict))
     tensors = {"layer.weight/exp_avg": torch.ones(2), "layer.weight/step": torch.tensor(3.0)}
