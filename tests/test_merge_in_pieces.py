@@ -425,7 +425,7 @@ def test_a_parameter_is_missing_where_no_file_has_it_in_its_shape_or_with_fewer_
 ) -> None:
     found: Any = object.__new__(merge_plan._StoredParameters)
     found.groups, found.parameters = [names], {name: torch.zeros(5, 3) for name in names}
-    found.whole = (
+    found.by_name = (
         {} if stored is None else {"a": Stored(Path(), "a", TensorEntry("F32", stored, 0, 0))}
     )
     found.rows = {}
@@ -436,6 +436,6 @@ def test_a_parameter_is_missing_where_no_file_has_it_in_its_shape_or_with_fewer_
 def test_experts_are_there_where_the_files_have_the_rows_of_all(rows: int, fits: bool) -> None:
     found: Any = object.__new__(merge_plan._StoredParameters)
     found.groups, found.parameters = [["a"]], {"a": torch.zeros(2, 3, 4)}
-    found.whole, found.rows = {}, {"a": rows}
+    found.by_name, found.rows = {}, {"a": rows}
     assert found.is_in_parts("a") is fits
     assert found.missing(False) == ([] if fits else ["a"])

@@ -36,7 +36,7 @@ SHORT = (torch.float16, torch.bfloat16)
 
 
 def check_layers(
-    of_layers: dict[str, dict[str, Tensor]],
+    by_layer: dict[str, dict[str, Tensor]],
     model: nn.Module,
     adapter: AdapterFolder,
     layers: Layers,
@@ -46,8 +46,8 @@ def check_layers(
     problems: list[Problem] = []
     modules = dict(model.named_modules())
     sites = parameter_layers(model, adapter.config.get("target_parameters"))
-    for name in sorted(of_layers, key=_inner_first):
-        tensors, shapes = of_layers[name], None
+    for name in sorted(by_layer, key=_inner_first):
+        tensors, shapes = by_layer[name], None
         if name in sites:
             layer_problems, target = check_parameter(sites[name], tensors, model, adapter)
         else:
@@ -153,8 +153,8 @@ def ignore_trained_rows(
 
 
 def check_parameters(
-    plain: dict[str, Tensor],
-    frozen: dict[str, Tensor],
+    full_parameters: dict[str, Tensor],
+    base_copies: dict[str, Tensor],
     parameters: dict[str, nn.Parameter],
     untied: list[str],
     embeddings: list[str],
@@ -163,8 +163,8 @@ def check_parameters(
     """Return the problems of tensors that replace or copy full parameters of the model.
 
     Args:
-        plain: Trained tensors by parameter name.
-        frozen: Copies of base weights that PEFT also saves, by parameter name.
+        full_parameters: Trained tensors by parameter name.
+        base_copies: Copies of base weights that PEFT also saves, by parameter name.
         parameters: The model's parameters.
         untied: Names of parameters that will be untied.
         embeddings: Names of the modules that have a row for each token.
@@ -173,7 +173,7 @@ def check_parameters(
     problems = []
     token_weights = {f"{name}.weight" for name in embeddings}
     first_names: dict[int, str] = {}  # the first name of each parameter, which may be shared
-    for name, tensor in [*plain.items(), *frozen.items()]:
+    for name, tensor in [*full_parameters.items(), *base_copies.items()]:
         parameter = parameters.get(name)
         if parameter is None:
             problems.append(Problem(f"the model has no parameter `{name}`"))
@@ -186,14 +186,14 @@ def check_parameters(
                     hint=_hint_for_larger(name, tensor, adapted) if larger else None,
                 )
             )
-        elif name in frozen and not parameter.is_meta and not _same(parameter, tensor):
+        elif name in base_copies and not parameter.is_meta and not _same(parameter, tensor):
             what = f"`{name}` of the base is not the one it was trained on"
             grown = name in token_weights and _same(parameter[:SAME_ROWS], tensor[:SAME_ROWS])
             hint = RESIZED.format(len(tensor)) if grown else None
             problems.append(Problem(what, hint=hint))
-        elif name in plain and name not in untied:
+        elif name in full_parameters and name not in untied:
             other = first_names.setdefault(id(parameter), name)
-            if not torch.equal(plain[other], tensor):
+            if not torch.equal(full_parameters[other], tensor):
                 problems.append(
                     Problem(
                         f"`{other}` and `{name}` differ in the adapter, and are one in the model"
@@ -251,7 +251,7 @@ def missing_tensors(
     adapter: AdapterFolder,
     model: nn.Module,
     parameters: dict[str, nn.Parameter],
-    plain: dict[str, Tensor],
+    full_parameters: dict[str, Tensor],
     new: list[str],
     drawn: Collection[str] | None,
 ) -> list[Problem]:
@@ -272,7 +272,7 @@ def missing_tensors(
         owner, _, last = name.rpartition(".")
         elsewhere = adapter.parts and name.partition(".")[0] not in adapter.parts
         if (
-            name in plain or elsewhere or is_frozen(model, name)
+            name in full_parameters or elsewhere or is_frozen(model, name)
         ):  # in a submodel that is not trained
             continue
         is_in_full = any(inside(owner, top) for top in in_full)

@@ -73,13 +73,14 @@ def load_adapter(
     adapter, rows = split_rows(with_current_names(adapter, model))
     parameters, layers = _parameters(model), layers_of(adapter.type)
     tensors = sort_tensors(adapter.tensors, adapter.type, parameters)
-    full, untied = tensors.plain, untied_parameters(model, adapter.config, tensors.plain)
-    targets, layer_problems = check_layers(tensors.of_layers, model, adapter, layers)
+    full = tensors.full_parameters
+    untied = untied_parameters(model, adapter.config, full)
+    targets, layer_problems = check_layers(tensors.by_layer, model, adapter, layers)
     rows_to_load, row_problems = saved_rows(model, rows, adapter)
     problems = [*buffer_problems, *tensors.problems, *layer_problems, *row_problems]
-    frozen = ignore_trained_rows(tensors.frozen, rows_to_load, parameters)
+    base_copies = ignore_trained_rows(tensors.base_copies, rows_to_load, parameters)
     problems += check_parameters(
-        full, frozen, parameters, untied, embedding_names(model), tensors.of_layers
+        full, base_copies, parameters, untied, embedding_names(model), tensors.by_layer
     )
     missing = missing_tensors(adapter, model, parameters, full, new, drawn)
     if problems or missing:
@@ -91,7 +92,7 @@ def load_adapter(
         for name, (target, shapes) in targets.items():
             use_rslora = bool(adapter.config.get("use_rslora"))
             layer = add_layer(model, target, layers, dropout, use_rslora, shapes)
-            for key, tensor in tensors.of_layers[name].items():
+            for key, tensor in tensors.by_layer[name].items():
                 layer.from_peft(key, tensor)
         for saved in rows_to_load:
             token_rows = add_token_rows(model, saved.name, saved.token_ids, saved.others)
@@ -163,8 +164,8 @@ def without_copies(model: nn.Module, adapter: AdapterFolder) -> AdapterFolder:
         IntegrityError: If they differ from the model's weights.
     """
     parameters = _parameters(model)
-    frozen = sort_tensors(adapter.tensors, adapter.type, parameters).frozen
-    if problems := check_parameters({}, frozen, parameters, [], embedding_names(model)):
+    base_copies = sort_tensors(adapter.tensors, adapter.type, parameters).base_copies
+    if problems := check_parameters({}, base_copies, parameters, [], embedding_names(model)):
         raise misfit_error(problems, [], adapter)
     tensors = {n: t for n, t in adapter.tensors.items() if not n.endswith(".base_layer.weight")}
     return replace(adapter, tensors=tensors)

@@ -37,7 +37,7 @@ class LoHaLayer(WholeUpdate):
             "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2",
         )
     }  # fmt: skip
-    sometimes: ClassVar[frozenset[str]] = frozenset({"hada_t1", "hada_t2"})
+    optional_parameters: ClassVar[frozenset[str]] = frozenset({"hada_t1", "hada_t2"})
     zero_at_start: ClassVar[tuple[str, ...]] = ("hada_w2_b",)
 
     @classmethod

@@ -33,7 +33,7 @@ class LoKrLayer(WholeUpdate):
     """
 
     peft_names: ClassVar[dict[str, str]] = {name: name for name in NAMES}
-    sometimes: ClassVar[frozenset[str]] = frozenset(NAMES)
+    optional_parameters: ClassVar[frozenset[str]] = frozenset(NAMES)
     zero_at_start: ClassVar[tuple[str, ...]] = ("lokr_w1", "lokr_w1_a")
 
     @classmethod

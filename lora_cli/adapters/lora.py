@@ -75,7 +75,7 @@ class LoRALayer(nn.Module):
     """The keys of PEFT's configuration that distinguish such layers from plain LoRA."""
     peft_names: ClassVar[dict[str, str]] = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
     """The name of each parameter in PEFT's file, after the name of the module."""
-    sometimes: ClassVar[frozenset[str]] = frozenset()
+    optional_parameters: ClassVar[frozenset[str]] = frozenset()
     """The parameters that only some layers of the class have."""
 
     def __init__(

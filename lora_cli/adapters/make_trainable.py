@@ -289,8 +289,8 @@ def _other_targets(
 ) -> list[Problem]:
     """Return a problem if the recipe names other targets than the adapter has."""
     spec = recipe.adapter
-    named = [key for key in TARGET_KEYS if getattr(spec, key) not in (None, [])]
-    if not named or not spec.low_rank:
+    keys = [key for key in TARGET_KEYS if getattr(spec, key) not in (None, [])]
+    if not keys or not spec.low_rank:
         return []
     adapted, completed = [*modules, *parameters], recipe
     if spec.target_modules is None:
@@ -307,8 +307,8 @@ def _other_targets(
         Problem(
             f"the recipe's targets are {len(requested)} modules, those of the adapter of "
             f"`adapter.from` are {len(adapted)} ({', '.join(names)}); only {where} has `{odd}`",
-            recipe.at(f"adapter.{named[0]}"),
-            f"leave `{'`, `'.join(named)}` out: the targets come from the adapter",
+            recipe.at(f"adapter.{keys[0]}"),
+            f"leave `{'`, `'.join(keys)}` out: the targets come from the adapter",
         )
     ]
 

@@ -61,8 +61,8 @@ def inside(name: str, top: str) -> bool:
 
 def pattern_matches(pattern: str, name: str) -> bool:
     """Return whether an entry of `rank_pattern` or `alpha_pattern` matches a name."""
-    whole = rf"(.*\.)?({pattern})$"  # PEFT's rule for its patterns
-    return not regex_error(pattern) and not regex_error(whole) and _fits(whole, name, pattern)
+    anchored = rf"(.*\.)?({pattern})$"  # PEFT's rule for its patterns
+    return not regex_error(pattern) and not regex_error(anchored) and _fits(anchored, name, pattern)
 
 
 def first_match(patterns: dict[str, int] | dict[str, float], name: str, default: float) -> float:

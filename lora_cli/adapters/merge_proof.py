@@ -98,8 +98,8 @@ def expected_weights(
 
 def weights_of(model: nn.Module) -> ExpectedWeights:
     """Return a model's own weights as the expected ones, to check a copy of it."""
-    named = model.named_parameters(remove_duplicate=False)
-    return ExpectedWeights({name: _product(parameter) for name, parameter in named})
+    parameters = model.named_parameters(remove_duplicate=False)
+    return ExpectedWeights({name: _product(parameter) for name, parameter in parameters})
 
 
 def _with_rows(

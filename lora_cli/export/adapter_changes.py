@@ -37,7 +37,7 @@ class AdaptedParameter:
         shapes: Their shapes, if they differ from the default.
         use_rslora: Whether the scaling is alpha / sqrt(rank).
         weight: The factor of the update when several adapters are added.
-        of_all: The cached update of all experts.
+        all_updates: The cached update of all experts.
     """
 
     target: Target
@@ -47,7 +47,7 @@ class AdaptedParameter:
     shapes: dict[str, Shape] | None
     use_rslora: bool
     weight: float = 1.0
-    of_all: Tensor | None = None
+    all_updates: Tensor | None = None
 
     def layer(self) -> LoRALayer:
         """Return an adapter layer with the tensors of the file, on the CPU."""
@@ -67,7 +67,7 @@ class AdaptedParameter:
         layer.scaling *= self.weight
         return layer
 
-    def of_expert(self, w0: Tensor, part: ExpertPart, alone: bool) -> Tensor:
+    def merged_expert(self, w0: Tensor, part: ExpertPart, alone: bool) -> Tensor:
         """Return the merged weight of a part of a parameter of several experts.
 
         Args:
@@ -80,9 +80,9 @@ class AdaptedParameter:
             layer = self.layer()
             a, b = layer.lora_A[part.expert], layer.lora_B[part.expert, part.rows]
             return w0 + layer.scaling * (b @ a)
-        if self.of_all is None:
-            self.of_all = self.layer().delta_weight()
-        return w0 + self.of_all[part.expert, part.rows]
+        if self.all_updates is None:
+            self.all_updates = self.layer().delta_weight()
+        return w0 + self.all_updates[part.expert, part.rows]
 
     def by_formula(self, w0: Tensor) -> Tensor | None:
         """Return W0 + s B A computed directly from the formula; None for other kinds of layers.
@@ -155,10 +155,10 @@ def changes_of(weighted: WeightedAdapter, model: nn.Module) -> AdapterChanges:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     modules = dict(model.named_modules(remove_duplicate=False))
     kinds = sort_tensors(adapter.tensors, kind, parameters)
-    targets, _ = check_layers(kinds.of_layers, model, adapter, layers_of(kind))
+    targets, _ = check_layers(kinds.by_layer, model, adapter, layers_of(kind))
     adapted = {}
     for layer_name, (target, shapes) in targets.items():
-        of_layer = (kind, kinds.of_layers[layer_name], shapes, use_rslora, weighted.weight)
+        of_layer = (kind, kinds.by_layer[layer_name], shapes, use_rslora, weighted.weight)
         name = f"{target.name}.{target.parameter or 'weight'}"
         adapted[name] = AdaptedParameter(target, modules[target.name], *of_layer)
     of_tokens = {
@@ -166,4 +166,6 @@ def changes_of(weighted: WeightedAdapter, model: nn.Module) -> AdapterChanges:
         for saved in saved_rows(model, rows, adapter)[0]
         for module_name in (saved.name, *saved.others)
     }
-    return AdapterChanges(adapted, kinds.plain if weighted.in_full else {}, of_tokens, kinds.frozen)
+    return AdapterChanges(
+        adapted, kinds.full_parameters if weighted.in_full else {}, of_tokens, kinds.base_copies
+    )

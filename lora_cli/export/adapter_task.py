@@ -69,15 +69,15 @@ def adapter_task(
 
 def _recipe_of(saved: AdapterFolder, base: str | None) -> Recipe:
     """Derive a recipe from PEFT's configuration, the tensors and the base."""
-    named = saved.config.get("task_type")
+    task_type = saved.config.get("task_type")
     kind = _kind_of(saved.config)
     if kind is None and DRAWING in TASKS and (saved.file or {*saved.parts} & {*DENOISERS}):
         kind = DRAWING
     name = base or saved.config.get("base_model_name_or_path")
     if kind is None or not name:
         what = f"{saved.path} does not say what it was trained for"
-        if named:
-            what = f"{saved.path} was trained for `{named}`, for which there is no task here"
+        if task_type:
+            what = f"{saved.path} was trained for `{task_type}`, for which there is no task here"
         hint = "give a recipe with `--recipe`, for its `model` and `task`"
         if kind is not None:
             what, hint = f"{saved.path} names no base", f"name it with `--base`, or {hint}"

@@ -138,9 +138,9 @@ def sum_of_adapters(
     each = []
     for source in sources:
         left_out = frozenset(source.parts.in_full.keys() - in_full.keys())
-        own = {n: in_full.get(n, t) for n, t in source.saved.tensors.items() if n not in left_out}
+        used = {n: in_full.get(n, t) for n, t in source.saved.tensors.items() if n not in left_out}
         source_config = {**source.saved.config, "modules_to_save": top_names}
-        saved = replace(source.saved, config=source_config, tensors=own)
+        saved = replace(source.saved, config=source_config, tensors=used)
         is_used = source.parts.in_full is in_full
         each.append(WeightedAdapter(saved, source.weight, is_used, left_out))
     return joint, each

@@ -113,9 +113,9 @@ def _other_base(first: Source, other: Source) -> str | None:
                 f"`{base.name}`: `{tensors[0]}` differs"
             )
     else:
-        named = [_named_base(source) for source in (first, other)]
-        if named[0] != named[1]:
-            return f"it was trained on `{named[1]}`, and {first.name} on `{named[0]}`"
+        names = [_named_base(source) for source in (first, other)]
+        if names[0] != names[1]:
+            return f"it was trained on `{names[1]}`, and {first.name} on `{names[0]}`"
         warn(f"whether {first.name} and {other.name} have the same base could not be verified")
     facts = [read_computation(source.saved.path) for source in (first, other)]
     if facts[0] is None or facts[1] is None:

@@ -119,9 +119,9 @@ class Kohya(Diffusers):
             return problems
         if (transformer := _transformer(source)) is None:
             return []
-        named = {name for layer in layers_of(transformer).values() for name in layer.modules}
+        known = {name for layer in layers_of(transformer).values() for name in layer.modules}
         unnamed = [u.name for u in updates_of(source.saved)
-                   if u.part == TRANSFORMER and u.name not in named]  # fmt: skip
+                   if u.part == TRANSFORMER and u.name not in known]  # fmt: skip
         if unnamed:
             what = f"{self.name} has no name for `{unnamed[0]}` of this transformer"
             return [Problem(what, at, f"use `--for diffusers`, or {MERGE}")]
@@ -140,7 +140,7 @@ class Kohya(Diffusers):
             return super().check(source, folder)
         config, tensors, _ = translated(read_diffusion_file(folder / KOHYA_FILE), source.base)
         updates = {}
-        for name, pair in sort_tensors(tensors, "lora", ()).of_layers.items():
+        for name, pair in sort_tensors(tensors, "lora", ()).by_layer.items():
             a, b = pair["lora_A"], pair["lora_B"]
             updates[name] = alpha_of(config, name) / len(a) * b.flatten(1) @ a.flatten(1)
         difference = require_same_outputs(source, updates, "lora")

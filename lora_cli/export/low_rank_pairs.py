@@ -101,12 +101,16 @@ def parts_of(saved: AdapterFolder) -> AdapterParts:
         match[1] for name in saved.tensors if (match := re.match(r"(.+)\.lora_embedding_A", name))
     }
     pairs = {}
-    for name, tensors in kinds.of_layers.items():
+    for name, tensors in kinds.by_layer.items():
         scale = scale_of(saved.config, name, int(tensors["lora_A"].shape[0]))
         pairs[name] = Pair(tensors["lora_A"], tensors["lora_B"], scale, name in embeddings)
-    tops = copied_modules(_modules_of(kinds.plain), saved.config)
-    in_full = {n: t for n, t in kinds.plain.items() if any(n.startswith(f"{top}.") for top in tops)}
-    biases = {name: tensor for name, tensor in kinds.plain.items() if name not in in_full}
+    tops = copied_modules(_modules_of(kinds.full_parameters), saved.config)
+    in_full = {
+        n: t
+        for n, t in kinds.full_parameters.items()
+        if any(n.startswith(f"{top}.") for top in tops)
+    }
+    biases = {name: tensor for name, tensor in kinds.full_parameters.items() if name not in in_full}
     return AdapterParts(pairs, biases, in_full)
 
 
@@ -153,10 +157,10 @@ def plain_config(
         in_full: Modules trained in full.
     """
     rank = max(pair.rank for pair in pairs.values())
-    kept = ("base_model_name_or_path", "revision", "task_type")
+    copied_keys = ("base_model_name_or_path", "revision", "task_type")
     return {
         "peft_type": "LORA",
-        **{key: config[key] for key in kept if key in config},
+        **{key: config[key] for key in copied_keys if key in config},
         "modules_to_save": in_full or None,
         "inference_mode": True,
         "r": rank,

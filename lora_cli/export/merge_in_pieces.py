@@ -166,7 +166,7 @@ def _merged(planned: PlannedTensor, changes: Sequence[AdapterChanges]) -> Tensor
         weight = weight.float()
         for update in updates:
             if planned.part is not None:
-                weight = update.of_expert(weight, planned.part, alone=True)
+                weight = update.merged_expert(weight, planned.part, alone=True)
             else:
                 weight = update.layer().merged_weight(weight)
         weight = weight.to(dtype)

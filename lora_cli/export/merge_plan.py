@@ -111,7 +111,7 @@ def plan_merge(task: Task, adapters: Sequence[WeightedAdapter]) -> MergePlan:
     stored = _StoredParameters(files, model)
     missing = stored.missing(bool(task.recipe.model.add_tokens))
     for names in tied_groups(model):
-        tied = [stored.whole[name] for name in names if name in stored.whole]
+        tied = [stored.by_name[name] for name in names if name in stored.by_name]
         if not all(tied[0].same_bytes(adapter) for adapter in tied[1:]):  # they are loaded untied
             what = f"its files have several values of `{names[0]}` and what shares it"
             raise NeedsWholeModelError(what)
@@ -181,12 +181,12 @@ class _StoredParameters:
             file: [Stored(file, name, entry) for name, entry in read_header(file).items()]
             for file in files
         }
-        self.whole: dict[str, Stored] = {}
+        self.by_name: dict[str, Stored] = {}
         self.rows: dict[str, int] = {}  # the number of rows of parameters that are stored in parts
         for tensor in (t for of_file in self.tensors.values() for t in of_file):
             place = self.names.find(tensor.name, tensor.entry.shape)
             if place.name is not None:
-                self.whole[place.name] = tensor
+                self.by_name[place.name] = tensor
             if place.part is not None:
                 name = place.part.parameter
                 self.rows[name] = self.rows.get(name, 0) + tensor.entry.shape[0]
@@ -214,7 +214,7 @@ class _StoredParameters:
         missing = []
         for group in self.groups:
             shape = tuple(self.parameters[group[0]].shape)
-            stored = [self.whole[name].entry.shape for name in group if name in self.whole]
+            stored = [self.by_name[name].entry.shape for name in group if name in self.by_name]
             fits = any(
                 s == shape or (may_grow and s[1:] == shape[1:] and s[0] < shape[0]) for s in stored
             )
@@ -243,7 +243,7 @@ class _Planner:
         # if the architecture changes, as from a language model to a classifier, the model's own
         # names are used, and tensors that only the base has are left out
         self.same_kind = type(model).__name__ in (base.architectures or [])
-        floats = (t.entry.dtype for t in stored.whole.values() if t.entry.dtype in FLOATS)
+        floats = (t.entry.dtype for t in stored.by_name.values() if t.entry.dtype in FLOATS)
         self.stored_dtype = next(floats, "F32")
         dtype = getattr(base, "dtype", None) or DTYPES[self.stored_dtype]
         self.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
@@ -320,7 +320,7 @@ class _Planner:
     def _added(self, group: list[str]) -> PlannedTensor:
         """Plan a parameter that has no tensor of its own in the base's files."""
         sharers = [other for name in group for other in self.tied.get(name, [])]
-        source = next((self.stored.whole[n] for n in sharers if n in self.stored.whole), None)
+        source = next((self.stored.by_name[n] for n in sharers if n in self.stored.by_name), None)
         trained = any(name in change.trained for change in self.changes for name in group)
         assert source is not None or trained, f"{group[0]} is in no file, and loading missed it"
         shape = tuple(self.stored.parameters[group[0]].shape)
@@ -335,7 +335,9 @@ class _Planner:
         for change in self.changes:
             for name, tensor in change.frozen.items():
                 group = [name, *self.tied.get(name, [])]
-                source = next((self.stored.whole[n] for n in group if n in self.stored.whole), None)
+                source = next(
+                    (self.stored.by_name[n] for n in group if n in self.stored.by_name), None
+                )
                 if source is None:
                     continue
                 of_base = source.read()

@@ -333,8 +333,8 @@ class _Sources:
                 continue
             if part is not None:
                 for other in change.adapted.values():  # cache one module at a time: they are large
-                    other.of_all = other.of_all if other.module is update.module else None
-                w0 = update.of_expert(w0, part, self.in_parts)
+                    other.all_updates = other.all_updates if other.module is update.module else None
+                w0 = update.merged_expert(w0, part, self.in_parts)
             elif (merged := update.by_formula(w0)) is not None:
                 w0 = merged
             else:

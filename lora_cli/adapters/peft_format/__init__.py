@@ -1,1 +1,1 @@
-"""PEFT's adapter format: the one room that knows the names of its files, keys and tensors."""
+"""PEFT's adapter format: only this package knows the names of its files, keys and tensors."""

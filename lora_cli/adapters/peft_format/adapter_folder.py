@@ -64,7 +64,7 @@ CONFIG_FILE = "adapter_config.json"
 ADAPTER_FOLDER = "an adapter is the output folder of `lora train`, or a folder that PEFT saved"
 WEIGHTS_FILE = "adapter_model.safetensors"
 FLOATS = ("F64", "F32", "F16", "BF16")
-COUNTS = ".num_batches_tracked"  # a buffer of batch normalisation, of whole numbers
+COUNTS = ".num_batches_tracked"  # integer buffers of batch normalisation
 
 
 # ---------------------------------------------------------------------------------------- write
@@ -412,6 +412,6 @@ def peft_owner(name: str, layers: Collection[str]) -> str:
 
 
 def _plain_name(name: str, layers: Collection[str]) -> str:
-    """Return PEFT's name of a parameter that is trained as it is."""
+    """Return PEFT's name of a parameter that is trained in full."""
     owner, _, last = name.rpartition(".")
     return f"{peft_owner(owner, layers)}.{last}" if name_in_base(owner, layers) != owner else name

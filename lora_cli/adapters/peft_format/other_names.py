@@ -91,8 +91,8 @@ def _part_of(model: nn.Module, adapter: AdapterFolder, modules: Collection[str])
     if not part_names(model) or all(owner in modules for owner in owners):
         return None
     fitting = [p for p in part_names(model) if all(f"{p}.{name}" in modules for name in owners)]
-    named = [part for part in fitting if part == adapter.path.name]
-    return next(iter(named or fitting)) if len(named or fitting) == 1 else None
+    same_name = [part for part in fitting if part == adapter.path.name]
+    return next(iter(same_name or fitting)) if len(same_name or fitting) == 1 else None
 
 
 def _owner(name: str) -> str:

@@ -22,11 +22,11 @@ MISMATCH_HINT = f"{CONFIG_FILE} and {WEIGHTS_FILE} do not belong together: copy 
 class SortedTensors:
     """The tensors of an adapter's file by kind."""
 
-    of_layers: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    by_layer: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     """The parameters of adapter layers, by module name and by the layer's parameter names."""
-    plain: dict[str, Tensor] = field(default_factory=dict)
+    full_parameters: dict[str, Tensor] = field(default_factory=dict)
     """Trained parameters of the model, by the model's names."""
-    frozen: dict[str, Tensor] = field(default_factory=dict)
+    base_copies: dict[str, Tensor] = field(default_factory=dict)
     """Copies of base parameters, which PEFT also writes."""
     problems: list[Problem] = field(default_factory=list)
 
@@ -50,7 +50,7 @@ def sort_tensors(
             what = f"`{name}`: a module is both adapted and trained in full"
             result.problems.append(Problem(what, hint="train it again with only one of the two"))
         elif added and added[2] in own_names:
-            result.of_layers.setdefault(added[1], {})[own_names[added[2]]] = tensor
+            result.by_layer.setdefault(added[1], {})[own_names[added[2]]] = tensor
         elif added and added[2] in other_names:
             what = f"`{name}` does not belong to an adapter of type `{kind}`, as the configuration "
             result.problems.append(Problem(f"{what}says it is", hint=MISMATCH_HINT))
@@ -60,20 +60,22 @@ def sort_tensors(
             result.problems.append(Problem(what, hint=hint))
         elif name.endswith(".base_layer.weight"):  # PEFT also writes the weights of embeddings
             owner = name.removesuffix(".base_layer.weight").removesuffix(".token_adapter")
-            result.frozen[f"{owner}.weight"] = tensor
+            result.base_copies[f"{owner}.weight"] = tensor
         elif ".original_module." not in name:  # PEFT's `bias: all` writes the untrained head too
             parameter = _parameter_name(name, parameters)
-            if parameter in result.plain and not torch.equal(result.plain[parameter], tensor):
+            if parameter in result.full_parameters and not torch.equal(
+                result.full_parameters[parameter], tensor
+            ):
                 what = f"`{parameter}` has two values in it"
                 result.problems.append(Problem(what, hint=MISMATCH_HINT))
-            result.plain[parameter] = tensor
-    optional = {name for layer in layers_of(kind) for name in layer.sometimes}
+            result.full_parameters[parameter] = tensor
+    optional = {name for layer in layers_of(kind) for name in layer.optional_parameters}
     required = set(own_names.values()) - optional
-    for module, present in list(result.of_layers.items()):
+    for module, present in list(result.by_layer.items()):
         if not required <= set(present):
             what = f"`{module}` has only {', '.join(sorted(present))}"
             result.problems.append(Problem(what, hint=MISMATCH_HINT))
-            del result.of_layers[module]
+            del result.by_layer[module]
     return result
 
 

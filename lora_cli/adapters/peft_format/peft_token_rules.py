@@ -158,8 +158,8 @@ def written_rows(model: nn.Module) -> tuple[Indices, dict[str, TokenRows]]:
 
 def _all_token_layers(model: nn.Module) -> dict[str, TokenRows]:
     """Return the layers with trained rows, by each of their names."""
-    named = model.named_modules(remove_duplicate=False)
-    return {name: module for name, module in named if isinstance(module, TokenRows)}
+    modules = model.named_modules(remove_duplicate=False)
+    return {name: module for name, module in modules if isinstance(module, TokenRows)}
 
 
 def _agrees(reading: TokenReading, layers: dict[str, TokenRows]) -> bool:

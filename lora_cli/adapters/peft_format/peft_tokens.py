@@ -98,14 +98,14 @@ def _add_own_rows(reading: TokenReading, rows: dict[str, Tensor], adapter: Adapt
 
     This happens if a base's configuration ties two weights that differ in its checkpoint.
     """
-    named = adapter.config.get("trainable_token_indices")
-    if not adapter.verified or not isinstance(named, dict):
+    by_module = adapter.config.get("trainable_token_indices")
+    if not adapter.verified or not isinstance(by_module, dict):
         return
     for name, source in list(reading.followers.items()):
-        has_own = name in named and name in rows and source in rows
+        has_own = name in by_module and name in rows and source in rows
         if has_own and not torch.equal(rows[name], rows[source]):
             del reading.followers[name]
-            reading.ids[name] = list(named[name])
+            reading.ids[name] = list(by_module[name])
 
 
 def _joined(model: nn.Module, row_sets: list[SavedRows]) -> list[SavedRows]:

@@ -79,7 +79,7 @@ def obstacles(saved: AdapterFolder, types: tuple[str, ...] = TYPES) -> list[str]
         return [f"it is of type `{saved.type}`"]
     sorted_tensors = sort_tensors(saved.tensors, saved.type, ())
     problems = [problem.what for problem in sorted_tensors.problems]
-    for name in sorted(sorted_tensors.plain)[:1]:
+    for name in sorted(sorted_tensors.full_parameters)[:1]:
         problems.append(f"it has trained `{name}` in full")
     for key in ("target_parameters", "trainable_token_indices"):
         if saved.config.get(key):
@@ -92,7 +92,7 @@ def obstacles(saved: AdapterFolder, types: tuple[str, ...] = TYPES) -> list[str]
 def updates_of(saved: AdapterFolder) -> list[Update]:
     """Return the updates of all modules of an adapter without obstacles."""
     updates = []
-    for module, tensors in sort_tensors(saved.tensors, saved.type, ()).of_layers.items():
+    for module, tensors in sort_tensors(saved.tensors, saved.type, ()).by_layer.items():
         part, _, name = module.partition(".")
         a, b = tensors["lora_A"], tensors["lora_B"]
         divisor = math.sqrt(len(a)) if saved.config.get("use_rslora") else len(a)
