@@ -339,7 +339,7 @@ def test_restoring_a_copy_puts_the_saved_adapter_back(case: Case, tmp_path: Path
         ({"target_modules": r".*\.[qv]_proj"}, False),
     ],
 )
-def test_what_the_configuration_does_not_name_is_left_out_by_peft_and_said(
+def test_modules_that_the_configuration_does_not_name_get_a_warning(
     changes: dict[str, Any], said: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = tiny.llama()
@@ -353,7 +353,7 @@ def test_what_the_configuration_does_not_name_is_left_out_by_peft_and_said(
 
 
 @pytest.mark.parametrize("kind", ["none", "bitfit"])
-def test_peft_takes_no_baseline_for_an_adapter(kind: str, tmp_path: Path) -> None:
+def test_peft_rejects_baselines_without_layers(kind: str, tmp_path: Path) -> None:
     base = tiny.encoder()
     saved(tmp_path / "a", base, ["classifier"], type=kind)
     with pytest.raises(Exception, match=r"HEAD_ONLY|BITFIT"):  # and not an empty adapter
@@ -401,7 +401,7 @@ def test_the_configuration_has_exactly_these_keys(tmp_path: Path) -> None:
     peft.LoraConfig.from_pretrained(tmp_path / "a")  # with warnings as errors: no unknown key
 
 
-def test_modules_to_save_is_null_without_a_head_and_full_names_stand_for_other_targets(
+def test_modules_to_save_is_null_without_a_head_and_other_targets_get_full_names(
     tmp_path: Path,
 ) -> None:
     saved(tmp_path / "a", tiny.gpt2(), [], target_modules="all-linear", layers=[1])
@@ -484,7 +484,7 @@ TIED = {
 
 @pytest.mark.slow_after(4)
 @pytest.mark.parametrize(("build", "in_full", "targets"), TIED.values(), ids=TIED.keys())
-def test_a_side_of_a_tie_in_modules_to_save_is_a_copy_of_its_own(
+def test_one_tied_weight_in_modules_to_save_becomes_a_copy(
     build: Callable[[], nn.Module], in_full: list[str], targets: list[str], tmp_path: Path
 ) -> None:
     base, folder = build(), tmp_path / "a"
@@ -508,7 +508,7 @@ def test_a_side_of_a_tie_in_modules_to_save_is_a_copy_of_its_own(
     assert expected.disagreement(ours) is None
 
 
-def test_a_tie_whose_sides_are_equal_stays(tmp_path: Path) -> None:
+def test_equal_tied_weights_stay_tied(tmp_path: Path) -> None:
     base, both = tiny.llama(tied=True), ["embed_tokens", "lm_head"]
     theirs = saved_by_peft(
         tmp_path / "a",
@@ -522,7 +522,7 @@ def test_a_tie_whose_sides_are_equal_stays(tmp_path: Path) -> None:
     assert_same_outputs(ours, theirs)
 
 
-def test_a_copy_of_one_side_is_trained_and_read_as_in_peft(tmp_path: Path) -> None:
+def test_a_copy_of_one_tied_weight_is_trained_and_loaded_as_in_peft(tmp_path: Path) -> None:
     base, folder = tiny.llama(tied=True), tmp_path / "a"
     adapter = {"target_modules": ["q_proj"], "train_modules": ["lm_head"]}
     model = saved(folder, base, [], **adapter, ensure_weight_tying=False)
@@ -556,7 +556,7 @@ def test_bias_all_with_a_nested_head(kind: str, tmp_path: Path) -> None:
 # ---------------------------------------------------------------- what PEFT alone does, read here
 
 
-def test_a_normalisation_trained_in_full_has_its_statistics_beside_it(tmp_path: Path) -> None:
+def test_a_normalisation_trained_in_full_is_saved_with_its_statistics(tmp_path: Path) -> None:
     base = tiny.ConvNet()
     in_full = {"target_modules": ["stem"], "train_modules": ["norm"]}
     model = saved(tmp_path / "ours", base, ["norm", "classifier"], **in_full)
@@ -622,7 +622,7 @@ def test_an_adapter_read_here_can_be_merged(tmp_path: Path) -> None:
     assert_same_outputs(ours, theirs.merge_and_unload())
 
 
-def test_the_base_weight_that_peft_writes_is_compared(tmp_path: Path) -> None:
+def test_the_copy_of_a_base_weight_that_peft_writes_is_compared(tmp_path: Path) -> None:
     base = tiny.llama(tied=False)
     theirs = saved_by_peft(tmp_path / "a", base, r=4, target_modules=["embed_tokens"], **LM)
     name = "base_model.model.model.embed_tokens.base_layer.weight"
@@ -668,7 +668,7 @@ def test_layers_pattern_of_peft_is_understood(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
-def test_a_bfloat16_base_takes_an_adapter(bias: str, tmp_path: Path) -> None:
+def test_an_adapter_is_loaded_onto_a_bfloat16_base(bias: str, tmp_path: Path) -> None:
     base = tiny.encoder().bfloat16()
     model = saved(tmp_path / "a", base, ["classifier"], target_modules=["query"], bias=bias)
     ours = loaded(base, tmp_path / "a", ["classifier"])

@@ -120,7 +120,7 @@ def test_the_configuration_comes_from_the_adapter(
         assert_close(base.eval()(input_ids=IDS).logits, theirs(input_ids=IDS).logits)
 
 
-def test_what_the_section_may_say_stays(tmp_path: Path) -> None:
+def test_allowed_settings_of_the_section_are_kept(tmp_path: Path) -> None:
     saved, _ = of_peft(tmp_path, r=3, lora_alpha=5, target_modules=["query"])
     spec, base = completed(
         saved, dropout=0.25, rank=3, alpha=5.0, target_modules=["query"], exclude_modules=["value"]
@@ -132,7 +132,7 @@ def test_what_the_section_may_say_stays(tmp_path: Path) -> None:
     assert {layer.dropout.p for layer in layers.values()} == {0.25}
 
 
-def test_every_key_that_says_otherwise_is_named_once(tmp_path: Path) -> None:
+def test_every_contradicting_key_is_reported_once(tmp_path: Path) -> None:
     saved, _ = of_peft(tmp_path, r=3, lora_alpha=5, target_modules=["query"])
     found = problems(saved, rank=4, alpha=6.0, bias="all", rank_pattern={"query": 2})
     assert sorted(line.split(" is ")[0] for line in found) == [
@@ -157,13 +157,15 @@ def test_every_key_that_says_otherwise_is_named_once(tmp_path: Path) -> None:
          f"only the adapter has `{QUERIES[0]}`"),
     ],
 )  # fmt: skip
-def test_other_targets_are_named(adapter: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_different_targets_are_reported(
+    adapter: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     saved, _ = of_peft(tmp_path, target_modules=["query"])
     assert problems(saved, **adapter) == [message]
 
 
 @pytest.mark.parametrize("adapter", [{"target_modules": "all-linear"}, {"layers": [0]}])
-def test_of_an_adapter_without_layers_targets_are_not_compared(
+def test_targets_are_not_compared_for_an_adapter_without_layers(
     adapter: dict[str, Any], tmp_path: Path
 ) -> None:
     saved, _ = of_peft(tmp_path, target_modules=["query"])
@@ -192,7 +194,7 @@ def test_modules_in_full_are_taken_over_without_the_head(tmp_path: Path) -> None
     assert said.startswith("adapter.train_modules: `train_modules` is ")
 
 
-def test_what_lies_inside_the_head_belongs_to_it(tmp_path: Path) -> None:
+def test_modules_inside_the_head_belong_to_it(tmp_path: Path) -> None:
     saved, _ = of_peft(
         tmp_path, tiny.encoder(2, "roberta"), r=2, target_modules=["query"],
         modules_to_save=["classifier.dense", "embeddings.LayerNorm"],
@@ -201,7 +203,7 @@ def test_what_lies_inside_the_head_belongs_to_it(tmp_path: Path) -> None:
     assert spec.train_modules == ["roberta.embeddings.LayerNorm"]
 
 
-def test_a_module_that_stands_in_two_places_is_found_in_both() -> None:
+def test_a_module_with_two_names_is_found_by_both() -> None:
     model = nn.Module()
     model.shared = model.embed = nn.Embedding(3, 2)
     saved = AdapterFolder(
@@ -210,7 +212,7 @@ def test_a_module_that_stands_in_two_places_is_found_in_both() -> None:
     assert module._trained_in_full(model, saved, []) == (["embed"], False)
 
 
-def test_of_a_configuration_without_rank_and_alpha_peft_s_own_are_meant(tmp_path: Path) -> None:
+def test_a_configuration_without_rank_and_alpha_has_peft_s_defaults(tmp_path: Path) -> None:
     saved, _ = of_peft(tmp_path, r=8, target_modules=["query"])
     for key in ("r", "lora_alpha", "bias", "use_rslora", "rank_pattern", "alpha_pattern"):
         del saved.config[key]
@@ -240,7 +242,7 @@ def test_single_parameters_may_be_named_or_come_from_the_adapter(tmp_path: Path)
 @pytest.mark.parametrize(
     ("in_full", "tied"), [(["lm_head"], False), (["embed_tokens"], False), ([], True)]
 )
-def test_a_side_of_a_tie_that_has_its_own_copy_is_taken_over(
+def test_a_copy_of_one_tied_weight_is_taken_over(
     in_full: list[str], tied: bool, tmp_path: Path
 ) -> None:
     saved, theirs = of_peft(
@@ -284,7 +286,7 @@ def test_rows_of_tokens_are_taken_over_or_compared(tmp_path: Path) -> None:
         assert "has those of 7, 9" in problem.what
 
 
-def test_where_the_adapter_has_no_rows_none_may_be_asked_for(tmp_path: Path) -> None:
+def test_token_rows_are_rejected_if_the_adapter_has_none(tmp_path: Path) -> None:
     saved, _ = of_peft(
         tmp_path, tiny.llama(tied=False), "CAUSAL_LM", r=2, target_modules=["q_proj"]
     )
@@ -298,7 +300,7 @@ def test_where_the_adapter_has_no_rows_none_may_be_asked_for(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(("n", "said"), [(8, "0, 1, 2, 3, 4, 5, 6, 7"), (2, "0, 1"), (0, "")])
-def test_up_to_eight_tokens_are_listed_by_rising_ids(n: int, said: str) -> None:
+def test_up_to_eight_tokens_are_listed_in_ascending_order(n: int, said: str) -> None:
     assert module._listed(list(reversed(range(n)))) == said
 
 
@@ -347,13 +349,15 @@ def test_shapes_that_no_recipe_can_name_are_not_trained_further(tmp_path: Path) 
     ("config", "key"),
     [({"lora_alpha": 0}, "alpha"), ({"lora_alpha": -2}, "alpha")],
 )
-def test_what_learns_nothing_is_named(config: dict[str, Any], key: str, tmp_path: Path) -> None:
+def test_an_alpha_that_cannot_be_trained_is_reported(
+    config: dict[str, Any], key: str, tmp_path: Path
+) -> None:
     saved, _ = of_peft(tmp_path, r=2, target_modules=["query"], **config)
     (said,) = problems(saved)
     assert said.startswith(f"adapter.from: `{key}` of the adapter of `adapter.from` is ")
 
 
-def test_a_folder_that_is_not_there_is_named_with_its_neighbours(tmp_path: Path) -> None:
+def test_a_missing_folder_is_reported_with_similar_names(tmp_path: Path) -> None:
     (tmp_path / "first").mkdir()
     with pytest.raises(LoraError, match="there is no folder") as caught:
         module.find_adapter(recipe_from(tmp_path / "frist"))
@@ -365,7 +369,7 @@ def test_a_folder_that_is_not_there_is_named_with_its_neighbours(tmp_path: Path)
 # ------------------------------------------------------------------------------------ attaching
 
 
-def test_a_base_without_weights_gets_layers_alone(tmp_path: Path) -> None:
+def test_a_base_without_weights_gets_only_layers(tmp_path: Path) -> None:
     of_peft(tmp_path, r=3, target_modules=["query"])
     weights = tiny.encoder(2)
     with torch.device("meta"):
@@ -399,7 +403,7 @@ def test_another_base_is_rejected_before_anything_is_attached(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_another_computation_is_rejected_where_both_are_known(
+def test_different_base_facts_are_rejected_if_both_are_known(
     known: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     of_peft(tmp_path, r=2, target_modules=["query"])

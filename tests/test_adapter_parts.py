@@ -56,7 +56,7 @@ def test_which_adapters_change_nothing(tensors: dict[str, torch.Tensor], idle: b
     assert adapter_folder._is_idle(tensors) == idle
 
 
-def test_names_of_layers_and_of_what_is_in_their_bases() -> None:
+def test_peft_s_names_of_layers_and_of_parameters_in_their_bases() -> None:
     layers = ["a", "b", "b.base", "base"]
     for name, theirs in (
         ("a", "a"), ("a.base", "a.base_layer"), ("b.base", "b.base_layer"),
@@ -109,7 +109,7 @@ def layer(rank: int, alpha: float) -> Any:
     return SimpleNamespace(saved_rank=rank, saved_alpha=alpha)
 
 
-def test_ranks_that_a_start_changed_stand_by_name_the_longest_first() -> None:
+def test_ranks_that_an_initialisation_changed_are_listed_by_name_longest_first() -> None:
     layers = {
         "a": layer(4, 8.0), "a.b.c": layer(2, 4.0), "a.b": layer(4, 2.5), "d": layer(4, 8.0),
         "e.f": layer(8, 8.0),
@@ -149,7 +149,7 @@ def test_which_weights_are_stored_transposed() -> None:
         assert trained_config._stored_transposed(base) is stored
 
 
-def test_a_baseline_is_written_under_a_type_that_peft_lacks() -> None:
+def test_a_baseline_is_saved_with_a_type_that_peft_does_not_have() -> None:
     for kind, name in (("none", "HEAD_ONLY"), ("bitfit", "BITFIT")):
         model, recipe = tiny.encoder(), tiny.recipe_of(type=kind)
         attach(model, recipe, ["classifier"])
@@ -199,7 +199,7 @@ def test_adapted_parameters_are_written_by_the_recipe_s_suffixes_or_in_full(
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_rows_of_tokens_are_written_and_put_back(tied: bool, tmp_path: Path) -> None:
+def test_rows_of_tokens_are_saved_and_restored(tied: bool, tmp_path: Path) -> None:
     recipe = tiny.recipe_of(
         "causal_lm", rank=2, target_modules=["q_proj"], train_tokens=[9, 5],
         train_modules=["model.norm"],

@@ -76,7 +76,7 @@ def logits(model: nn.Module) -> Tensor:
         ("speech_recognition", AutoModelForSpeechSeq2Seq, tiny_speech.save, ["q_proj"]),
     ],
 )
-def test_without_a_task_the_class_of_the_base_says_it(
+def test_without_a_task_type_the_class_of_the_base_decides(
     task: str, auto: Any, save: Any, targets: list[str], tmp_path: Path
 ) -> None:
     base, folder = save(tmp_path / "base"), tmp_path / "adapter"
@@ -89,7 +89,7 @@ def test_without_a_task_the_class_of_the_base_says_it(
         assert_close(logits(auto.from_pretrained(tmp_path / "merged")), logits(theirs))
 
 
-def test_an_adapter_that_peft_saved_of_a_unet_is_for_drawing(tmp_path: Path) -> None:
+def test_an_adapter_that_peft_saved_for_a_unet_is_for_image_generation(tmp_path: Path) -> None:
     base, folder = tiny_diffusion.save(tmp_path / "base"), tmp_path / "adapter"
     theirs = save_with_peft(
         UNet2DConditionModel.from_pretrained(base / "unet"), folder, ["to_q", "conv1"],
@@ -108,7 +108,7 @@ def test_an_adapter_that_peft_saved_of_a_unet_is_for_drawing(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("named", [None, {}, {"base_model_class": "LlamaModel"}, "LlamaModel"])
-def test_a_class_without_a_head_says_nothing(named: Any, tmp_path: Path) -> None:
+def test_a_class_without_a_head_does_not_determine_the_task(named: Any, tmp_path: Path) -> None:
     base, folder = tiny.save_llama(tmp_path / "base"), tmp_path / "adapter"
     save_with_peft(AutoModelForCausalLM.from_pretrained(base), folder, ["q_proj"])
     values = json.loads((folder / CONFIG_FILE).read_text())
@@ -118,9 +118,7 @@ def test_a_class_without_a_head_says_nothing(named: Any, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_an_embedding_that_was_saved_with_more_rows_is_that_of_more_tokens(
-    tied: bool, tmp_path: Path
-) -> None:
+def test_an_embedding_saved_with_more_rows_means_added_tokens(tied: bool, tmp_path: Path) -> None:
     base, folder = tiny.save_llama(tmp_path / "base", tied), tmp_path / "adapter"
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.add_tokens(["<b>", "<a>"])

@@ -177,7 +177,7 @@ def test_layers_limit() -> None:
         ([1, 2, 9], "there are no layers 2, 9"),
     ],
 )
-def test_layers_that_are_not_there_are_said_at_once(layers: Any, said: str) -> None:
+def test_missing_layers_are_reported_together(layers: Any, said: str) -> None:
     problems = problems_of(tiny.encoder(), target_modules=["query"], layers=layers)
     assert problems[0].what == said
 
@@ -292,13 +292,13 @@ def test_every_entry_that_matches_nothing_is_reported_with_its_line(tmp_path: Pa
     assert caught.value.problems[1].hint == "inside it are query, key, value"
 
 
-def test_of_a_module_without_anything_inside_that_fits_the_others_are_named() -> None:
+def test_for_a_module_with_nothing_to_adapt_inside_other_names_are_suggested() -> None:
     problem = problems_of(tiny.encoder(), target_modules=["LayerNorm"])[0]
     assert problem.what.endswith("LayerNorm (LayerNorm), which no adapter fits")
     assert str(problem.hint).startswith("adapters fit word_embeddings, ")
 
 
-def test_a_target_that_is_trained_in_full_is_said_to_be() -> None:
+def test_a_target_that_is_trained_in_full_is_reported_as_such() -> None:
     problem = problems_of(tiny.encoder(), ["classifier"], target_modules=["classifier"])[0]
     assert "`classifier` matches classifier, which is trained in full" in problem.what
 
@@ -329,7 +329,7 @@ def test_an_expression_that_would_take_all_memory_is_not_tried(pattern: str, err
     assert first_match({pattern: 1}, "encoder.query", 0) == 0
 
 
-def test_expressions_that_people_write_are_taken() -> None:
+def test_common_expressions_are_accepted() -> None:
     name = "model.layers.17.self_attn.q_proj"
     for pattern in (
         r"(?!.*visual).*\.(q|v)_proj",
@@ -347,7 +347,7 @@ def test_a_broken_pattern_is_explained(key: str) -> None:
     assert "`que(ry` is not a regular expression: missing )" in problems[0].what
 
 
-def test_all_linear_is_no_way_to_exclude() -> None:
+def test_all_linear_cannot_be_excluded() -> None:
     """It would match nothing, silently."""
     problems = problems_of(tiny.encoder(), target_modules=["query"], exclude_modules="all-linear")
     assert "`all-linear` matches no module" in problems[0].what
@@ -388,7 +388,7 @@ def test_nothing_left_to_adapt_is_an_error() -> None:
     assert "exclude_modules" not in str(problem.hint)
 
 
-def test_groups_that_do_not_divide_the_rank_are_found_before_the_model_is_touched() -> None:
+def test_a_rank_that_is_no_multiple_of_the_groups_is_rejected_before_the_model_changes() -> None:
     problems = problems_of(tiny.ConvNet(), rank=3, target_modules=["stem", "grouped", "dilated"])
     assert [p.what for p in problems] == [
         "rank 3 cannot be divided among the 2 groups of a convolution"
@@ -449,7 +449,7 @@ def test_exactly_this_is_trained(kind: str, bias: str, more: list[str]) -> None:
     ids=lambda adapter: "-".join(str(v) for v in adapter.values()),
 )
 @pytest.mark.parametrize("autocast", [True, False])
-def test_all_that_is_trained_is_float32_on_a_bfloat16_base(
+def test_all_trained_parameters_are_float32_on_a_bfloat16_base(
     adapter: dict[str, Any], autocast: bool
 ) -> None:
     model = tiny.encoder().bfloat16()
@@ -511,7 +511,7 @@ def test_batch_normalisation_does_not_drift_in_training() -> None:
     assert torch.equal(model.norm.running_mean, before)
 
 
-def test_the_seed_decides_what_is_drawn() -> None:
+def test_the_seed_decides_the_initial_values() -> None:
     def drawn() -> dict[str, Tensor]:
         model = tiny.encoder()
         torch.manual_seed(7)
@@ -526,7 +526,7 @@ def test_the_seed_decides_what_is_drawn() -> None:
 
 
 @pytest.mark.parametrize("half", ["embed_tokens", "lm_head"])
-def test_half_a_tie_is_not_trained(half: str) -> None:
+def test_only_one_of_two_tied_weights_cannot_be_trained(half: str) -> None:
     problems = problems_of(tiny.llama(tied=True), train_modules=[half])
     other = {"embed_tokens": "lm_head", "lm_head": "model.embed_tokens"}[half]
     assert half in problems[0].what
@@ -534,7 +534,7 @@ def test_half_a_tie_is_not_trained(half: str) -> None:
     assert problems[0].at == "adapter.train_modules"
 
 
-def test_a_whole_tie_is_trained_and_stays_tied() -> None:
+def test_tied_weights_that_are_both_trained_stay_tied() -> None:
     model = tiny.llama(tied=True)
     attach(model, tiny.recipe_of(train_modules=["embed_tokens", "lm_head"]))
     assert model.lm_head.weight is model.model.embed_tokens.weight
@@ -558,7 +558,7 @@ def test_merging_an_adapted_tied_embedding_unties_it() -> None:
     assert not torch.allclose(model.model.embed_tokens.weight, shared, atol=1e-2)
 
 
-def test_merging_leaves_a_tie_of_which_nothing_is_adapted() -> None:
+def test_merging_keeps_ties_of_weights_that_are_not_adapted() -> None:
     model = tiny.llama(tied=True)
     attach(model, tiny.recipe_of(target_modules=["q_proj"]))
     tiny.wake(model)
@@ -567,7 +567,7 @@ def test_merging_leaves_a_tie_of_which_nothing_is_adapted() -> None:
     assert not lora_layers(model)
 
 
-def test_a_merge_that_fails_leaves_the_model_as_it_was() -> None:
+def test_a_failed_merge_leaves_the_model_unchanged() -> None:
     model = tiny.ConvNet()
     attach(model, tiny.recipe_of(rank=4, target_modules=["stem", "grouped"]))
     tiny.wake(model)
@@ -671,7 +671,7 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
     return TwoParts()
 
 
-def test_trained_in_full_is_what_is_neither_frozen_nor_kept(parts: nn.Module) -> None:
+def test_full_training_leaves_out_frozen_parts(parts: nn.Module) -> None:
     parts.half()
     attach(parts, tiny.recipe_of(type="full"))
     wanted = {"trained.0.weight", "trained.0.bias", "trained.2.weight", "trained.2.bias"}
@@ -707,7 +707,7 @@ def test_names_without_the_bases_of_layers() -> None:
         assert name_in_base(name, layers) == plain
 
 
-def test_layers_are_off_within_the_context_and_then_as_they_were() -> None:
+def test_layers_are_disabled_within_the_context_and_restored_afterwards() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     for i, enabled in enumerate((True, False)):
         add_layer(model, Target(str(i), 1, 1.0)).enabled = enabled
@@ -719,7 +719,7 @@ def test_layers_are_off_within_the_context_and_then_as_they_were() -> None:
     assert all(type(layer) is nn.Linear for layer in model)
 
 
-def test_a_layer_is_put_in_with_what_it_is_given() -> None:
+def test_a_layer_is_added_with_the_given_settings() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).eval()
     found = add_layer(model, Target("0", 4, 6.0), dropout=0.25, use_rslora=True)
     assert (found.rank, found.scaling, found.training) == (4, 3.0, False)
@@ -743,7 +743,7 @@ def test_a_merged_model_is_not_trained_and_only_sharers_part() -> None:
     assert not model[1].weight.requires_grad
 
 
-def test_rows_of_the_table_count_what_a_quantised_layer_stands_for() -> None:
+def test_the_table_counts_the_original_weights_of_a_quantised_layer() -> None:
     codes = QuantizedLinear(4, 3, nn.Parameter(torch.zeros(3)), "int8")
     codes.set_weight(torch.randn(3, 4))
     model = nn.Sequential(codes, nn.Linear(3, 2))
@@ -760,7 +760,7 @@ def test_rows_of_the_table_count_what_a_quantised_layer_stands_for() -> None:
     ("kind", "lacking"),
     [("bitfit", "the model has no bias"), ("none", "the model has no new head")],
 )
-def test_what_a_model_lacks_to_be_trained_is_said(kind: str, lacking: str) -> None:
+def test_the_error_says_why_nothing_can_be_trained(kind: str, lacking: str) -> None:
     model = nn.Sequential(nn.Linear(2, 2, bias=False))
     with pytest.raises(LoraError, match=f"nothing is trained: {lacking}"):
         attach(model, tiny.recipe_of(type=kind))
@@ -778,7 +778,9 @@ def test_rows_of_tokens_are_those_of_the_vocabulary() -> None:
 
 
 @pytest.mark.parametrize("restored", [True, False])
-def test_where_matrices_start_is_found_unless_they_are_read_afterwards(restored: bool) -> None:
+def test_initial_values_are_computed_unless_a_checkpoint_is_loaded_afterwards(
+    restored: bool,
+) -> None:
     model = nn.Sequential(nn.Linear(4, 4))
     recipe = tiny.recipe_of("causal_lm", init="orthogonal", rank=2, target_modules=["0"])
     attach(model, recipe, restored=restored)
@@ -786,7 +788,7 @@ def test_where_matrices_start_is_found_unless_they_are_read_afterwards(restored:
     assert bool(lora_layers(model)["0"].lora_B.any()) is not restored
 
 
-def test_a_tie_ends_in_the_part_of_a_model_in_which_it_was() -> None:
+def test_a_tie_ends_only_in_its_own_part_of_a_model() -> None:
     parts = {name: tiny.llama(tied=True) for name in ("unet", "text_encoder")}
     model = Bundle(parts, ())
     layer = add_layer(model, Target("text_encoder.lm_head", 1, 1.0))

@@ -64,7 +64,7 @@ QUERY = "bert.encoder.layer.0.attention.self.query"
 VALUE = "bert.encoder.layer.1.attention.self.value"
 
 
-def test_the_folder_of_these_tests_is_fine(base: nn.Module, folder: Path) -> None:
+def test_the_unchanged_folder_is_accepted(base: nn.Module, folder: Path) -> None:
     loaded(base, folder, ["classifier"])
 
 
@@ -104,7 +104,7 @@ def test_a_missing_tensor_is_refused(
     assert hint in text
 
 
-def test_what_a_nested_head_lacks_is_named(tmp_path: Path) -> None:
+def test_missing_tensors_of_a_nested_head_are_reported(tmp_path: Path) -> None:
     base = tiny.encoder(kind="roberta")
     config = {"target_modules": ["query"], "modules_to_save": ["classifier"]}
     saved_by_peft(tmp_path / "a", base, **config)
@@ -148,7 +148,7 @@ def test_a_module_that_the_new_head_holds_must_be_there_whatever_the_configurati
         (f"{QUERY}.original_module.lora_A.weight", (4, 32), "both adapted and trained in full"),
     ],
 )
-def test_a_tensor_too_many_is_refused(
+def test_an_additional_tensor_is_refused(
     name: str, shape: tuple[int, ...], named: str, base: nn.Module, folder: Path
 ) -> None:
     edit_tensors(folder, lambda t: t.update({P + name: torch.ones(shape)}))
@@ -254,9 +254,7 @@ def test_a_rank_that_the_groups_do_not_divide_is_refused(tmp_path: Path) -> None
     assert "rank 3 cannot be divided among the 2 groups" in refusal(base, tmp_path / "a")
 
 
-def test_all_faults_are_reported_together_but_not_a_screenful(
-    base: nn.Module, folder: Path
-) -> None:
+def test_problems_are_reported_together_up_to_a_limit(base: nn.Module, folder: Path) -> None:
     def spoil(tensors: dict[str, Tensor]) -> None:
         tensors.pop(f"{P}{QUERY}.lora_A.weight")
         tensors[f"{P}classifier.weight"] = torch.ones(3, 32)
@@ -351,7 +349,7 @@ def test_a_broken_configuration_is_refused(
     assert str(folder / CONFIG_FILE) in message
 
 
-def test_what_is_no_adapter_folder_is_refused(base: nn.Module, folder: Path) -> None:
+def test_a_folder_without_an_adapter_is_refused(base: nn.Module, folder: Path) -> None:
     (folder / CONFIG_FILE).unlink()
     assert f"there is no {CONFIG_FILE}" in refusal(base, folder, kind=LoraError)
     (folder / WEIGHTS_FILE).unlink()
@@ -415,7 +413,7 @@ def test_unknown_keys_are_named(
 
 
 @pytest.mark.parametrize("key", ["r", "lora_alpha", "lora_dropout"])
-def test_a_number_that_is_written_as_text_is_said_to_be_text(
+def test_a_number_written_as_text_is_reported_as_text(
     key: str, base: nn.Module, folder: Path
 ) -> None:
     edit_config(folder, **{key: "8"})
@@ -440,7 +438,7 @@ def test_adapters_that_change_more_than_this_tool_knows_are_refused(
 
 
 @pytest.mark.parametrize("key", sorted(VARIANTS.keys() - TYPE_KEYS))
-def test_variants_that_the_tensors_do_not_tell_of_are_refused(
+def test_variants_that_tensors_do_not_show_are_refused(
     key: str, base: nn.Module, folder: Path
 ) -> None:
     edit_config(folder, **{key: [7]})
@@ -450,7 +448,9 @@ def test_variants_that_the_tensors_do_not_tell_of_are_refused(
 
 
 @pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal", "mica"])
-def test_how_a_was_drawn_does_not_matter(init: Any, base: nn.Module, tmp_path: Path) -> None:
+def test_the_initialisation_of_a_does_not_matter(
+    init: Any, base: nn.Module, tmp_path: Path
+) -> None:
     config = {"r": 4, "target_modules": ["query"], "init_lora_weights": init}
     theirs = saved_by_peft(tmp_path / "a", base, **config)
     assert_same_outputs(loaded(base, tmp_path / "a"), theirs)

@@ -77,7 +77,7 @@ def close(found: Tensor, wanted: Tensor) -> bool:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.slow_after(2)
-def test_each_method_is_that_of_peft(
+def test_each_method_gives_peft_s_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     # one module where entries are drawn, since PEFT draws in the order of the model's modules
@@ -148,7 +148,7 @@ def gpt2_pair(top: Path) -> tuple[Path, Path, Path]:
     return base, a, adapter_folders.make(top, "b", base, 2, adapter=adapter)
 
 
-def test_the_concatenation_is_both_adapters_together(tmp_path: Path) -> None:
+def test_concatenation_equals_both_adapters_together(tmp_path: Path) -> None:
     base, a, b = llama_pair(tmp_path, {}, {"rank": 3, "target_modules": ["v_proj", "q_proj"]})
     result = combine(a, b, tmp_path / "c", "cat", weights=None)
     assert result.distance < 1e-6
@@ -160,7 +160,7 @@ def test_the_concatenation_is_both_adapters_together(tmp_path: Path) -> None:
     assert close(logits(merged), both)
 
 
-def test_linear_with_the_same_a_is_both_adapters_together(tmp_path: Path) -> None:
+def test_linear_with_the_same_a_equals_both_adapters_together(tmp_path: Path) -> None:
     base, a, b = llama_pair(tmp_path)
     give_a_of(a, b)
     result = combine(a, b, tmp_path / "c", "linear")
@@ -203,7 +203,7 @@ def test_the_distance_is_that_of_the_weights(tmp_path: Path, method: str) -> Non
 
 
 @pytest.mark.slow
-def test_the_folder_is_one_that_every_command_reads(tmp_path: Path) -> None:
+def test_every_command_reads_the_folder(tmp_path: Path) -> None:
     base = tiny.save_encoder(tmp_path / "base")
     a, b = (adapter_folders.make(tmp_path, name, base, seed) for seed, name in enumerate("ab"))
     run = CliRunner().invoke(
@@ -265,7 +265,7 @@ def classifiers(top: Path, one: Any = None, other: Any = None) -> tuple[Path, Pa
     ],
 )
 @pytest.mark.slow_after(2)
-def test_what_cannot_be_combined(tmp_path: Path, other: Any, said: str) -> None:
+def test_incompatible_adapters_are_rejected(tmp_path: Path, other: Any, said: str) -> None:
     a, b = classifiers(tmp_path, None, other)
     with pytest.raises(LoraError) as caught:
         combine(a, b, tmp_path / "c", "cat")

@@ -111,7 +111,9 @@ def test_whole_updates_are_combined_as_in_peft(
 
 @pytest.mark.parametrize("kernel", [(), (3, 2)])
 @pytest.mark.parametrize("rank", [None, 1, 4])
-def test_the_nearest_update_of_a_rank(rank: int | None, kernel: tuple[int, ...]) -> None:
+def test_svd_gives_the_best_approximation_of_a_rank(
+    rank: int | None, kernel: tuple[int, ...]
+) -> None:
     weighted = drawn(1, 3, 2, kernel=kernel)
     whole = sum(weight * delta(pair) for weight, pair in weighted)
     assert isinstance(whole, Tensor)
@@ -124,7 +126,7 @@ def test_the_nearest_update_of_a_rank(rank: int | None, kernel: tuple[int, ...])
     assert_close(delta(joined), whole, 1e-6)
 
 
-def test_b_alone_is_added_where_all_have_the_same_a() -> None:
+def test_only_b_is_added_if_all_have_the_same_a() -> None:
     weighted = [(w, Pair(torch.ones(2, 5), p.b, p.scale)) for w, p in drawn(2, 2)]
     found = combine_pairs("layers.0", weighted, Method("linear"))
     assert torch.equal(found.a, torch.ones(2, 5))
@@ -147,7 +149,7 @@ def test_an_embedding_stays_one(method: str) -> None:
         (0, "layers.1", 68914227976594463),
     ],
 )
-def test_the_draws_of_a_module_stay_those_of_earlier_versions(
+def test_the_random_entries_of_a_module_are_those_of_earlier_versions(
     seed: int, module: str, drawn_from: int
 ) -> None:
     """Else the same command with the same `--seed` would give users another adapter."""
@@ -157,7 +159,7 @@ def test_the_draws_of_a_module_stay_those_of_earlier_versions(
 # ------------------------------------------------------------------------------ pairs of matrices
 
 
-def test_a_pair_can_be_made_larger_and_its_scale_put_into_b() -> None:
+def test_a_pair_can_be_padded_and_its_scale_folded_into_b() -> None:
     for kernel in ((), (3, 2)):
         ((_, pair),) = drawn(2, kernel=kernel)
         larger, folded = pair.padded(5), pair.folded()

@@ -56,7 +56,7 @@ def test_attention_means_query_and_value_projections() -> None:
     assert found == ("all-linear", ["h.mixer", "h.out"])
 
 
-def test_of_a_language_model_all_linear_layers_are_adapted_but_the_last_as_in_peft() -> None:
+def test_in_a_language_model_all_linear_layers_but_the_last_are_adapted_as_in_peft() -> None:
     model = tiny.llama()
     found, names = default_targets(model, "attention", adaptable(model))
     assert found == "all-linear"
@@ -74,7 +74,7 @@ def test_of_a_language_model_all_linear_layers_are_adapted_but_the_last_as_in_pe
     assert len(names) == len(wanted)
 
 
-def test_names_count_as_far_as_the_model_has_such_linear_layers() -> None:
+def test_names_without_linear_layers_are_ignored() -> None:
     model = tree(**ENCODER, to_out=nn.Conv2d(1, 1, 1))
     found = default_targets(model, ("value", "to_out", "to_q"), adaptable(model))
     assert found == (["value"], ["a.value"])
@@ -82,7 +82,7 @@ def test_names_count_as_far_as_the_model_has_such_linear_layers() -> None:
     assert found == ("all-linear", ["a.query", "a.key", "a.value", "b.query"])
 
 
-def test_layers_are_linear_ones_or_else_convolutions() -> None:
+def test_layers_means_linear_layers_or_otherwise_convolutions() -> None:
     model = tree(stem=nn.Conv2d(3, 4, 3), head=linear())
     assert default_targets(model, "layers", adaptable(model)) == ("all-linear", ["head"])
     model = tree(stem=nn.Conv2d(3, 4, 3), next=nn.Conv1d(4, 4, 1), embed=nn.Embedding(2, 2))
@@ -91,7 +91,7 @@ def test_layers_are_linear_ones_or_else_convolutions() -> None:
     assert default_targets(model, "layers", adaptable(model)) == ("all-linear", [])
 
 
-def test_of_grouped_convolutions_those_that_mix_channels_are_adapted() -> None:
+def test_among_grouped_convolutions_those_that_mix_channels_are_adapted() -> None:
     layers = {
         "stem": nn.Conv2d(3, 4, 3), "a__expand": nn.Conv2d(4, 8, 1),
         "a__depthwise": nn.Conv2d(8, 8, 3, groups=8), "a__se__reduce": nn.Conv2d(8, 2, 1),

@@ -349,7 +349,7 @@ def test_each_module_has_its_own_alpha(tmp_path: Path) -> None:
     )
 
 
-def test_the_first_names_of_the_unet_are_read(tmp_path: Path) -> None:
+def test_original_names_of_the_unet_are_read(tmp_path: Path) -> None:
     made = {place: pair for place, pair in factors("xl", MORE).items() if place[0] == "unet"}
     made |= {
         ("unet", name): pair
@@ -514,9 +514,7 @@ def test_lokr_of_lycoris_is_read(factor: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kept", [[], ["lokr_w1_a"], ["lokr_w1_b"]])
-def test_lokr_of_which_the_first_factor_is_missing_is_rejected(
-    kept: list[str], tmp_path: Path
-) -> None:
+def test_lokr_without_its_first_factor_is_rejected(kept: list[str], tmp_path: Path) -> None:
     factors = {"lokr_w2": torch.ones(8, 4), **{key: torch.ones(2, 2) for key in kept}}
     file = save(tmp_path, {f"{LYCORIS[1]}.{key}": tensor for key, tensor in factors.items()})
     has = ", ".join([*kept, "lokr_w2"])
@@ -526,7 +524,7 @@ def test_lokr_of_which_the_first_factor_is_missing_is_rejected(
         loaded(file, "sd")
 
 
-def test_every_name_is_used_or_named(tmp_path: Path) -> None:
+def test_every_name_is_used_or_reported(tmp_path: Path) -> None:
     made = factors("sd", ATTENTION)
     good = of_kohya(made, "sd")
     name, other = next(iter(good)).partition(".")[0], next(iter(of_peft(made, "sd")))
@@ -591,7 +589,7 @@ def test_alphas_in_the_header_are_those_of_diffusers(tmp_path: Path) -> None:
         assert_close(output, wanted[part], 1e-5)
 
 
-def test_the_scale_of_a_file_of_one_model_alone_is_in_its_header(tmp_path: Path) -> None:
+def test_a_file_of_a_single_model_has_its_scale_in_the_header(tmp_path: Path) -> None:
     """`save_lora_adapter` names no part, neither before the tensors nor before the keys."""
     theirs = pipeline("sd")
     config = peft.LoraConfig(
@@ -626,7 +624,7 @@ def test_matrices_of_8_bits_are_read_as_diffusers_reads_them(
     lambda name: name.replace("unet.", "unet._orig_mod."),
     lambda name: "diffusion_model." + ".lora_".join([sgm(name[5:].split(".lora_")[0]), name[-8:]]),
 ])  # fmt: skip
-def test_other_names_of_the_same_are_read(change: Callable[[str], str], tmp_path: Path) -> None:
+def test_other_spellings_of_names_are_read(change: Callable[[str], str], tmp_path: Path) -> None:
     made = {p: pair for p, pair in factors("sd", ATTENTION).items() if p[0] == "unet"}
     tensors = of_peft(made, "sd")
     wanted = read_names(save(tmp_path, tensors))
@@ -700,7 +698,7 @@ def test_an_export_is_checked_by_loading_it_in_diffusers(name: str, tmp_path: Pa
         reader.check(source, to)
 
 
-def test_what_diffusers_does_not_read_is_named(tmp_path: Path) -> None:
+def test_modules_that_diffusers_does_not_read_are_reported(tmp_path: Path) -> None:
     source = source_of(tmp_path, {"target_modules": ["to_q", "add_embedding.linear_1"]}, "xl")
     reader = reader_named("kohya")
     reader.write(source, tmp_path)
@@ -760,7 +758,7 @@ def test_an_export_of_a_transformer_for_kohya_is_checked(kind: str, tmp_path: Pa
         reader.check(source, to)
 
 
-def test_a_layer_without_a_name_in_kohyas_format_is_named(tmp_path: Path) -> None:
+def test_a_layer_without_a_name_in_kohyas_format_is_reported(tmp_path: Path) -> None:
     source: Any = source_of(tmp_path, {"target_modules": ["pos_embed.proj", "to_q"]}, "sd3")
     reader = reader_named("kohya")
     assert reader.problems(source) == []
@@ -769,7 +767,7 @@ def test_a_layer_without_a_name_in_kohyas_format_is_named(tmp_path: Path) -> Non
     assert "has no name for `pos_embed.proj`" in problem.what
 
 
-def test_what_has_no_place_there_is_named(tmp_path: Path) -> None:
+def test_what_the_format_cannot_express_is_reported(tmp_path: Path) -> None:
     for i, (recipe, diffusers, kohya) in enumerate((
         ({"type": "dora", "target_modules": ["to_q"]}, None, "DoRA's lengths"),
         ({"type": "loha", "target_modules": ["to_q"]}, "of type `loha`", "of type `loha`"),
@@ -789,7 +787,7 @@ def test_what_has_no_place_there_is_named(tmp_path: Path) -> None:
         assert (folder / "pytorch_lora_weights.safetensors").exists() == (diffusers is None)
 
 
-def test_a_training_leaves_the_file_of_diffusers_too(tmp_path: Path) -> None:
+def test_training_also_writes_the_file_for_diffusers(tmp_path: Path) -> None:
     made = Recipe.model_validate(
         {
             "model": {"name": "base"},
@@ -824,7 +822,7 @@ def test_a_tensor_of_a_kind_has_a_shape_of_the_kind(
     assert not any(_is_valid_shape(kind, shape) for shape in bad)
 
 
-def test_the_rank_is_that_of_the_factor_that_shows_it() -> None:
+def test_the_rank_is_read_from_a_low_rank_factor() -> None:
     for name in ("lora_A", "hada_w1_b", "lokr_w2_b", "lokr_w1_b"):
         assert _rank({name: torch.ones(3, 5), "lokr_w2": torch.ones(7, 9)}) == (3, False)
     # whole factors have none: as PEFT has it, one at which a factor would not be divided
@@ -859,7 +857,7 @@ def test_matrices_get_the_dimensions_of_their_layer() -> None:
 @pytest.mark.parametrize(
     ("first", "factor"), [((6, 8), -1), ((4, 4), 4), ((2, 2), 2), ((5, 5), -1)]
 )
-def test_the_factors_of_lokr_tell_how_sizes_were_divided(
+def test_the_factors_of_lokr_show_how_sizes_were_factorised(
     first: tuple[int, int], factor: int
 ) -> None:
     part = nn.Sequential(nn.Linear(64, 36))  # 36 = 6 x 6 outputs, and 64 = 8 x 8 inputs

@@ -62,7 +62,7 @@ def test_layers_of_xlabs_keep_their_number() -> None:
 
 
 @pytest.mark.parametrize("name", ["unet.a.weight", "unet.a.lora_C.weight", "unet.a.hada_w3_a"])
-def test_other_ends_are_of_no_adapter(name: str) -> None:
+def test_other_ends_belong_to_no_adapter(name: str) -> None:
     assert split_name(name) is None
 
 
@@ -102,11 +102,11 @@ SD = Blocks(3, frozenset({"up_blocks.1", "up_blocks.2", "up_blocks.3"}))
 
 
 @pytest.mark.parametrize(("name", "first"), FIRST_NAMES.items())
-def test_modules_have_the_names_of_the_first_checkpoint(name: str, first: str | None) -> None:
+def test_modules_have_the_names_of_the_original_checkpoint(name: str, first: str | None) -> None:
     assert original_name(name, SD) == first
 
 
-def test_how_the_blocks_are_built_is_seen_from_names() -> None:
+def test_the_structure_of_blocks_is_read_from_names() -> None:
     names = [f"down_blocks.0.resnets.{i}.conv1" for i in (0, 0, 1)]
     names += [f"down_blocks.1.resnets.{i}.conv1" for i in range(5)]
     names += [f"up_blocks.{i}.attentions.0.proj_in" for i in (1, 2, 3)]
@@ -138,7 +138,7 @@ def test_how_the_blocks_are_built_is_seen_from_names() -> None:
         ("unet.mid_block", None),  # no layer
     ],
 )  # fmt: skip
-def test_a_name_means_one_module_of_one_part(name: str, place: tuple[str, str] | None) -> None:
+def test_a_name_matches_one_module_of_one_part(name: str, place: tuple[str, str] | None) -> None:
     of_unet = ("mid_block.attn.to_q", "mid_block.attn.to_out.0", "conv_in", "a.b_c", "a_b.c")
     names = ModuleNames({
         "unet": model(*of_unet),
@@ -148,7 +148,7 @@ def test_a_name_means_one_module_of_one_part(name: str, place: tuple[str, str] |
     assert names.find(name) == (place and (place[0], Layer((place[1],))))
 
 
-def test_the_third_text_encoder_has_a_start_of_its_own() -> None:
+def test_the_third_text_encoder_has_its_own_prefix() -> None:
     names = ModuleNames({f"text_encoder{end}": model("a.fc1") for end in ("", "_2", "_3")})
     for start, part in (("te", ""), ("te1", ""), ("te2", "_2")):
         assert names.find(f"lora_{start}_a_fc1") == (f"text_encoder{part}", Layer(("a.fc1",)))

@@ -127,7 +127,7 @@ def test_output_and_gradients_are_those_of_the_equation(kind: str) -> None:
     assert_close(plain(x), y, 1e-12)
 
 
-def test_the_magnitude_starts_at_the_length_of_each_outputs_weights() -> None:
+def test_the_magnitude_starts_at_the_norm_of_each_outputs_weights() -> None:
     weight = torch.tensor([[3.0, 4.0], [0.0, 2.0], [0.0, 0.0]])
     base = nn.Linear(2, 3)
     base.weight.data = weight
@@ -137,7 +137,7 @@ def test_the_magnitude_starts_at_the_length_of_each_outputs_weights() -> None:
     assert_close(new_layer(table).magnitude, torch.tensor([3.0, 20.0**0.5]))
 
 
-def test_an_output_without_weights_stays_as_it_is() -> None:
+def test_an_output_with_zero_weights_stays_unchanged() -> None:
     """PEFT divides zero by zero there."""
     base = nn.Linear(6, 5).requires_grad_(False)
     base.weight[2] = 0.0
@@ -150,7 +150,7 @@ def test_an_output_without_weights_stays_as_it_is() -> None:
     assert torch.equal(layer.merged_weight(base.weight), base.weight)
 
 
-def test_under_autocast_the_length_is_taken_in_float32() -> None:
+def test_under_autocast_the_norm_is_computed_in_float32() -> None:
     layer, x = new_layer(nn.Linear(64, 48)), torch.randn(3, 64)
     stir(layer)
     length = layer.length(layer.weight)
@@ -344,7 +344,7 @@ def test_dropout_acts_as_in_peft(site: str) -> None:
 @proves("write", "merge")
 @each_site
 @pytest.mark.parametrize("settings", SETTINGS)
-def test_peft_reads_what_is_saved_here_and_merges_it_alike(
+def test_peft_loads_saved_adapters_and_merges_them_equally(
     site: str, settings: str, tmp_path: Path
 ) -> None:
     base = SITES[site][0]()
@@ -451,7 +451,7 @@ def _short_magnitude(tensors: dict[str, Tensor]) -> None:
         (lambda tensors: None, {"use_dora": "yes"}, "`use_dora` cannot be"),
     ],
 )
-def test_a_folder_that_does_not_agree_is_rejected(
+def test_a_contradictory_folder_is_rejected(
     edit: Callable[[dict[str, Tensor]], None],
     config: dict[str, Any],
     message: str,
@@ -471,7 +471,7 @@ def test_a_folder_that_does_not_agree_is_rejected(
     assert not lora_layers(base)
 
 
-def test_only_trained_lengths_are_not_called_an_adapter_that_changes_nothing(
+def test_an_adapter_with_only_trained_magnitudes_is_not_called_idle(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = tiny.encoder()
@@ -503,7 +503,7 @@ def test_grouped_convolutions_are_rejected_by_name(tmp_path: Path) -> None:
         load_adapter(tiny.ConvNet(), read_adapter(tmp_path), [])
 
 
-def test_a_base_whose_weights_are_codes_is_rejected() -> None:
+def test_a_base_with_unreadable_quantised_weights_is_rejected() -> None:
     base = nn.Linear(6, 5).requires_grad_(False)
     base.weight.data = base.weight.data.to(torch.int8)
     with pytest.raises(LoraError, match="DoRA needs the length of the base"):

@@ -148,7 +148,7 @@ def test_a_layer_gets_the_largest_rank_of_those_that_read_the_same() -> None:
         assert eva._ranks(found, leaders, budget, most) == wanted
 
 
-def test_batches_with_too_few_tokens_wait_for_the_next() -> None:
+def test_batches_with_too_few_tokens_are_joined_with_the_next() -> None:
     torch.manual_seed(0)
     x = torch.randn(60, 10)
     small, whole = Components(4), Components(4)
@@ -204,7 +204,7 @@ class Inner(nn.Module):
 
 
 @pytest.mark.parametrize("counted", [True, False])
-def test_of_inputs_the_tokens_that_count_are_rows_where_they_can_be_told(counted: bool) -> None:
+def test_only_masked_in_tokens_are_used_if_the_mask_fits_the_inputs(counted: bool) -> None:
     model, x = Inner(), torch.randn(2, 3, 4)
     mask = torch.tensor([[True, True, False], [True, False, False]])
     found: dict[str, Tensor] = {}
@@ -222,7 +222,7 @@ def test_of_inputs_the_tokens_that_count_are_rows_where_they_can_be_told(counted
 
 
 @pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
-def test_what_loses_its_adapter_keeps_its_bias_as_the_recipe_says(bias: str) -> None:
+def test_modules_that_lose_their_adapter_treat_their_bias_as_the_recipe_says(bias: str) -> None:
     names = ["query", "key", "value"]
     adapter = {"rank": 2, "alpha": 6.0, "target_modules": names, "bias": bias}
     model, spec = ours(tiny.encoder(), **adapter), tiny.recipe_of(**adapter).adapter

@@ -86,7 +86,7 @@ def close(found: Tensor, wanted: Tensor) -> bool:
 
 
 @pytest.mark.parametrize("reader", ["plain", "vllm"])
-def test_one_scale_and_one_rank_compute_the_same(tmp_path: Path, reader: str) -> None:
+def test_a_single_scale_and_rank_give_the_same_outputs(tmp_path: Path, reader: str) -> None:
     base, adapter = adapter_of(tmp_path, **UNEVEN)
     compared, said = export(adapter, tmp_path / "out", reader)
     wanted = outputs(base, adapter)
@@ -105,7 +105,7 @@ def test_one_scale_and_one_rank_compute_the_same(tmp_path: Path, reader: str) ->
     assert (tmp_path / "out" / "tokenizer.json").is_file()
 
 
-def test_plain_fills_types_that_a_layer_lacks(tmp_path: Path) -> None:
+def test_plain_adds_zeros_for_module_types_that_a_layer_lacks(tmp_path: Path) -> None:
     _, adapter = adapter_of(tmp_path, target_modules=["q_proj"], layers=[1])
     _, said = export(adapter, tmp_path / "out", "plain")
     tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
@@ -127,7 +127,7 @@ def test_peft_keeps_everything(tmp_path: Path, adapter: dict[str, Any]) -> None:
     assert not (tmp_path / "out" / "recipe.yaml").exists()
 
 
-def test_what_peft_takes_for_experts_is_exported_for_others_alone(tmp_path: Path) -> None:
+def test_what_peft_takes_for_experts_is_exported_only_for_others(tmp_path: Path) -> None:
     base = tiny_experts.save(tmp_path / "base", "deepseek_v3")
     task = {"type": "causal_lm", "text_column": "text", "max_length": 32}
     targets = {"rank": 4, "target_modules": ["mlp.up_proj"]}
@@ -189,7 +189,7 @@ def test_gpt2s_transposed_layers(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.slow_after(3)
-def test_what_a_reader_would_not_read(
+def test_unsupported_adapters_are_rejected(
     tmp_path: Path, reader: str, kind: str, adapter: dict[str, Any], said: str
 ) -> None:
     if adapter.get("type") == "bitfit" and kind == "llama":
@@ -203,7 +203,7 @@ def test_what_a_reader_would_not_read(
 
 
 @pytest.mark.parametrize("reader", ["plain", "mlx"])
-def test_what_reads_otherwise_is_never_published(
+def test_an_export_with_different_outputs_is_never_published(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reader: str
 ) -> None:
     _, folder = adapter_of(tmp_path, **UNEVEN)
@@ -252,7 +252,7 @@ def test_gguf_needs_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         export(folder, tmp_path / "out", "gguf")
 
 
-def test_mlx_gets_transposed_matrices_and_the_factor(tmp_path: Path) -> None:
+def test_mlx_gets_transposed_matrices_and_the_scale(tmp_path: Path) -> None:
     base, folder = adapter_of(tmp_path, **UNEVEN)
     export(folder, tmp_path / "out", "mlx")
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
@@ -282,7 +282,7 @@ def test_mlx_gets_transposed_matrices_and_the_factor(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("style", ["nested", "by itself"])
-def test_mlx_lm_is_said_to_miss_what_only_transformers_5_reads(
+def test_settings_that_mlx_lm_does_not_read_are_reported(
     tmp_path: Path,
     config: Any,
     changes: dict[str, Any],

@@ -89,7 +89,7 @@ def test_a_repository_is_read_at_its_newest_commit_and_at_others(
     assert find_adapter_folder("user/name", "--adapter").name not in (first, second)
 
 
-def test_only_what_belongs_to_the_adapter_is_fetched(hub: HubServer, trained: Path) -> None:
+def test_only_files_of_the_adapter_are_downloaded(hub: HubServer, trained: Path) -> None:
     more = {
         "model.safetensors": b"large",
         "optimizer.pt": b"x",
@@ -107,7 +107,7 @@ def test_only_what_belongs_to_the_adapter_is_fetched(hub: HubServer, trained: Pa
 
 
 @pytest.mark.slow
-def test_folders_inside(hub: HubServer, trained: Path, tmp_path: Path) -> None:
+def test_adapters_in_subfolders(hub: HubServer, trained: Path, tmp_path: Path) -> None:
     both = files_of(trained, "first/") | files_of(trained, "second/")
     hub.commit("user/two", both)
     commit = hub.commit("user/inner", files_of(trained, "deep/er/"))
@@ -130,7 +130,7 @@ def test_folders_inside(hub: HubServer, trained: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_why_a_repository_is_not_read(hub: HubServer, trained: Path, monkeypatch: Any) -> None:
+def test_errors_of_the_hub_are_explained(hub: HubServer, trained: Path, monkeypatch: Any) -> None:
     for name in ("user/gated", "user/private"):
         hub.commit(name, files_of(trained))
     hub.repositories["user/gated"].gated = True
@@ -155,9 +155,7 @@ def test_why_a_repository_is_not_read(hub: HubServer, trained: Path, monkeypatch
     assert len(hub.asked) == asked
 
 
-def test_a_folder_of_this_machine_is_never_asked_for_on_the_hub(
-    hub: HubServer, trained: Path
-) -> None:
+def test_a_local_folder_is_never_looked_up_on_the_hub(hub: HubServer, trained: Path) -> None:
     hub.commit("out/name", files_of(trained))
     shutil.copytree(trained, Path("out/here"))
     for name in ("out/here", "out/nmae", "./user/name", "/user/name", "nothing", "a b/c"):
@@ -167,7 +165,7 @@ def test_a_folder_of_this_machine_is_never_asked_for_on_the_hub(
 
 
 @pytest.mark.slow
-def test_every_command_takes_an_id(hub: HubServer, trained: Path, tmp_path: Path) -> None:
+def test_every_command_accepts_a_hub_id(hub: HubServer, trained: Path, tmp_path: Path) -> None:
     taken = {
         (name, parameter.name)
         for name, command in get_command(app).commands.items()

@@ -72,7 +72,7 @@ def frozen(kind: str, *entries: str | int, type_: str = "full") -> tuple[nn.Modu
         ("deberta", ["embeddings"], "deberta.embeddings, deberta.encoder.rel_embeddings"),
     ],
 )
-def test_what_is_named_is_frozen_and_all_else_is_trained(
+def test_named_modules_are_frozen_and_all_others_trained(
     kind: str, entries: list[str | int], expected: str
 ) -> None:
     model, words = frozen(kind, *entries)
@@ -106,7 +106,7 @@ def test_new_modules_are_trained_though_a_name_matches_them_too() -> None:
     assert set(trainable_parameters(model)) == {"classifier.weight", "classifier.bias"}
 
 
-def test_biases_of_frozen_layers_stay_as_they_are() -> None:
+def test_biases_of_frozen_layers_stay_frozen() -> None:
     model, _ = frozen("bert", "embeddings", "0-1", type_="bitfit")
     trained = {n for n in trainable_parameters(model) if not n.startswith("classifier")}
     assert trained
@@ -137,7 +137,7 @@ def test_an_entry_that_freezes_nothing_is_an_error(
     assert hint in (problem.hint or "")
 
 
-def test_every_wrong_entry_is_reported_at_once_and_the_model_is_untouched() -> None:
+def test_all_wrong_entries_are_reported_together_and_the_model_stays_unchanged() -> None:
     model = tiny.encoder(2)
     with pytest.raises(LoraError) as caught:
         attach(model, tiny.recipe_of(type="full", freeze=["poler", "0", 7]), ["classifier"])
@@ -145,7 +145,7 @@ def test_every_wrong_entry_is_reported_at_once_and_the_model_is_untouched() -> N
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_a_model_without_embeddings_and_one_of_which_nothing_is_left() -> None:
+def test_freezing_absent_embeddings_or_everything_is_an_error() -> None:
     plain = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     with pytest.raises(LoraError, match="the model has no embeddings outside its layers"):
         attach(plain, tiny.recipe_of(type="full", freeze="embeddings"))
@@ -175,7 +175,7 @@ def test_layers_are_counted_from_the_top_of_their_own_stack() -> None:
     assert found["encoder.final_layer_norm.weight"] == 0
 
 
-def test_a_number_in_the_head_is_no_layer() -> None:
+def test_a_number_in_the_head_is_not_a_layer() -> None:
     found = depths(tiny_pictures.model("resnet"), ["classifier"])
     assert {depth for name, depth in found.items() if name.startswith("classifier")} == {0}
 
@@ -191,7 +191,7 @@ def test_convolutions_before_the_layers_count_as_embeddings() -> None:
     assert embedding_modules(model) == [], "it is between two layers"
 
 
-def test_parameters_of_no_module_that_embed_are_found_and_no_others() -> None:
+def test_bare_parameters_that_embed_are_found_and_no_others() -> None:
     model = nn.Module()
     model.layers, model.pos_embed = nn.ModuleList([nn.Linear(2, 2)]), nn.Parameter(torch.ones(2))
     model.scale = nn.Parameter(torch.ones(1))
@@ -200,7 +200,7 @@ def test_parameters_of_no_module_that_embed_are_found_and_no_others() -> None:
     assert embedding_modules(model) == ["pos_embed"]
 
 
-def test_a_parameter_of_two_names_is_an_embedding_under_both() -> None:
+def test_a_parameter_with_two_names_is_an_embedding_under_both() -> None:
     model = nn.Module()
     model.layers, model.embed = nn.ModuleList([nn.Linear(2, 2)]), nn.Parameter(torch.ones(2))
     model.register_parameter("shared_emb", model.embed)
@@ -219,7 +219,7 @@ def test_a_parameter_of_two_names_is_an_embedding_under_both() -> None:
         (set(), ""),
     ],
 )
-def test_as_few_modules_as_hold_the_parameters_are_named(chosen: set[str], expected: str) -> None:
+def test_parameters_are_described_by_the_fewest_modules(chosen: set[str], expected: str) -> None:
     every = [f"a.{i}.{last}" for i in range(3) for last in "wb"] + ["c.w"]
     assert in_modules(chosen, every) == expected
 
@@ -234,7 +234,7 @@ def test_the_line_counts_what_is_trained() -> None:
     assert trained_in_words(model) == f"trained: {total:,} of {total:,} parameters (100.00 %)"
 
 
-def test_names_that_differ_in_numbers_are_joined_where_there_are_many() -> None:
+def test_names_that_differ_in_numbers_are_joined_in_long_lists() -> None:
     every = [name for name, _ in tiny.encoder(2, layers=5).named_parameters()]
     scales = {name for name in every if name.endswith("LayerNorm.weight")}
     assert in_modules(scales, every) == (
@@ -269,7 +269,7 @@ def test_each_side_of_an_encoder_decoder_is_counted_from_its_own_top() -> None:
     }
 
 
-def test_a_convolution_comes_before_the_layers_or_is_of_one() -> None:
+def test_a_convolution_precedes_the_layers_or_is_part_of_one() -> None:
     model = nn.Module()
     model.conv = nn.Conv1d(2, 2, 3, bias=False)
     model.layers = nn.ModuleList(nn.Sequential(nn.Conv1d(2, 2, 3), nn.ReLU()) for _ in range(2))

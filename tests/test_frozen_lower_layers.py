@@ -217,7 +217,7 @@ def test_what_enters_the_first_trained_layer_is_the_same_in_training_and_evaluat
         assert not any(state.requires_grad for state in states.values())
 
 
-def test_what_is_trained_and_lies_above_stays_in_training_mode() -> None:
+def test_trained_modules_and_those_above_stay_in_training_mode() -> None:
     model, inputs, layers = opened("bert")
     training_mode(model, layers)
     upper = model.get_submodule("bert.encoder.layer.2")
@@ -239,20 +239,20 @@ def test_what_is_trained_and_lies_above_stays_in_training_mode() -> None:
         {"layers": [2], "bias": "all"},
     ],
 )
-def test_nothing_is_passed_over_where_a_layer_below_is_trained(adapter: dict[str, Any]) -> None:
+def test_nothing_is_skipped_if_a_layer_below_is_trained(adapter: dict[str, Any]) -> None:
     model = BertForSequenceClassification(BertConfig(**SMALL, **DROPS))
     attach(model, tiny.recipe_of(**adapter), ["classifier"])
     assert find_frozen_layers(model, lambda: model(**TEXT)) is None
 
 
-def test_a_layer_that_runs_several_times_is_not_passed_over() -> None:
+def test_a_layer_that_runs_several_times_is_not_skipped() -> None:
     config = AlbertConfig(**{**SMALL, "embedding_size": 16})
     model = AlbertForSequenceClassification(config)
     attach(model, tiny.recipe_of(type="none"), ["classifier"])
     assert find_frozen_layers(model, lambda: model(**TEXT)) is None
 
 
-def test_layers_that_hand_on_more_than_hidden_states_are_computed_without_dropout() -> None:
+def test_layers_that_pass_on_more_than_hidden_states_are_computed_without_dropout() -> None:
     config = T5Config(
         vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2, dropout_rate=0.5
     )
@@ -271,7 +271,7 @@ def test_layers_that_hand_on_more_than_hidden_states_are_computed_without_dropou
     assert torch.equal(*found)
 
 
-def test_a_decoder_below_which_the_encoder_is_trained_has_no_frozen_layers() -> None:
+def test_a_decoder_after_a_trained_encoder_has_no_frozen_layers() -> None:
     model = BartForConditionalGeneration(BartConfig(**BOTH))
     attach(model, tiny.recipe_of(target_modules=r".*encoder\.layers\.0.*q_proj"))
     assert find_frozen_layers(model, lambda: model(**PAIR)) is None
@@ -358,7 +358,7 @@ def found_in(model: Stack, *trained: str) -> FrozenLayers | None:
         (["tensor"] * 3, [0, 2], ["head"], 1, ["layers.0"], "head"),
     ],
 )
-def test_layers_are_frozen_that_run_once_in_order_before_what_is_trained(
+def test_layers_that_run_once_in_order_before_trained_modules_are_frozen(
     forms: list[str],
     order: list[int] | None,
     trained: list[str],
@@ -401,7 +401,7 @@ def test_layers_are_frozen_that_run_once_in_order_before_what_is_trained(
 
 
 @pytest.mark.parametrize("named", [True, False])
-def test_what_enters_the_head_or_what_the_last_layer_computed_may_be_given(named: bool) -> None:
+def test_the_input_of_the_head_or_the_last_layers_output_can_be_given(named: bool) -> None:
     model = Stack("tensor", "none", named=named).eval()
     found = found_in(model, "head")
     assert found is not None
@@ -419,7 +419,7 @@ def test_what_enters_the_head_or_what_the_last_layer_computed_may_be_given(named
                 assert model(wider).shape == (2, 6, 2)
 
 
-def test_a_form_of_three_values_is_given_back() -> None:
+def test_an_output_of_three_values_is_restored() -> None:
     skipping = frozen_lower_layers._skipping
     assert skipping(None, None)(X) is X
     assert skipping(None, 1)(X) == (X,)
@@ -428,14 +428,14 @@ def test_a_form_of_three_values_is_given_back() -> None:
     assert found[1:] == (None, None)
 
 
-def test_a_head_that_runs_twice_is_no_single_entrance() -> None:
+def test_the_input_of_a_head_that_runs_twice_is_not_recorded() -> None:
     found = found_in(Stack("tensor", heads=2), "head")
     assert found is not None
     assert found.first is None
     assert found.recorded == ("layers.0",)
 
 
-def test_a_module_without_a_tensor_is_no_entrance() -> None:
+def test_a_module_without_a_tensor_input_is_not_recorded() -> None:
     first_after_layers = frozen_lower_layers._first_after_layers
     for args, kwargs, wanted in (
         ((X,), {}, "head"), ((), {"x": X}, "head"), ((3, X), {}, None), ((), {"x": 3}, None),
@@ -456,11 +456,11 @@ def test_a_module_without_a_tensor_is_no_entrance() -> None:
 
 
 @pytest.mark.parametrize("trained", [["before"], ["layers.0"], ["before", "head"]])
-def test_nothing_is_frozen_above_what_is_trained(trained: list[str]) -> None:
+def test_nothing_is_frozen_above_trained_modules(trained: list[str]) -> None:
     assert found_in(Stack("tensor", "tensor"), *trained) is None
 
 
-def test_a_first_layer_that_cannot_be_passed_over_leaves_none() -> None:
+def test_a_first_layer_that_cannot_be_skipped_leaves_none() -> None:
     assert found_in(Stack("odd", "tensor"), "head") is None
     assert found_in(Stack("tensor", "tensor", order=[0, 1, 0]), "head") is None
 
@@ -488,7 +488,7 @@ def test_stacks_are_the_outermost_lists_of_layers_with_weights() -> None:
      ((2, 5, 4), (2, 3, 4), (2, 5, 4)), ((2, 4), (2, 5, 4), (2, 4)),
      ((2, 3, 4, 4), (2, 5, 4, 4), (2, 3, 4, 4)), ((2, 3, 4), (2, 5), (2, 3, 4))],
 )  # fmt: skip
-def test_states_of_tokens_are_filled_with_zeros_behind(
+def test_states_of_tokens_are_padded_with_zeros_at_the_end(
     state: tuple[int, ...], like: tuple[int, ...], wanted: tuple[int, ...]
 ) -> None:
     ones = torch.ones(state)
@@ -508,7 +508,7 @@ def test_the_first_tensor_of_arguments_or_of_a_tuple_is_the_state() -> None:
     assert first((3,), {"x": a}) is a
 
 
-def test_what_is_read_without_a_call_is_read_when_its_owner_begins() -> None:
+def test_a_parameter_read_without_a_call_is_read_when_its_owner_begins() -> None:
     trace = frozen_lower_layers._Trace(began={"a": [3, 9], "a.b": [4], "c": [7]})
     assert frozen_lower_layers._start_of_training({"a.b.c.d"}, trace) == 4
     assert frozen_lower_layers._start_of_training({"a.x", "c"}, trace) == 3
@@ -519,7 +519,7 @@ def test_what_is_read_without_a_call_is_read_when_its_owner_begins() -> None:
 
 @pytest.mark.parametrize("layer", [nn.Linear, GradientCheckpointingLayer])
 @pytest.mark.parametrize("checkpoints", [True, False])
-def test_what_checkpoints_its_own_layers_stays_in_training_mode(
+def test_modules_with_their_own_checkpointing_stay_in_training_mode(
     layer: type[nn.Module], checkpoints: bool
 ) -> None:
     model, outer = nn.Module(), nn.Module()

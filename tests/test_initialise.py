@@ -123,7 +123,7 @@ SCALES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.parametrize(("init", "kind"), [("pissa", "Linear"), ("pissa", "Conv1D"),
                                             ("olora", "Linear")])  # fmt: skip
 @pytest.mark.slow_after(1)
-def test_a_start_at_the_weights_trains_as_in_peft(init: str, kind: str, scale: str) -> None:
+def test_weight_based_initialisations_train_as_in_peft(init: str, kind: str, scale: str) -> None:
     build, targets = MODELS[kind]
     theirs_say, we_say = SCALES[scale]
     base = build()
@@ -152,7 +152,7 @@ def test_olora_on_conv1d_is_that_of_the_same_linear_layer() -> None:
 
 
 @pytest.mark.parametrize("rank", [1, 4])
-def test_random_starts_are_peft_s_with_the_same_draws(rank: int) -> None:
+def test_random_initialisations_equal_peft_s_with_the_same_random_numbers(rank: int) -> None:
     theirs = of_peft(nn.Sequential(nn.Linear(7, 9)), target_modules=["0"], r=rank)
     layer = theirs.get_base_model()[0]
     w0, scaling = layer.weight.detach().clone(), layer.scaling["default"]
@@ -170,7 +170,7 @@ def test_random_starts_are_peft_s_with_the_same_draws(rank: int) -> None:
         assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
-def test_a_start_at_the_weights_is_what_it_says() -> None:
+def test_weight_based_initialisations_follow_their_definitions() -> None:
     torch.manual_seed(0)
     w0 = torch.randn(9, 7, dtype=torch.float64)
     u, s, vh = torch.linalg.svd(w0, full_matrices=False)
@@ -231,7 +231,7 @@ def stir(model: nn.Module) -> None:
     "read", variant=lambda init: init.partition("_")[0], layer="Linear", against="PEFT"
 )
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_3", "olora"])
-def test_what_peft_converts_is_read(init: str, tmp_path: Path) -> None:
+def test_adapters_that_peft_converted_are_read(init: str, tmp_path: Path) -> None:
     base = tiny.encoder()
     theirs = of_peft(base, init_lora_weights=init, target_modules=LINEAR)
     theirs.peft_config["default"].init_lora_weights = True
@@ -293,7 +293,7 @@ def rejected(base: nn.Module, **adapter: Any) -> str:
     return str(caught.value)
 
 
-def test_a_start_at_the_weights_is_saved_as_plain_lora_of_twice_the_rank() -> None:
+def test_weight_based_initialisations_are_saved_as_plain_lora_of_twice_the_rank() -> None:
     base = nn.Linear(6, 5)
     layer, plain = ResidualLoRALinear(base, 2, 8.0), LoRALinear(base, 4, 16.0)
     a, b = torch.randn(4, 6), torch.randn(5, 4)
@@ -314,7 +314,7 @@ def test_a_start_at_the_weights_is_saved_as_plain_lora_of_twice_the_rank() -> No
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_2", "olora", "eva"])
-def test_a_rank_that_the_weight_does_not_have_is_an_error(init: str) -> None:
+def test_a_rank_above_that_of_the_weight_is_an_error(init: str) -> None:
     text = rejected(tiny.gpt2(), init=init, rank=33, target_modules=["c_attn"])
     assert f"`init: {init}` cannot have rank 33 at `transformer.h.0.attn.c_attn`" in text
     assert "its weight is 96 x 32" in text
@@ -342,7 +342,7 @@ def test_targets_without_a_linear_layer_are_an_error(init: str) -> None:
     assert f"`init: {init}` is for linear layers, and no target is a linear layer" in text
 
 
-def test_other_layers_start_by_default_and_a_warning_names_them(
+def test_other_layers_are_initialised_by_default_with_a_warning(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     base = tiny.gpt2()
@@ -376,7 +376,7 @@ def quantised(tmp_path: Path, kind: str, base: Path, **adapter: Any) -> tuple[nn
 @pytest.mark.parametrize("kind", ["nf4", "int8", "fp8"])
 @pytest.mark.parametrize("save", [tiny.save_llama, tiny.save_gpt2])
 @torch.no_grad()
-def test_loftq_makes_up_for_what_quantising_takes(
+def test_loftq_compensates_the_quantisation_error(
     kind: str, save: Callable[[Path], Path], tmp_path: Path
 ) -> None:
     base = save(tmp_path / "base")
@@ -398,7 +398,7 @@ def test_loftq_makes_up_for_what_quantising_takes(
     assert (logits(model) - logits(plain)).norm() < before
 
 
-def test_loftq_is_peft_s_where_alpha_is_the_rank() -> None:
+def test_loftq_equals_peft_s_if_alpha_is_the_rank() -> None:
     """PEFT's own function runs on a GPU only (tests/gpu); this is what it computes, written out."""
     torch.manual_seed(0)
     w0 = torch.randn(9, 7)
@@ -409,7 +409,7 @@ def test_loftq_is_peft_s_where_alpha_is_the_rank() -> None:
     assert_close(b, u @ torch.sqrt(torch.diag(s)[:, :3]), 1e-6)
 
 
-def test_loftq_needs_the_weights_that_the_codes_were_made_from(tmp_path: Path) -> None:
+def test_loftq_needs_the_original_weights(tmp_path: Path) -> None:
     base = tiny.save_llama(tmp_path / "base")
     model, task = quantised(tmp_path, "int8", base, init="loftq")
     layer = model.get_submodule("model.layers.1.mlp.up_proj")
@@ -418,7 +418,7 @@ def test_loftq_needs_the_weights_that_the_codes_were_made_from(tmp_path: Path) -
         attach(model, task.recipe)
 
 
-def test_other_layers_of_a_quantised_base_start_by_default(
+def test_other_layers_of_a_quantised_base_are_initialised_by_default(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = tiny.save_llama(tmp_path / "base")
@@ -432,7 +432,7 @@ def test_other_layers_of_a_quantised_base_start_by_default(
 
 
 @pytest.mark.proves("train", variant="pissa", layer="Linear", base="int8")
-def test_a_quantised_base_that_starts_at_the_weights_is_the_base_at_first(tmp_path: Path) -> None:
+def test_weight_based_initialisations_on_a_quantised_base_start_at_the_base(tmp_path: Path) -> None:
     base = tiny.save_llama(tmp_path / "base")
     model, task = quantised(tmp_path, "int8", base, init="pissa")
     wanted = logits(model)

@@ -619,7 +619,7 @@ def test_fifty_steps_of_a_dilated_reflecting_convolution_follow_torch_itself() -
 
 
 @pytest.mark.parametrize("base", [nn.Linear(4, 3), nn.Embedding(5, 4), nn.Conv1d(4, 4, 3)], ids=str)
-def test_alone_rank_and_alpha_make_a_layer_of_plain_lora(base: nn.Module) -> None:
+def test_rank_and_alpha_alone_make_a_layer_of_plain_lora(base: nn.Module) -> None:
     kind = layer_for(base, LORA_LAYERS)
     assert kind is not None
     layer = kind(base, 4, 8.0)
@@ -628,13 +628,13 @@ def test_alone_rank_and_alpha_make_a_layer_of_plain_lora(base: nn.Module) -> Non
     assert kind(base, 4, 8.0, 0.5).dropout.p == (0.0 if isinstance(base, nn.Embedding) else 0.5)
 
 
-def test_the_rank_is_that_of_a_and_a_number_has_none() -> None:
+def test_the_rank_is_read_from_a_and_scalars_have_none() -> None:
     assert LoRALinear.rank_of({"lora_A": torch.zeros(3, 5)}) == 3
     assert LoRALinear.rank_of({"lora_A": torch.zeros(())}) == 0
 
 
 @pytest.mark.parametrize("groups", [1, 2, 3])
-def test_of_a_grouped_convolution_peft_stores_an_a_over_all_channels(groups: int) -> None:
+def test_peft_stores_an_a_over_all_channels_for_grouped_convolutions(groups: int) -> None:
     base = nn.Conv2d(2 * groups, 5 * groups, 3, groups=groups)
     layer, rank = LoRAConv(base, 2 * groups, 6.0), 2 * groups
     narrow, b = torch.randn(rank, 2, 3, 3), torch.randn(5 * groups, 2, 1, 1)
@@ -662,7 +662,7 @@ def test_of_a_grouped_convolution_peft_stores_an_a_over_all_channels(groups: int
             layer.delta_weight()
 
 
-def test_the_weight_of_a_base_is_given_as_out_by_in_in_float32() -> None:
+def test_w0_returns_the_base_weight_as_out_by_in_in_float32() -> None:
     linear, transposed = nn.Linear(4, 3).bfloat16(), conv1d_gpt2(4, 3)
     assert torch.equal(LoRALinear(linear, 2, 4.0).w0(), linear.weight.float())
     assert torch.equal(LoRALinear(transposed, 2, 4.0).w0(), transposed.weight.T)

@@ -176,19 +176,19 @@ def test_gradients_and_twenty_steps_are_those_of_peft(kind: str, tmp_path: Path)
     assert norms[0] == pytest.approx(norms[1], rel=1e-8)
 
 
-def test_no_module_gets_such_a_layer_as_a_whole() -> None:
+def test_the_layer_is_never_chosen_for_a_whole_module() -> None:
     modules = list(tiny_experts.model("mixtral").modules())
     assert not any(LoRAParameter.fits(module) for module in modules)
 
 
-def test_experts_are_stored_the_other_way_round_only_where_their_module_says_so() -> None:
+def test_experts_are_transposed_only_if_their_module_says_so() -> None:
     plain, other = nn.Module(), nn.Module()
     other.is_transposed = True
     found = [is_transposed(owner, ndim) for owner in (plain, other) for ndim in (2, 3)]
     assert found == [False, False, False, True]
 
 
-def test_only_the_update_is_trained_and_drawn_as_in_peft() -> None:
+def test_only_the_update_is_trained_and_initialised_as_in_peft() -> None:
     model = adapted(tiny_experts.model("mixtral"), target_modules=[])
     assert {name.rpartition(".")[2] for name in trainable_parameters(model)} == {"lora_A", "lora_B"}
     layers = lora_layers(model)
@@ -199,7 +199,7 @@ def test_only_the_update_is_trained_and_drawn_as_in_peft() -> None:
         assert bound / 2 < float(layer.lora_A.detach().abs().max()) <= bound
 
 
-def test_experts_in_16_bits_compute_near_those_in_32() -> None:
+def test_experts_in_16_bits_are_close_to_those_in_32() -> None:
     base = tiny_experts.model("qwen3_moe").bfloat16()
     model = adapted(base, target_modules=[])
     tiny.wake(model)
@@ -372,7 +372,9 @@ def drop(folder: Path, end: str) -> None:
         ("experts.2.w1", "has 4 experts, and the adapter is not for `w1` of each"),
     ],
 )
-def test_half_of_the_old_experts_are_rejected(end: str, message: str, tmp_path: Path) -> None:
+def test_old_experts_with_missing_layers_are_rejected(
+    end: str, message: str, tmp_path: Path
+) -> None:
     base = tiny_experts.model("mixtral")
     old_adapter("mixtral", tmp_path / "old", base)
     drop(tmp_path / "old", end)
@@ -380,14 +382,14 @@ def test_half_of_the_old_experts_are_rejected(end: str, message: str, tmp_path: 
         loaded(base, tmp_path / "old")
 
 
-def test_old_experts_of_several_scales_are_rejected(tmp_path: Path) -> None:
+def test_old_experts_with_different_scales_are_rejected(tmp_path: Path) -> None:
     base = tiny_experts.model("mixtral")
     old_adapter("mixtral", tmp_path / "old", base, alpha_pattern={"experts.1.w1": 9})
     with pytest.raises(LoraError, match="several scales"):
         loaded(base, tmp_path / "old")
 
 
-def test_what_is_missing_or_misshapen_is_named(tmp_path: Path) -> None:
+def test_missing_and_misshapen_tensors_are_reported(tmp_path: Path) -> None:
     base = tiny_experts.model("mixtral")
     model = adapted(base)
     folder = saved(model, tmp_path / "a")

@@ -66,7 +66,7 @@ PRODUCTS: dict[str, tuple[tuple[int, ...], Callable[[Any], Any]]] = {
 
 
 @pytest.mark.parametrize("case", PRODUCTS)
-def test_a_product_with_the_sum_is_the_sum_of_two(
+def test_a_product_with_the_sum_is_a_sum_of_two_products(
     case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shape, product = PRODUCTS[case]
@@ -116,7 +116,7 @@ def test_the_rows_of_each_expert_are_multiplied_together(
     [(torch.float32, 3, 4), (torch.float32, 4, 4), (torch.float32, 5, 8),
      (torch.bfloat16, 7, 8), (torch.bfloat16, 8, 8), (torch.bfloat16, 9, 16)],
 )  # fmt: skip
-def test_rows_of_grouped_factors_are_of_whole_16_bytes(
+def test_rows_of_grouped_factors_are_multiples_of_16_bytes(
     dtype: torch.dtype, rank: int, width: int
 ) -> None:
     """Kernels of grouped products read rows that start at such an address; others crash."""
@@ -147,7 +147,7 @@ def test_factors_in_32_bits_meet_a_parameter_in_16(
     assert_close(found.float(), x @ total.T, 3e-2)
 
 
-def test_all_else_is_done_with_the_sum() -> None:
+def test_all_other_operations_use_the_sum() -> None:
     sum_ = parts(3, 4, 4)
     total = (sum_.weight + sum_.left @ sum_.right).detach()
     assert (len(sum_), sum_.ndim, sum_.dim(), sum_.shape) == (3, 3, 3, total.shape)
@@ -177,7 +177,7 @@ def test_all_else_is_done_with_the_sum() -> None:
 
 @pytest.mark.parametrize("how", ["eager", "batched_mm", "grouped_mm"])
 @pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
-def test_experts_compute_without_adding_up(
+def test_experts_run_without_computing_the_sum(
     kind: str, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = tiny_experts.model(kind)
@@ -209,7 +209,7 @@ def test_experts_compute_without_adding_up(
         assert model(input_ids=ids).logits.isfinite().all()
 
 
-def test_kernels_of_their_own_get_the_sum() -> None:
+def test_custom_kernels_get_the_sum() -> None:
     class Experts(nn.Module):
         def __init__(self, how: str) -> None:
             super().__init__()

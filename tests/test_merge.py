@@ -130,7 +130,7 @@ def test_the_base_is_the_one_that_the_adapter_names(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.slow_after(1)
-def test_merged_is_base_plus_adapter(tmp_path: Path, kind: str, targets: Any) -> None:
+def test_the_merged_model_equals_base_plus_adapter(tmp_path: Path, kind: str, targets: Any) -> None:
     base = base_of(kind, tmp_path)
     out = trained(tmp_path, base, target_modules=targets, bias="lora_only")
     result = merge_adapter(str(base), out, tmp_path / "merged")
@@ -161,7 +161,7 @@ def test_the_merged_folder_knows_the_labels(tmp_path: Path, kind: str) -> None:
     assert not [p for p in (tmp_path / "merged").iterdir() if "adapter" in p.name]
 
 
-def test_an_untouched_tie_stays(tmp_path: Path) -> None:
+def test_a_tie_without_adapters_stays(tmp_path: Path) -> None:
     base = base_of("tied", tmp_path)
     out = trained(tmp_path, base, target_modules=["q_proj"])
     assert merge_adapter(str(base), out, tmp_path / "merged").untied == []
@@ -333,7 +333,7 @@ def llama_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return base, trained(folder, base, target_modules=["q_proj"])
 
 
-def test_a_target_that_holds_something_is_refused(
+def test_a_target_that_is_not_empty_is_refused(
     tmp_path: Path, llama_run: tuple[Path, Path]
 ) -> None:
     base, out = llama_run

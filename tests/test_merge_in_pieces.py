@@ -117,7 +117,7 @@ def test_the_same_files_as_of_the_whole_model(tmp_path: Path, case: str) -> None
     assert whole.difference is not None
 
 
-def test_experts_that_were_trained_in_full_are_those_of_the_adapter(tmp_path: Path) -> None:
+def test_experts_that_were_trained_in_full_come_from_the_adapter(tmp_path: Path) -> None:
     base = base_of("mixtral", tmp_path)
     settings = {"target_modules": ["o_proj"], "train_modules": ["mlp.experts"]}
     adapter = adapter_on(base, tmp_path, "mixtral", adapter=settings)
@@ -132,7 +132,7 @@ def test_experts_that_were_trained_in_full_are_those_of_the_adapter(tmp_path: Pa
 
 
 @pytest.mark.parametrize("words", ["", " film"], ids=["layers", "rows of tokens"])
-def test_weights_that_are_apart_in_the_files_and_one_by_the_configuration(
+def test_weights_that_are_separate_in_the_files_but_tied_by_the_configuration(
     tmp_path: Path, words: str
 ) -> None:
     base = base_of("tied", tmp_path)
@@ -179,7 +179,7 @@ def test_a_tie_that_stays_is_written_where_another_ends(
 
 
 @pytest.mark.parametrize("changed", [True, False])
-def test_integers_are_merged_by_the_whole_model_only_and_copied_otherwise(changed: bool) -> None:
+def test_adapted_integer_tensors_need_the_whole_model_and_others_are_copied(changed: bool) -> None:
     stored = Stored(Path("base"), "w", TensorEntry("I8", (2, 2), 0, 4))
     planned = merge_plan.PlannedTensor("w", "I8", (2, 2), stored, ["w"])
     plan: Any = SimpleNamespace(
@@ -202,7 +202,7 @@ def test_new_tokens(tmp_path: Path, tied: bool) -> None:
     _require_same_files(tmp_path)
 
 
-def test_a_bias_of_the_vocabulary_that_is_made_larger(
+def test_a_vocabulary_bias_that_is_enlarged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """BART keeps it as a buffer, which transformers would not load with too few entries."""
@@ -251,7 +251,7 @@ def divided(folder: Path, extra: dict[str, Tensor] | None = None) -> Path:
     return base
 
 
-def test_divided_files_keep_their_tensors_and_metadata(tmp_path: Path) -> None:
+def test_sharded_files_keep_their_tensors_and_metadata(tmp_path: Path) -> None:
     unread = {"model.layers.9.mtp.weight": torch.arange(6.0).reshape(2, 3)}
     base = divided(tmp_path, unread)
     adapter = adapter_on(base, tmp_path, adapter={"target_modules": ["q_proj", "down_proj"]})
@@ -392,7 +392,7 @@ def test_a_wrong_bit_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert not (tmp_path / "merged").exists()
 
 
-def test_weights_of_the_base_that_peft_wrote_besides(tmp_path: Path) -> None:
+def test_copies_of_base_weights_that_peft_wrote(tmp_path: Path) -> None:
     """PEFT writes the weight of an adapted embedding; another base's is rejected."""
     base = base_of("untied", tmp_path)
     adapter = adapter_on(base, tmp_path, adapter={"target_modules": ["embed_tokens"]})
@@ -420,7 +420,7 @@ def test_weights_of_the_base_that_peft_wrote_besides(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("names", [["a"], ["other", "a"]])
-def test_a_parameter_is_missing_where_no_file_has_it_in_its_shape_or_with_fewer_rows(
+def test_a_parameter_is_missing_if_no_file_has_it_in_its_shape_or_with_fewer_rows(
     names: list[str], stored: tuple[int, int] | None, may_grow: bool, fits: bool
 ) -> None:
     found: Any = object.__new__(merge_plan._StoredParameters)
@@ -433,7 +433,7 @@ def test_a_parameter_is_missing_where_no_file_has_it_in_its_shape_or_with_fewer_
 
 
 @pytest.mark.parametrize(("rows", "fits"), [(6, True), (5, False), (12, False)])
-def test_experts_are_there_where_the_files_have_the_rows_of_all(rows: int, fits: bool) -> None:
+def test_experts_are_complete_if_the_files_have_the_rows_of_all(rows: int, fits: bool) -> None:
     found: Any = object.__new__(merge_plan._StoredParameters)
     found.groups, found.parameters = [["a"]], {"a": torch.zeros(2, 3, 4)}
     found.by_name, found.rows = {}, {"a": rows}

@@ -68,7 +68,7 @@ def test_both_bases_are_merged_and_the_better_is_written(
         assert line == f"merged into the {base} base: {by}{mark}"
 
 
-def test_without_rows_nothing_is_said_of_a_metric() -> None:
+def test_without_rows_no_metric_is_mentioned() -> None:
     trained = TrainedModel({}, torch.zeros(1))
     both = [Candidate(name, 0.25, None) for name in BASES]
     assert in_words(both, both[1], trained) == [
@@ -77,7 +77,7 @@ def test_without_rows_nothing_is_said_of_a_metric() -> None:
     ]
 
 
-def test_numbers_of_codes_are_copied_into_the_layers() -> None:
+def test_dequantised_weights_are_copied_into_the_layers() -> None:
     model = nn.ModuleDict({"a": nn.Linear(2, 3), "b": nn.Linear(2, 3)})
     kept = model["b"].weight.detach().clone()
     use_weights(model, {"a": torch.full((3, 2), 5.0)})
@@ -96,7 +96,7 @@ def test_shared_parameters_and_buffers_are_listed_under_each_name() -> None:
     ]  # fmt: skip
 
 
-def test_a_model_that_was_read_is_trained_as_the_merged_one() -> None:
+def test_a_reloaded_model_requires_gradients_like_the_merged_one() -> None:
     merged, reloaded = nn.Linear(2, 2), nn.Linear(2, 2)
     merged.bias.requires_grad_(False)
     reloaded.weight.requires_grad_(False)
@@ -164,7 +164,7 @@ def test_a_model_is_measured_where_there_are_rows_and_a_metric(
     [((), False, True, False), (("validation",), False, True, True),
      (("validation",), True, True, False), (("validation",), False, False, False)],
 )  # fmt: skip
-def test_what_was_trained_is_measured_on_the_validation_rows(
+def test_the_trained_model_is_measured_on_the_validation_rows(
     splits: tuple[str, ...], streaming: bool, is_there: bool, measures: bool, mode: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip

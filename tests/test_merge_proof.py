@@ -128,7 +128,7 @@ def test_one_wrong_weight_is_found(part: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("size", "found"), [(2e-5, False), (1e-3, True)])
-def test_rounding_is_no_disagreement_at_any_scale(size: float, found: bool) -> None:
+def test_rounding_is_tolerated_at_any_scale(size: float, found: bool) -> None:
     for scale in (1e-3, 1.0, 1e3):
         model = nn.Linear(8, 8)
         with torch.no_grad():
@@ -139,7 +139,7 @@ def test_rounding_is_no_disagreement_at_any_scale(size: float, found: bool) -> N
         assert (expected.disagreement(model) is not None) is found
 
 
-def test_a_parameter_that_is_missing_is_named() -> None:
+def test_a_missing_parameter_is_reported() -> None:
     expected = weights_of(nn.Linear(4, 2))
     assert expected.disagreement(nn.Linear(4, 2, bias=False)) is not None
     names = weights_of(nn.Sequential(nn.Linear(4, 2, bias=False)))
@@ -150,7 +150,7 @@ def heads(task_type: str, **more: Any) -> dict[str, Any]:
     return {"peft_type": "LORA", "task_type": task_type, "r": 4, "lora_alpha": 8} | more
 
 
-def test_what_was_trained_in_full_is_that_of_the_file() -> None:
+def test_parameters_trained_in_full_come_from_the_file() -> None:
     base = tiny.encoder(2)
     names = ["classifier.weight", "classifier.bias", "bert.pooler.dense.weight"]
     tensors: dict[str, Tensor] = {
@@ -175,7 +175,7 @@ def test_what_was_trained_in_full_is_that_of_the_file() -> None:
 
 
 @pytest.mark.parametrize("which", ["both", "one"])
-def test_of_two_places_of_a_weight_one_may_be_a_copy(which: str) -> None:
+def test_one_of_two_names_of_a_weight_may_be_a_copy(which: str) -> None:
     base = tiny.llama(tied=True)
     new = torch.randn_like(base.lm_head.weight)
     tensors = {"model.embed_tokens.weight": new}
@@ -193,7 +193,7 @@ def _holding(weight: Tensor) -> nn.Module:
     return module
 
 
-def test_a_module_in_two_places_is_looked_at_in_each() -> None:
+def test_a_module_with_two_names_is_checked_under_each() -> None:
     shared = nn.Linear(4, 4)
     base = nn.ModuleDict({"one": shared, "two": shared, "other": nn.Linear(4, 4)})
     found = weights_of(base).products
@@ -213,7 +213,7 @@ ROWS = "model.embed_tokens.token_adapter.trainable_tokens_delta"
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("as_dict", [True, False])
-def test_rows_of_tokens_stand_in_what_shares_the_embedding(tied: bool, as_dict: bool) -> None:
+def test_tied_modules_get_the_rows_of_tokens(tied: bool, as_dict: bool) -> None:
     base = tiny.llama(tied=tied)
     size = base.config.vocab_size
     ids = [5, size - 1]
@@ -231,7 +231,7 @@ def test_rows_of_tokens_stand_in_what_shares_the_embedding(tied: bool, as_dict: 
 
 
 @pytest.mark.parametrize("ids", [[5], [5, 9, 3], [5, 319], None, {"wte": [5, 9]}, []])
-def test_rows_that_do_not_fit_are_left_to_loading(ids: Any) -> None:
+def test_rows_that_do_not_fit_are_left_to_the_loader(ids: Any) -> None:
     base = tiny.llama(tied=True)
     assert base.config.vocab_size == 319
     config = heads("CAUSAL_LM", trainable_token_indices=ids)
@@ -290,7 +290,7 @@ def test_updates_of_experts_by_hand(is_transposed: bool, use_rslora: bool) -> No
 
 
 @pytest.mark.parametrize("size", [1e-40, 1.0])
-def test_weights_of_zero_may_differ_by_nothing(size: float) -> None:
+def test_zero_weights_must_match_exactly(size: float) -> None:
     model = nn.Linear(2, 2)
     nn.init.zeros_(model.weight)
     expected = weights_of(model)
@@ -299,7 +299,7 @@ def test_weights_of_zero_may_differ_by_nothing(size: float) -> None:
     assert expected.disagreement(model) == (None if size < 1e-30 else "weight")
 
 
-def test_a_parameter_that_is_one_number_is_compared_too() -> None:
+def test_scalar_parameters_are_compared_too() -> None:
     model = nn.ParameterDict({"scale": nn.Parameter(torch.tensor(2.0))})
     expected = weights_of(model)
     assert expected.disagreement(model) is None

@@ -36,7 +36,9 @@ def trained(tmp_path: Path, kind: str, **sections: Any) -> Path:
 
 @pytest.mark.proves("merge", variant="lora", layer="Linear", base="{kind}")
 @pytest.mark.parametrize("kind", ["nf4", "int8", "fp8"])
-def test_merged_into_the_numbers_it_computes_what_was_trained(kind: str, tmp_path: Path) -> None:
+def test_merged_into_the_dequantised_weights_it_equals_the_trained_model(
+    kind: str, tmp_path: Path
+) -> None:
     out = trained(tmp_path, kind)
     result = merge_adapter(None, out, tmp_path / "merged")
     lines = "\n".join(result.choice)
@@ -57,7 +59,7 @@ def test_merged_into_the_numbers_it_computes_what_was_trained(kind: str, tmp_pat
     assert float((weights[inside] - w0 - 2.0 * (b @ a)).abs().max()) > 1e-4
 
 
-def test_the_metric_of_both_is_measured_where_rows_are_at_hand(tmp_path: Path) -> None:
+def test_the_metric_of_both_is_measured_if_rows_are_available(tmp_path: Path) -> None:
     rows = [{"text": text, "label": i % 2} for i, text in enumerate(tiny.CORPUS)]
     file = tmp_path / "held.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -108,7 +110,7 @@ def test_an_adapter_without_matrices_is_merged_too(adapter: str, tmp_path: Path)
     [((0.8, 0.9), False, "original"), ((0.8, 0.9), True, "dequantised"),
      ((0.8, 0.8), False, "dequantised"), ((None, None), False, "dequantised")],
 )  # fmt: skip
-def test_the_better_one_is_chosen(values: tuple[Any, Any], lower: bool, wanted: str) -> None:
+def test_the_better_candidate_is_chosen(values: tuple[Any, Any], lower: bool, wanted: str) -> None:
     trained = TrainedModel({}, torch.zeros(1), "m", lower)
     both = [Candidate("dequantised", 1e-6, values[0]), Candidate("original", 1e-2, values[1])]
     assert better_candidate(both, trained).base == wanted

@@ -70,7 +70,7 @@ def test_updates_are_added_in_float32_and_rounded_once(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_as_peft_runs_them_together(tmp_path: Path) -> None:
+def test_the_result_equals_peft_with_both_adapters_active(tmp_path: Path) -> None:
     from peft import PeftModel
 
     base = tiny.save_llama(tmp_path / "base", tied=False)
@@ -89,7 +89,7 @@ def test_as_peft_runs_them_together(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("targets", [["q_proj"], ["lm_head"], ["embed_tokens"]])
 @pytest.mark.slow_after(1)
-def test_the_same_tensor_by_tensor(tmp_path: Path, targets: list[str]) -> None:
+def test_merging_tensor_by_tensor_gives_the_same_files(tmp_path: Path, targets: list[str]) -> None:
     base = llama(tmp_path, tied=True)
     a, b = two(tmp_path, base)
     c = adapter_folders.make(
@@ -108,7 +108,7 @@ def test_the_same_tensor_by_tensor(tmp_path: Path, targets: list[str]) -> None:
 
 @pytest.mark.parametrize("low_memory", [False, True])
 @torch.no_grad()
-def test_base_weights_that_peft_writes_are_compared_before_any_is_merged(
+def test_copies_of_base_weights_are_compared_before_any_adapter_is_merged(
     low_memory: bool, tmp_path: Path
 ) -> None:
     """PEFT writes the weight of an adapted embedding or output layer into each adapter."""
@@ -171,7 +171,7 @@ def test_heads_are_chosen_and_not_averaged(tmp_path: Path, low_memory: bool) -> 
         assert f"modules trained in full from `{chosen}`" in (to / "README.md").read_text()
 
 
-def test_a_weight_is_what_stands_behind_the_last_colon(tmp_path: Path) -> None:
+def test_a_weight_is_written_after_the_last_colon(tmp_path: Path) -> None:
     folder = tmp_path / "run:2"
     assert split_weight(f"{folder}:0.5") == (str(folder), 0.5)
     assert split_weight(str(folder)) == (str(tmp_path / "run"), 2.0)

@@ -128,13 +128,13 @@ def test_heads_biases_ties_and_doubled_ranks(
 
 
 @pytest.mark.parametrize("which", ["embed_tokens", "lm_head"])
-def test_both_sides_of_a_tie_that_was_parted(tmp_path: Path, which: str) -> None:
+def test_both_weights_of_a_tie_that_ended(tmp_path: Path, which: str) -> None:
     proof, after = merged(tmp_path, llama(tmp_path, tied=True), target_modules=[which])
     assert {"model.embed_tokens.weight", "lm_head.weight"} <= set(after)
     assert (proof.adapted, proof.identical) == (1, len(after) - 1)
 
 
-def test_a_copy_of_one_side_of_a_tie(tmp_path: Path) -> None:
+def test_a_copy_of_one_tied_weight(tmp_path: Path) -> None:
     base = llama(tmp_path, tied=True)
     settings = {"target_modules": ["q_proj"], "train_modules": ["lm_head"]}
     proof, after = merged(tmp_path, base, **settings, ensure_weight_tying=False)
@@ -215,7 +215,7 @@ def test_experts(tmp_path: Path, kind: str, experts: bool) -> None:
     assert proof.adapted == others + (len(of_experts) if experts else 0)
 
 
-def test_a_checkpoint_that_is_stored_in_another_dtype_than_it_is_loaded_in(tmp_path: Path) -> None:
+def test_a_checkpoint_that_is_loaded_in_another_dtype(tmp_path: Path) -> None:
     base = llama(tmp_path)
     file = base / WEIGHTS
     save_file({n: t.float() + 1e-4 for n, t in load_file(file).items()}, file, {"format": "pt"})
@@ -288,7 +288,7 @@ def _base(kind: str, folder: Path) -> Path:
 # --------------------------------------------------------------------- one comparison at a time
 
 
-def test_a_tensor_is_compared_after_it_is_rounded_and_by_its_bytes() -> None:
+def test_tensors_are_compared_bit_by_bit_after_rounding() -> None:
     written = torch.tensor([1.0, -2.0], dtype=torch.bfloat16)
     near = torch.tensor([1.001, -2.0])  # which bfloat16 has no number for
     assert _difference(written, near) == 0.0
@@ -332,7 +332,7 @@ def test_a_head_is_also_read_in_the_order_of_the_labels() -> None:
     assert sources._read(stored, ["classifier.weight"]) == tensors
 
 
-def test_a_vocabulary_that_was_made_larger_is_compared_where_a_file_has_its_rows() -> None:
+def test_an_enlarged_vocabulary_is_compared_where_a_file_has_its_rows() -> None:
     compare = _Sources(torch.nn.Linear(1, 1), [], [], {})._from_base
     base, new = torch.randn(2, 3), torch.randn(3, 3)
     written = torch.cat([base, new])
@@ -349,7 +349,7 @@ def test_a_vocabulary_that_was_made_larger_is_compared_where_a_file_has_its_rows
     assert compare(torch.tensor(2.0), torch.tensor(2.5), None, None, None) == 0.5  # no dimensions
 
 
-def test_a_bias_of_a_larger_vocabulary_is_compared_entry_by_entry() -> None:
+def test_an_enlarged_vocabulary_bias_is_compared_entry_by_entry() -> None:
     """BART's is stored as a row, (1, vocabulary)."""
     compare = _Sources(torch.nn.Linear(1, 1), [], [], {})._from_base
     base = torch.randn(1, 3)
@@ -361,7 +361,7 @@ def test_a_bias_of_a_larger_vocabulary_is_compared_entry_by_entry() -> None:
     assert compare(larger, base, None, None, None) == math.inf
 
 
-def test_what_was_compared_is_said_of_each_kind_of_tensor() -> None:
+def test_the_line_counts_each_kind_of_tensor() -> None:
     proof = WeightsProof("W0 + s B A", identical=1200)
     assert proof.in_words == "weights: 1,200 others bit-identical to the base's"
     proof = WeightsProof("W0 + s B A", 1, 2, 3, 4, 5, 6, ["x", "y"])
@@ -373,7 +373,7 @@ def test_what_was_compared_is_said_of_each_kind_of_tensor() -> None:
     )
 
 
-def test_the_formula_is_that_of_the_adapters() -> None:
+def test_the_formula_depends_on_the_adapters() -> None:
     def adapter(kind: str, weight: float = 1.0) -> Any:
         return SimpleNamespace(saved=SimpleNamespace(type=kind), weight=weight)
 

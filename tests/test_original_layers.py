@@ -147,7 +147,7 @@ def test_files_of_flux_are_read_as_diffusers_reads_them(name: str, tmp_path: Pat
 # ------------------------------------------------------------------ at the sizes of Flux and of SD3
 
 
-def test_every_layer_of_flux_is_divided_as_diffusers_divides_it(tmp_path: Path) -> None:
+def test_every_layer_of_flux_is_split_as_in_diffusers(tmp_path: Path) -> None:
     width, mlp = 3072, 4 * 3072
     sizes = {**double(0, width, mlp), **single(0, width, mlp),
              "final_layer.linear": (64, width),
@@ -212,7 +212,7 @@ def of_first_checkpoint(sizes: Sizes, own: Mapping[str, Tensor], seed: int) -> d
 
 
 @pytest.mark.slow
-def test_files_of_stable_diffusion_3_change_the_weights_of_its_first_checkpoint(
+def test_files_of_stable_diffusion_3_change_the_weights_of_its_original_checkpoint(
     tmp_path: Path,
 ) -> None:
     sizes = {
@@ -240,7 +240,7 @@ def test_files_of_stable_diffusion_3_change_the_weights_of_its_first_checkpoint(
 # ---------------------------------------------------------------------- what cannot be used, named
 
 
-def test_loha_and_dora_of_several_modules_are_divided_by_rows(tmp_path: Path) -> None:
+def test_loha_and_dora_of_several_modules_are_split_by_rows(tmp_path: Path) -> None:
     name = "lora_unet_double_blocks_0_img_attn_qkv"
     generator = torch.Generator().manual_seed(0)
     a, b, c, d = (torch.randn(size, generator=generator)
@@ -287,7 +287,7 @@ def test_loha_and_dora_of_several_modules_are_divided_by_rows(tmp_path: Path) ->
          "names no module"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_divided_is_named(
+def test_layers_that_cannot_be_split_are_reported(
     tensors: dict[str, Tensor], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(LoraError, match=message):
@@ -300,7 +300,7 @@ CONTROL = {"double_blocks.0.img_attn.qkv.lora_A.weight": torch.ones(2, 16),
            "double_blocks.0.img_attn.norm.query_norm.scale": torch.ones(8)}  # fmt: skip
 
 
-def test_a_control_adapter_is_named(tmp_path: Path) -> None:
+def test_a_control_adapter_is_recognised(tmp_path: Path) -> None:
     with pytest.raises(
         LoraError, match=r"query_norm.scale` is a tensor[\s\S]*lora_B.bias"
     ) as found:
@@ -308,7 +308,7 @@ def test_a_control_adapter_is_named(tmp_path: Path) -> None:
     assert "FluxControlPipeline" in str(found.value)
 
 
-def test_what_changes_nothing_is_left_out_and_named(
+def test_updates_without_effect_are_left_out_with_a_warning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tensors = FLUX_FILES["kohya"]

@@ -103,7 +103,7 @@ def test_an_adapter_of_a_body_fits_a_model_with_a_head(
     assert "the model has `bert.encoder" in capsys.readouterr().err
 
 
-def test_names_that_mean_nothing_or_several_modules_are_rejected(tmp_path: Path) -> None:
+def test_names_that_match_no_module_or_several_are_rejected(tmp_path: Path) -> None:
     base = tiny.encoder()
     more = {"target_modules": ["query"], "modules_to_save": None, "rank_pattern": {}}
     folder_of(base, tmp_path, alpha_pattern={}, **more)

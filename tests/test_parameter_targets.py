@@ -61,7 +61,7 @@ def test_entries_are_names_or_ends_of_names_at_a_dot() -> None:
     assert places_of(model, []) == []
 
 
-def test_in_a_model_with_an_adapter_each_place_is_found_once() -> None:
+def test_in_an_adapted_model_each_parameter_is_found_once() -> None:
     model = Model()
     attach(model, recipe(rank=2, target_modules=["proj"], target_parameters=["experts.up"]))
     places = [(f"layers.{i}.experts", "up") for i in range(2)]
@@ -97,14 +97,14 @@ def test_entries_that_fit_are_resolved_in_the_model_s_order() -> None:
          "write it once"),
     ],
 )  # fmt: skip
-def test_an_entry_that_fits_nothing_is_named(entries: list[str], said: str, hint: str) -> None:
+def test_an_entry_that_fits_nothing_is_reported(entries: list[str], said: str, hint: str) -> None:
     (problem,) = problems(entries)
     assert problem.what == said
     assert hint in str(problem.hint)
     assert problem.at.startswith("adapter.target_parameters")
 
 
-def test_what_is_adapted_or_trained_as_a_whole_is_not_adapted_again() -> None:
+def test_modules_that_are_adapted_or_trained_in_full_are_not_adapted_again() -> None:
     (problem,) = problems(["head.weight"], ("head",))
     assert "belongs to a module that `target_modules` adapts" in problem.what
     assert "`target_modules: []`" in str(problem.hint)
@@ -116,7 +116,7 @@ def test_what_is_adapted_or_trained_as_a_whole_is_not_adapted_again() -> None:
     assert "has 1 dimension" in problem.what
 
 
-def test_without_experts_matrices_are_offered() -> None:
+def test_without_experts_matrices_are_suggested() -> None:
     model = tiny.llama()
     asked = recipe(target_parameters=["self_attn.q_proj.wight"])
     _, (problem,) = resolve_parameters(model, asked, [], lambda _: False)
@@ -135,7 +135,7 @@ def test_without_experts_matrices_are_offered() -> None:
     assert "`patch.weight`" not in str(problem.hint)
 
 
-def test_names_are_shortened_behind_the_last_number() -> None:
+def test_names_are_shortened_to_the_parts_after_the_last_number() -> None:
     names = ["model.layers.0.mlp.up", "model.layers.11.mlp.up", "a.0.b.1.c", "head.weight", "x"]
     assert short_names(names) == ["mlp.up", "c", "head.weight", "x"]
 
@@ -174,14 +174,14 @@ def test_the_note_says_how_much_stays_frozen() -> None:
         ({"target_parameters": ["down_proj"], "target_modules": "all-linear"}, False),
     ],
 )
-def test_the_note_is_for_recipes_that_mean_all_linear_layers(
+def test_the_note_is_only_for_recipes_that_adapt_all_linear_layers(
     adapter: dict[str, Any], notes: bool
 ) -> None:
     base = frozen(tiny_experts.model("mixtral"))
     assert (frozen_experts_note(base, tiny.recipe_of("causal_lm", **adapter)) is not None) == notes
 
 
-def test_what_is_trained_is_no_frozen_expert() -> None:
+def test_trained_experts_are_not_called_frozen() -> None:
     base = frozen(tiny_experts.model("mixtral"))
     for name, parameter in base.named_parameters():
         parameter.requires_grad_(".mlp.experts." in name)
@@ -206,9 +206,7 @@ def test_without_an_output_layer_the_default_is_not_all_linear_layers() -> None:
     ("how", "by_torch"),
     [(None, True), ("eager", True), ("batched_mm", True), ("grouped_mm", True), ("sonic", False)],
 )
-def test_experts_with_kernels_of_their_own_get_a_whole_tensor(
-    how: str | None, by_torch: bool
-) -> None:
+def test_experts_with_custom_kernels_get_a_plain_tensor(how: str | None, by_torch: bool) -> None:
     base = Experts()
     base.config = type("Config", (), {"_experts_implementation": how})()  # type: ignore[assignment]
     assert uses_torch_products(base) == by_torch

@@ -170,7 +170,7 @@ def test_each_part_is_an_adapter_of_peft(name: str, tmp_path: Path) -> None:
     assert expected.disagreement(merged) is None
 
 
-def test_a_part_of_which_nothing_is_trained_has_no_folder(tmp_path: Path) -> None:
+def test_a_part_without_trained_parameters_has_no_folder(tmp_path: Path) -> None:
     recipe = recipe_of(target_modules=["to_q"])
     model, _ = trained(recipe, frozen=("text_encoder",))
     save_adapter(tmp_path, model, recipe, [])
@@ -243,7 +243,7 @@ def low_rank(*modules: str, **config: Any) -> Part:
     return {"peft_type": "LORA", "target_modules": ["to_q"], **config}, tensors
 
 
-def test_the_folder_of_a_part_says_what_is_trained_there_alone() -> None:
+def test_the_folder_of_a_part_describes_only_its_own_parameters() -> None:
     config = {
         "peft_type": "LORA", "task_type": "SEQ_CLS", "r": 4, "lora_alpha": 8,
         "target_modules": ["to_q", "unet.conv"], "modules_to_save": ["unet.head"],
@@ -293,7 +293,7 @@ def test_each_part_keeps_its_scale_whether_or_not_it_has_rslora(
     assert (config["r"], config["rank_pattern"]) == (4, {})
 
 
-def test_what_a_part_says_of_its_layers_and_copies_is_said_in_full_names() -> None:
+def test_layers_and_copies_of_a_part_get_full_names() -> None:
     own = {"layers_to_transform": [1], "layers_pattern": "blocks", "modules_to_save": ["out", "no"]}
     config, tensors = low_rank("to_q", **own)
     tensors["a.out.weight"] = torch.ones(1, 1)
@@ -302,7 +302,7 @@ def test_what_a_part_says_of_its_layers_and_copies_is_said_in_full_names() -> No
     assert found["modules_to_save"] == ["unet.a.out", "unet.no"]  # the second is found missing
 
 
-def test_what_one_part_leaves_out_is_left_out_of_that_part_alone() -> None:
+def test_exclusions_of_one_part_apply_only_to_it() -> None:
     without = join_parts({"unet": low_rank("to_q"), "text_encoder": low_rank("to_q")}, "folder")[0]
     assert without["exclude_modules"] is None
     parts = {"unet": low_rank("to_q"), "text_encoder": low_rank("to_q", exclude_modules=["head"])}
@@ -314,7 +314,7 @@ def test_what_one_part_leaves_out_is_left_out_of_that_part_alone() -> None:
         assert bool(re.fullmatch(expression, name)) is is_left_out, name
 
 
-def test_a_bias_that_is_trained_in_all_parts_alike_is_said() -> None:
+def test_a_bias_setting_common_to_all_parts_is_kept() -> None:
     for unet, text, wanted in (
         ("all", "all", "all"), ("all", "none", "none"), (None, "none", "none"), (None, None, "none")
     ):  # fmt: skip
@@ -323,7 +323,7 @@ def test_a_bias_that_is_trained_in_all_parts_alike_is_said() -> None:
 
 
 @pytest.mark.parametrize("first", [True, False, None])
-def test_dora_in_one_part_alone_is_rejected(first: bool | None) -> None:
+def test_dora_in_only_one_part_is_rejected(first: bool | None) -> None:
     def part(use_dora: bool | None) -> Part:  # older files have no such key
         return low_rank("to_q", **({} if use_dora is None else {"use_dora": use_dora}))
 
@@ -332,7 +332,7 @@ def test_dora_in_one_part_alone_is_rejected(first: bool | None) -> None:
     join_parts({"unet": part(first), "text_encoder": part(first or False)}, "folder")
 
 
-def test_rows_of_tokens_and_single_parameters_are_said_in_full_names() -> None:
+def test_rows_of_tokens_and_single_parameters_get_full_names() -> None:
     unet, text = low_rank("to_q", target_parameters=["a.kernel"]), low_rank("to_q")
     text[0]["trainable_token_indices"] = [1, 4]
     text[1]["b.embed.token_adapter.trainable_tokens_delta"] = torch.ones(2, 1)
@@ -350,14 +350,14 @@ def test_rows_of_tokens_and_single_parameters_are_said_in_full_names() -> None:
     assert "trainable_token_indices" not in found
 
 
-def test_a_configuration_without_a_rank_has_that_of_peft() -> None:
+def test_a_configuration_without_a_rank_has_peft_s_default() -> None:
     parts = {"unet": low_rank("to_q", "to_v"), "text_encoder": low_rank("to_q", r=2, lora_alpha=3)}
     found, _ = join_parts(parts, "folder")
     assert (found["r"], found["rank_pattern"]) == (8, {r"text_encoder\.to_q": 2})
     assert (found["lora_alpha"], found["alpha_pattern"]) == (8, {r"text_encoder\.to_q": 3})
 
 
-def test_a_part_of_a_configuration_without_a_rank_has_that_of_peft() -> None:
+def test_a_part_of_a_configuration_without_a_rank_has_peft_s_default() -> None:
     config = {"peft_type": "LORA", "target_modules": ["to_q"],
               "rank_pattern": {"unet.a.to_q": 2}, "alpha_pattern": {"unet.a.to_q": 3}}  # fmt: skip
     names = [f"unet.{name}.to_q.lora_A.weight" for name in ("a", "b", "c")]
@@ -367,7 +367,7 @@ def test_a_part_of_a_configuration_without_a_rank_has_that_of_peft() -> None:
 
 
 @pytest.mark.parametrize("longest", [200, 30])
-def test_modules_are_named_where_an_expression_would_be_too_long(
+def test_modules_are_listed_if_an_expression_would_be_too_long(
     longest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(part_folders, "LONGEST", longest)
@@ -382,7 +382,7 @@ def test_modules_are_named_where_an_expression_would_be_too_long(
     assert join_parts(full, "folder")[0]["target_modules"] == ["unet.to_q", "text_encoder.to_q"]
 
 
-def test_the_outermost_module_whose_name_ends_so_is_named() -> None:
+def test_the_outermost_matching_module_is_named() -> None:
     config, tensors = low_rank("to_q", modules_to_save=["ead", "head.proj", "deep"])
     for name in ("head.proj.weight", "head.bias", "a.b.deep.c.weight"):
         tensors[name] = torch.ones(1, 1)
@@ -390,7 +390,7 @@ def test_the_outermost_module_whose_name_ends_so_is_named() -> None:
     assert found["modules_to_save"] == ["unet.a.b.deep", "unet.head"]
 
 
-def test_most_modules_have_the_usual_rank_and_the_others_are_named_the_longest_first() -> None:
+def test_the_most_common_rank_is_the_default_and_others_are_listed_longest_first() -> None:
     ranks = {"a": 4, "b": 2, "c.b": 8, "d": 4, "e": 4}  # an expression `b` would fit `c.b` too
     usual, others = most_common(ranks)
     assert usual == 4
@@ -408,7 +408,7 @@ def test_what_a_part_promises_must_be_there(tmp_path: Path) -> None:
         loaded(tmp_path)
 
 
-def test_names_that_are_no_parts_are_several_adapters(tmp_path: Path) -> None:
+def test_folders_with_other_names_are_several_adapters(tmp_path: Path) -> None:
     model = get_peft_model(UNet(), LoraConfig(target_modules=["to_q"]))
     for name in ("first", "unet"):
         model.save_pretrained(tmp_path / name)

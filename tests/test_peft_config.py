@@ -95,7 +95,7 @@ def test_the_values_of_every_key_are_tried() -> None:
 
 
 @pytest.mark.parametrize("key", [*VALUES, *LYCORIS])
-def test_values_are_those_that_make_sense(key: str) -> None:
+def test_only_valid_values_are_accepted(key: str) -> None:
     kind, (good, bad) = ("LOKR", LYCORIS[key]) if key in LYCORIS else ("LORA", VALUES[key])
     for value in good:
         check_config(config(kind, **{key: value}), WHERE)
@@ -117,11 +117,11 @@ def test_an_alpha_fits_into_float32() -> None:
 
 
 @pytest.mark.parametrize("init", [True, False, None, "gaussian", "eva", "orthogonal"])
-def test_initialisations_that_leave_the_base_are_read(init: Any) -> None:
+def test_initialisations_that_keep_the_base_are_accepted(init: Any) -> None:
     check_config(config(init_lora_weights=init), WHERE)
 
 
-def test_other_initialisations_are_not() -> None:
+def test_other_initialisations_are_rejected() -> None:
     for init in ("pissa", "olora", "corda", "loftq", ""):
         with pytest.raises(LoraError, match="changed the weights of the base too") as caught:
             check_config(config(init_lora_weights=init), WHERE)
@@ -132,7 +132,7 @@ def test_other_initialisations_are_not() -> None:
 
 
 @pytest.mark.parametrize("key", peft_config.VARIANTS)
-def test_a_variant_must_be_off_unless_a_type_here_is_told_by_it(key: str) -> None:
+def test_a_variant_must_be_off_unless_it_identifies_a_supported_type(key: str) -> None:
     for off in (None, False, [], {}, ""):
         if key not in peft_config.TYPE_KEYS:
             check_config(config(**{key: off}), WHERE)
@@ -148,7 +148,7 @@ def test_a_variant_must_be_off_unless_a_type_here_is_told_by_it(key: str) -> Non
         assert (problem.hint or "").endswith("again without it") is merges
 
 
-def test_a_type_of_adapter_is_told_by_its_key() -> None:
+def test_a_type_of_adapter_is_identified_by_its_key() -> None:
     assert adapter_type(config()) == "lora"
     assert adapter_type(config(use_dora=True)) == "dora"
     assert adapter_type(config(use_dora=False)) == "lora"
@@ -168,7 +168,7 @@ def test_keys_that_are_not_known_must_be_off(kind: str, capsys: pytest.CaptureFi
 
 
 @pytest.mark.parametrize("count", [1, 8, 9, 12])
-def test_of_many_unknown_keys_the_first_are_named(
+def test_the_first_of_many_unknown_keys_are_named(
     count: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     names = [f"newer_{i:02}" for i in range(count)]
@@ -183,7 +183,7 @@ def test_of_many_unknown_keys_the_first_are_named(
 
 
 @pytest.mark.parametrize("kind", ["LORA", "LOKR"])
-def test_idle_keys_say_nothing(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_idle_keys_are_ignored(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     idle = (
         peft_config.IDLE
         if kind == "LORA"

@@ -136,7 +136,7 @@ def test_loha_and_lokr_of_peft_are_read_here_as_peft_reads_them(
 @given_freely
 @given(data=st.data())
 @pytest.mark.slow
-def test_peft_reads_what_is_saved_here_or_it_is_said(
+def test_peft_reads_saved_adapters_or_a_warning_says_why_not(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     name = data.draw(st.sampled_from(sorted(ARCHITECTURES)))

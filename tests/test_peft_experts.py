@@ -113,7 +113,7 @@ def test_without_an_alpha_the_scale_is_that_of_peft() -> None:
     assert list(found.config["rank_pattern"].values()) == [2]
 
 
-def test_patterns_and_parameters_that_the_configuration_has_stay() -> None:
+def test_existing_patterns_and_parameters_of_the_configuration_stay() -> None:
     given = {"rank_pattern": {"q_proj": 7}, "alpha_pattern": {"q_proj": 9},
              "target_parameters": ["a.b"]}  # fmt: skip
     adapter = folder(old("mixtral", "w2"), **given)
@@ -126,14 +126,14 @@ def test_patterns_and_parameters_that_the_configuration_has_stay() -> None:
 
 
 @pytest.mark.parametrize("model", ["llama", "mixtral"])
-def test_an_adapter_of_today_is_returned_as_it_is(model: str) -> None:
+def test_a_current_adapter_is_returned_unchanged(model: str) -> None:
     base = tiny.llama() if model == "llama" else tiny_experts.model(model)
     tensors = {f"{TOP}.self_attn.q_proj.lora_{side}.weight": torch.ones(2, 2) for side in "AB"}
     adapter = folder(tensors)
     assert with_current_names(adapter, base) is adapter
 
 
-def test_of_a_model_without_such_experts_names_stay() -> None:
+def test_names_stay_in_a_model_without_joined_experts() -> None:
     adapter = folder(old("mixtral"))
     for base in (tiny.llama(), nn.Linear(2, 2)):
         assert with_current_names(adapter, base) is adapter
@@ -151,7 +151,7 @@ def router(name: str) -> dict[str, Tensor]:
     return {f"{TOP}.{name}.lora_{side}.weight": torch.ones(2, 2) for side in "AB"}
 
 
-def test_a_router_has_another_name_and_is_a_parameter_by_now() -> None:
+def test_an_old_router_is_renamed_and_becomes_a_parameter() -> None:
     adapter = folder(router("block_sparse_moe.gate"), target_parameters=["x.y"])
     found = with_current_names(adapter, tiny_experts.model("mixtral"))
     assert found.tensors.keys() == router("mlp.gate").keys()
@@ -165,7 +165,7 @@ def test_a_router_that_is_named_as_a_parameter_is_not_named_again() -> None:
     assert with_current_names(adapter, tiny_experts.model("qwen3_moe")) is adapter
 
 
-def test_a_router_that_is_a_linear_layer_is_one() -> None:
+def test_a_router_that_is_a_linear_layer_stays_one() -> None:
     model = tiny_experts.model("mixtral")
     model.model.layers[0].mlp.gate = nn.Linear(WIDTH, COUNT)
     found = with_current_names(folder(router("block_sparse_moe.gate")), model)
@@ -219,7 +219,7 @@ def test_what_one_update_cannot_express_is_rejected(
     assert problem.at == "adapter"
 
 
-def test_experts_that_are_stored_the_other_way_round_are_rejected() -> None:
+def test_transposed_experts_are_rejected() -> None:
     with pytest.raises(LoraError, match="stores its experts otherwise than the adapter"):
         with_current_names(folder(old("qwen3_moe")), tiny_experts.model("gpt_oss"))
 
@@ -264,7 +264,7 @@ def test_a_parameter_that_fits_no_update_has_no_target() -> None:
     assert found[0][0].what.startswith(f"the adapter is for `{norm}.weight`, which has 1 dimension")
 
 
-def test_modules_and_parameters_of_an_adapter_are_told_apart() -> None:
+def test_modules_and_parameters_of_an_adapter_are_distinguished() -> None:
     tensors = {f"{name}.lora_{side}.weight": torch.ones(1, 1) for side in "AB" for name in (
         EXPERTS, f"{EXPERTS}.base_layer", f"{TOP}.self_attn.v_proj", f"{TOP}.self_attn.o_proj",
     )}  # fmt: skip

@@ -185,7 +185,7 @@ def logits(model: nn.Module) -> torch.Tensor:
     ],
     ids=str,
 )
-def test_what_is_said_of_peft_is_true(
+def test_differences_are_reported_exactly_if_peft_differs(
     name: str, head: list[str], adapter: dict[str, Any], said: str | None, tmp_path: Path
 ) -> None:
     """Nothing is said where PEFT computes the same, and something wherever it does not."""
@@ -205,7 +205,7 @@ def test_what_is_said_of_peft_is_true(
 
 
 @pytest.mark.parametrize("name", ["glm4_moe", "qwen3_next"])
-def test_the_way_out_leads_out(name: str, tmp_path: Path) -> None:
+def test_the_remedy_works(name: str, tmp_path: Path) -> None:
     model, recipe = adapted(name, [], rank=2, target_modules="all-linear")
     (said,) = differences_in_peft(model, recipe, [])
     excluded = said.partition("exclude_modules=[")[2].partition("]")[0].split(", ")
@@ -229,7 +229,7 @@ def test_layers_that_mamba_s_kernels_read_get_no_adapter() -> None:
 
 
 @pytest.mark.parametrize("trained", [True, False])
-def test_an_update_of_what_is_never_called_is_rejected_unless_it_is_zero(
+def test_an_update_of_a_layer_that_is_never_called_is_rejected_unless_it_is_zero(
     trained: bool, tmp_path: Path
 ) -> None:
     config = peft.LoraConfig(target_modules=["in_proj", "dt_proj"], r=2, **CAUSAL)
@@ -250,20 +250,20 @@ def test_an_update_of_what_is_never_called_is_rejected_unless_it_is_zero(
     assert_close(logits(ours), logits(model))
 
 
-def test_modules_in_full_are_written_by_their_whole_names(tmp_path: Path) -> None:
+def test_modules_trained_in_full_are_saved_by_their_full_names(tmp_path: Path) -> None:
     model, recipe = adapted("llama", [], target_modules=["q_proj"], train_modules=["norm", "1.mlp"])
     save_adapter(tmp_path, model, recipe, recipe.adapter.train_modules)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["modules_to_save"] == ["model.norm", "model.layers.1.mlp"]
 
 
-def test_of_nested_names_the_outermost_stands() -> None:
+def test_only_the_outermost_of_nested_names_is_kept() -> None:
     names = ["a", "a.norm", "b.norm", "b.prenorm"]
     assert full_names(names, ["norm", "a"]) == ["b.norm", "a"]
 
 
 @pytest.mark.parametrize("layer", ["dilated", "reflect"])
-def test_what_peft_computes_otherwise_in_a_convolution_is_said_and_not_read(
+def test_convolutions_that_peft_computes_differently_are_reported_and_rejected(
     layer: str, tmp_path: Path
 ) -> None:
     """PEFT's A has neither the dilation nor the padding mode of its base."""
@@ -278,7 +278,7 @@ def test_what_peft_computes_otherwise_in_a_convolution_is_said_and_not_read(
     load_adapter(tiny.ConvNet(), read_adapter(tmp_path), [])
 
 
-def test_the_modules_of_the_base_are_those_before_anything_was_attached() -> None:
+def test_base_modules_are_those_before_attaching() -> None:
     model = tiny.encoder(2)
     wanted = {name: module for name, module in model.named_modules() if name}
     assert base_modules(model) == wanted
@@ -290,7 +290,7 @@ def test_the_modules_of_the_base_are_those_before_anything_was_attached() -> Non
 # ------------------------------------------------------------------------ one value at a time
 
 
-def test_layers_of_adapted_parameters_have_peft_s_names() -> None:
+def test_layers_on_parameters_have_peft_s_names() -> None:
     """Of two parameters of a module the last is the outer layer, and the others are inside it."""
     model, entries = tiny_experts.model("mixtral"), tiny_experts.EXPERTS
     found = parameter_layers(model, entries)
@@ -322,13 +322,13 @@ def test_layers_of_adapted_parameters_have_peft_s_names() -> None:
         (nn.Linear(2, 2), "LORA", ""),
     ],
 )
-def test_what_differs_in_a_convolution(layer: nn.Module, config: str, said: str) -> None:
+def test_differences_of_a_convolution(layer: nn.Module, config: str, said: str) -> None:
     found = convolution_difference(layer, {"peft_type": config})
     assert found.startswith(said)
     assert bool(found) == bool(said)
 
 
-def test_what_is_trained_in_full_where_a_task_classifies() -> None:
+def test_modules_trained_in_full_for_classification() -> None:
     names = ["score", "x.score", "xscore", "norm", "a.prenorm", "other", "classifier.dense"]
     for config, entries, copied in (
         ({"task_type": "SEQ_CLS"}, ["classifier", "score"], ["score", "x.score", "xscore"]),
@@ -341,7 +341,7 @@ def test_what_is_trained_in_full_where_a_task_classifies() -> None:
         assert copied_modules(names, config) == set(copied)
 
 
-def test_names_that_peft_takes_for_experts_go_by_the_family() -> None:
+def test_names_that_peft_takes_for_experts_depend_on_the_family() -> None:
     for name, experts in (
         ("mixtral", ("gate", "w1", "w3", "w2")), ("llama", ()),
         ("qwen3_moe", ("gate", "gate_proj", "up_proj", "down_proj")),
@@ -350,7 +350,7 @@ def test_names_that_peft_takes_for_experts_go_by_the_family() -> None:
     assert peft_rules._expert_names(nn.Linear(1, 1)) == ()
 
 
-def test_experts_that_are_lost_are_named_with_the_way_out() -> None:
+def test_lost_experts_are_reported_with_a_remedy() -> None:
     reading = peft_rules.PeftReading(experts={"a.0.mlp.up", "a.0.mlp.down", "b.gate", "c.up"})
     ours = {"a.0.mlp.up", "a.0.mlp.down", "b.gate", "a.0.q"}
     (said,) = peft_rules._lost_experts(reading, ours)
@@ -364,7 +364,7 @@ def test_experts_that_are_lost_are_named_with_the_way_out() -> None:
     assert peft_rules.listed(["a", "b", "c", "d", "e"]) == "`a`, `b`, `c` and 2 more"
 
 
-def test_what_peft_would_read_otherwise_is_said_of_each_kind_of_module() -> None:
+def test_differences_are_reported_for_each_kind_of_module() -> None:
     model = base_of("llama")
     q = [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
     k = q[0].replace("q_proj", "k_proj")
@@ -391,7 +391,7 @@ def test_what_peft_would_read_otherwise_is_said_of_each_kind_of_module() -> None
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_copy_that_the_file_lacks_is_named_also_where_its_weight_is_shared(tied: bool) -> None:
+def test_a_missing_copy_is_reported_even_if_its_weight_is_shared(tied: bool) -> None:
     model = tiny.llama(tied)
     config = {
         "peft_type": "LORA", "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]

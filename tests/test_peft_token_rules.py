@@ -259,7 +259,7 @@ def test_rows_of_an_output_layer_that_shares_them_and_has_a_bias_are_rejected(
     ("kind", "message"),
     [("bias", "leave out the bias of `lm_head`"), ("normed", "it is a Normed"), ("scaled", None)],
 )
-def test_what_peft_computes_otherwise_is_said(kind: str, message: str | None) -> None:
+def test_layers_that_peft_computes_differently_are_reported(kind: str, message: str | None) -> None:
     for device in ("cpu", "meta"):
         with torch.device(device):
             base: Any = PhiForCausalLM(PhiConfig(**PHI))
@@ -272,7 +272,7 @@ def test_what_peft_computes_otherwise_is_said(kind: str, message: str | None) ->
         assert message is None or message in said[0]
 
 
-def test_rows_that_peft_would_not_use_are_named() -> None:
+def test_rows_that_peft_would_not_use_are_reported() -> None:
     model = base_of("llama")
     attach(model, recipe("llama"), [], token_ids=IDS)
     (said,) = token_differences(model, {"trainable_token_indices": {"lm_head": IDS}})

@@ -41,7 +41,7 @@ def misfit(
         ([0, 3], (2, 2, 1), "the trained rows of `embed` are (2, 2, 1), the model needs (2, 2)"),
     ],
 )
-def test_rows_are_of_tokens_that_the_model_has(
+def test_rows_must_belong_to_tokens_of_the_model(
     ids: list[int], shape: tuple[int, ...], said: str
 ) -> None:
     for module in (nn.Embedding(4, 2), nn.Linear(2, 4, bias=False)):
@@ -55,7 +55,7 @@ class Doubling(nn.Embedding):
         return 2 * super().forward(ids)
 
 
-def test_rows_are_of_a_layer_that_peft_computes_as_it_is() -> None:
+def test_rows_must_belong_to_a_layer_that_peft_computes_equally() -> None:
     row = ([1], (1, 2))
     assert "has a bias, which PEFT leaves out" in misfit(nn.Linear(2, 4), *row)
     assert "which PEFT computes as a plain embedding" in misfit(Doubling(4, 2), *row)
@@ -66,7 +66,7 @@ def test_rows_are_of_a_layer_that_peft_computes_as_it_is() -> None:
         assert said == "`embed` has trained rows, and is no embedding and no output layer"
 
 
-def test_equal_rows_of_modules_that_share_a_weight_are_the_same_rows() -> None:
+def test_equal_rows_of_modules_that_share_a_weight_are_joined() -> None:
     model = nn.ModuleDict({name: nn.Embedding(4, 2) for name in ("a", "b", "c")})
     model["b"].weight = model["a"].weight
 

@@ -56,7 +56,7 @@ def files_on(hub: HubServer, name: str, revision: str = "main") -> dict[str, byt
     return repository.commits[repository.refs[revision]]
 
 
-def test_what_is_uploaded_is_the_adapter_without_this_machine(
+def test_the_uploaded_adapter_contains_no_local_paths(
     hub: HubServer, adapter: Path, tmp_path: Path
 ) -> None:
     pushed = push_adapter(adapter, "user/new", base="owner/base")
@@ -141,7 +141,7 @@ def test_what_is_rejected_before_anything_is_sent(
 
 
 @pytest.mark.slow
-def test_what_the_hub_answers(
+def test_errors_of_the_hub_are_explained(
     hub: HubServer, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def reason(to: str = "user/new") -> str:
@@ -170,12 +170,12 @@ def test_what_the_hub_answers(
         ("model /data/a and s3://bucket/key/x", "model a and s3://bucket/key/x"),
     ],
 )
-def test_paths_are_shortened_and_addresses_are_not(text: str, wanted: str | None) -> None:
+def test_paths_are_shortened_and_urls_are_not(text: str, wanted: str | None) -> None:
     assert shortened_paths(text) == (text if wanted is None else wanted)
 
 
 @pytest.mark.slow
-def test_a_template_of_the_recipe_goes_along(hub: HubServer, tmp_path: Path) -> None:
+def test_a_template_file_of_the_recipe_is_uploaded_too(hub: HubServer, tmp_path: Path) -> None:
     import adapter_folders
 
     base = tiny.save_llama(tmp_path / "llama")

@@ -37,7 +37,7 @@ class Twice(nn.Module):
         self.other = nn.Linear(2, 2)
 
 
-def test_only_parameters_in_several_places_are_tied() -> None:
+def test_only_parameters_with_several_names_are_tied() -> None:
     assert tied_groups(tiny.llama(tied=True)) == [TIE]
     assert tied_groups(tiny.llama(tied=False)) == []
     places = ["first.inner", "second"]
@@ -46,7 +46,7 @@ def test_only_parameters_in_several_places_are_tied() -> None:
     ]
 
 
-def test_a_named_parameter_becomes_an_equal_one_of_its_own() -> None:
+def test_a_named_parameter_becomes_an_equal_separate_one() -> None:
     model = tiny.llama(tied=True)
     module, before = model.lm_head, model.lm_head.weight
     before.requires_grad_(False)
@@ -60,7 +60,7 @@ def test_a_named_parameter_becomes_an_equal_one_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("name", ["first.inner.weight", "second.weight"])
-def test_a_module_in_two_places_is_copied_for_the_named_one(name: str) -> None:
+def test_a_module_with_two_names_is_copied_for_the_named_one(name: str) -> None:
     model = Twice()
     inner, second, other = model.first["inner"], model.second, model.other
     untie(model, [name])
@@ -71,7 +71,7 @@ def test_a_module_in_two_places_is_copied_for_the_named_one(name: str) -> None:
     assert not shared(model, ["first.inner.weight", "second.weight"])
 
 
-def test_what_was_parted_is_given_back_whole_and_what_is_still_shared_stays() -> None:
+def test_ties_that_ended_are_untied_fully_and_others_stay() -> None:
     model = Twice()
     weights, biases = tied_groups(model)
     model.second = nn.Linear(2, 2)
@@ -93,7 +93,9 @@ def recipe(**adapter: Any) -> Any:
         (["model"], "model.embed_tokens", "lm_head"),  # a module that holds it
     ],
 )
-def test_half_a_tie_is_rejected_by_both_names(in_full: list[str], named: str, other: str) -> None:
+def test_training_one_of_two_tied_weights_is_rejected_with_both_names(
+    in_full: list[str], named: str, other: str
+) -> None:
     model = tiny.llama(tied=True)
     with pytest.raises(LoraError, match=f"`{named}` shares its weight with `{other}`"):
         untie_trained(model, in_full, recipe())
@@ -102,7 +104,7 @@ def test_half_a_tie_is_rejected_by_both_names(in_full: list[str], named: str, ot
 
 @pytest.mark.parametrize("in_full", [[], ["lm_head", "model.embed_tokens"], ["model.norm"]])
 @pytest.mark.parametrize("kept", [True, False])
-def test_a_whole_tie_or_none_of_it_is_left_alone_unless_sides_may_differ(
+def test_ties_trained_fully_or_not_at_all_stay_unless_weights_may_differ(
     in_full: list[str], kept: bool
 ) -> None:
     model = tiny.llama(tied=True)
@@ -110,7 +112,7 @@ def test_a_whole_tie_or_none_of_it_is_left_alone_unless_sides_may_differ(
     assert shared(model, TIE) == (kept or "lm_head" not in in_full)
 
 
-def test_one_side_of_a_tie_is_trained_as_a_copy_where_the_recipe_allows_it() -> None:
+def test_one_tied_weight_is_trained_as_a_copy_if_the_recipe_allows_it() -> None:
     model = tiny.llama(tied=True)
     before = model.lm_head.weight.detach().clone()
     attach(model, recipe(train_modules=["lm_head"], ensure_weight_tying=False))

@@ -232,7 +232,7 @@ def test_only_modules_of_the_model_with_weights_have_rows_of_tokens() -> None:
     assert embedding_names(nn.Linear(2, 2)) == []
 
 
-def test_what_is_merged_is_not_trained() -> None:
+def test_merged_weights_are_not_trained() -> None:
     base = tiny.llama()
     model = adapted(base, "tied")
     merge(model)

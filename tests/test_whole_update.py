@@ -114,7 +114,7 @@ def with_gradient(model: nn.Module, seed: int = 5) -> Tensor:
 
 
 @pytest.mark.parametrize("factor", [-3, -1, 0, 1, 2, 3, 4, 8, 16, 400])
-def test_sizes_are_divided_as_peft_divides_them(factor: int) -> None:
+def test_sizes_are_factorised_as_in_peft(factor: int) -> None:
     assert all(factorised(n, factor) == factorization(n, factor) for n in range(1, 200))
 
 
@@ -271,7 +271,7 @@ def _scalars(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     ],
 )
 @pytest.mark.slow_after(8)
-def test_a_folder_that_does_not_agree_is_rejected(
+def test_a_contradictory_folder_is_rejected(
     settings: str, config: dict[str, Any], change: Any, what: str, tmp_path: Path
 ) -> None:
     base = tiny.encoder()
@@ -292,7 +292,7 @@ def test_a_convolution_that_pads_by_reflection_is_rejected(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("settings", ["loha", "lokr", "lokr, rank 1"])
-def test_an_adapter_of_peft_is_trained_further_if_a_recipe_can_say_it(
+def test_an_adapter_of_peft_is_trained_further_if_a_recipe_can_express_it(
     settings: str, tmp_path: Path
 ) -> None:
     base = tiny.encoder()
@@ -315,7 +315,7 @@ def test_an_adapter_of_peft_is_trained_further_if_a_recipe_can_say_it(
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_factors_start_within_the_bounds_of_peft_and_one_at_zero(kind: str) -> None:
+def test_factors_are_initialised_within_peft_s_bounds_and_one_is_zero(kind: str) -> None:
     model = tiny.encoder()
     recipe = tiny.recipe_of(type=kind, rank=2, target_modules=["query", "output.dense"])
     torch.manual_seed(0)
@@ -337,13 +337,13 @@ def test_factors_start_within_the_bounds_of_peft_and_one_at_zero(kind: str) -> N
 
 
 @pytest.mark.parametrize("key", ["use_rslora", "bias"])
-def test_what_peft_has_no_key_for_is_rejected(key: str) -> None:
+def test_settings_without_a_key_in_peft_are_rejected(key: str) -> None:
     value = {"use_rslora": True, "bias": "all"}[key]
     with pytest.raises(ValueError, match=f"no `{key}` for adapters of type `loha`"):
         tiny.recipe_of(type="loha", **{key: value})
 
 
-def test_a_model_of_layers_that_it_does_not_fit_is_named() -> None:
+def test_a_model_without_fitting_layers_is_reported() -> None:
     with pytest.raises(LoraError, match="c_attn"):
         attach(tiny.gpt2(), tiny.recipe_of("causal_lm", type="lokr", target_modules=["c_attn"]))
     with pytest.raises(LoraError, match=r"no module is left to adapt|which no adapter fits"):

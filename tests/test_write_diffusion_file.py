@@ -48,7 +48,9 @@ def header(file: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(("use_rslora", "scales"), [(False, (1.5, 3.0)), (True, (3.0, 18**0.5))])
-def test_the_scale_of_an_update_is_in_b(use_rslora: bool, scales: tuple[float, float]) -> None:
+def test_the_scale_of_an_update_is_folded_into_b(
+    use_rslora: bool, scales: tuple[float, float]
+) -> None:
     saved = adapter(use_rslora=use_rslora)
     for update, name, scale in zip(updates_of(saved), RANKS, scales, strict=True):
         assert f"{update.part}.{update.name}" == name
@@ -68,11 +70,11 @@ def test_the_scale_of_an_update_is_in_b(use_rslora: bool, scales: tuple[float, f
         ("unet", "embeddings.a", "embeddings.a"),
     ],
 )  # fmt: skip
-def test_names_of_clip_have_its_text_model(part: str, name: str, old: str) -> None:
+def test_names_of_clip_contain_text_model(part: str, name: str, old: str) -> None:
     assert Update(part, name, torch.ones(1), torch.ones(1), None).old_name == old
 
 
-def test_what_has_no_place_in_such_a_file_is_said() -> None:
+def test_reasons_why_no_file_can_be_written() -> None:
     saved = adapter()
     assert obstacles(saved) == []
     saved.parts = ()
@@ -155,7 +157,7 @@ def test_kohyas_file_has_one_alpha_and_the_same_update(two: bool, tmp_path: Path
     assert header(tmp_path / "one.safetensors")["ss_network_dim"] == "4"
 
 
-def test_a_text_encoder_is_known_by_the_projection_of_its_attention() -> None:
+def test_a_text_encoder_without_out_proj_gets_a_zero_update() -> None:
     def update(part: str, name: str) -> Update:
         return Update(part, name, torch.ones(2, 5), torch.ones(3, 2), None)
 
@@ -193,6 +195,6 @@ def test_equal_adapters_give_equal_bytes_aligned_to_eight(length: int, tmp_path:
         assert torch.equal(found, tensors[name])
 
 
-def test_a_folder_without_parts_gets_no_file_of_diffusers(tmp_path: Path) -> None:
+def test_a_folder_without_parts_gets_no_file_for_diffusers(tmp_path: Path) -> None:
     assert write_diffusers_file(tmp_path) == "there is no adapter of several parts"
     assert list(tmp_path.iterdir()) == []
