@@ -1,4 +1,4 @@
-"""The adapter folder: PEFT reads what is written here, and the reverse."""
+"""Adapter folders: PEFT reads folders that this tool saved, and the reverse."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from lora_cli.adapters.peft_format.adapter_folder import (
 from lora_cli.errors import IntegrityError, LoraError
 
 pytestmark = [
-    # what PEFT says to its own users
+    # PEFT's warnings to its own users
     pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups"),
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`"),
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`"),
@@ -53,7 +53,7 @@ def base() -> nn.Module:
 
 
 def outputs(model: nn.Module) -> Tensor:
-    """Return what a model makes of a fixed input."""
+    """Return a model's outputs on a fixed input."""
     generator = torch.Generator().manual_seed(5)
     plain = model.get_base_model() if isinstance(model, peft.PeftModel) else model
     with torch.no_grad():
@@ -72,7 +72,7 @@ def assert_others(one: nn.Module, other: nn.Module) -> None:
 
 
 def stir(model: nn.Module) -> nn.Module:
-    """Redraw everything that is trained, as if a training had been."""
+    """Randomise all trained parameters, as if they had been trained."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -81,14 +81,14 @@ def stir(model: nn.Module) -> nn.Module:
 
 
 def trained(base: nn.Module, in_full: list[str], **adapter: Any) -> tuple[nn.Module, Any]:
-    """Return a copy of the base with an adapter at work, and its recipe."""
+    """Return a copy of the base with a non-zero adapter, and its recipe."""
     model, recipe = copy.deepcopy(base), tiny.recipe_of(**adapter)
     attach(model, recipe, in_full)
     return stir(model), recipe
 
 
 def saved(folder: Path, base: nn.Module, in_full: list[str], **adapter: Any) -> nn.Module:
-    """Save an adapter as the tool does, and return the model that it belongs to."""
+    """Save an adapter like the tool does, and return the adapted model."""
     model, recipe = trained(base, in_full, **adapter)
     folder.mkdir()
     save_adapter(folder, model, recipe, in_full)
@@ -102,7 +102,7 @@ def loaded(base: nn.Module, folder: Path, new: list[str] | None = None) -> nn.Mo
 
 
 def loaded_by_peft(base: nn.Module, folder: Path) -> nn.Module:
-    if isinstance(base, tiny.ConvNet):  # no task of PEFT's fits it
+    if isinstance(base, tiny.ConvNet):  # no task type of PEFT fits it
         edit_config(folder, task_type=None)
     return peft.PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()
 
@@ -137,7 +137,7 @@ def snapshot(model: nn.Module) -> dict[str, tuple[Tensor, torch.dtype, bool, typ
 def refusal(
     base: nn.Module, folder: Path, new: list[str] | None = None, kind: type = IntegrityError
 ) -> str:
-    """Return the error of loading a folder, having checked that the model is untouched."""
+    """Return the error of loading a folder, after checking that the model is unchanged."""
     model = copy.deepcopy(base)
     before = snapshot(model)
     with pytest.raises(LoraError) as caught:
@@ -397,7 +397,7 @@ def test_the_configuration_has_exactly_these_keys(tmp_path: Path) -> None:
         "init_lora_weights": True,
         "inference_mode": True,
     }
-    assert '"lora_alpha": 8,' in text  # an integer: older readers insist on it
+    assert '"lora_alpha": 8,' in text  # an integer: older readers require it
     peft.LoraConfig.from_pretrained(tmp_path / "a")  # with warnings as errors: no unknown key
 
 
@@ -406,7 +406,7 @@ def test_modules_to_save_is_null_without_a_head_and_other_targets_get_full_names
 ) -> None:
     saved(tmp_path / "a", tiny.gpt2(), [], target_modules="all-linear", layers=[1])
     config = json.loads((tmp_path / "a" / CONFIG_FILE).read_text())
-    assert config["modules_to_save"] is None  # vLLM refuses a list, even an empty one
+    assert config["modules_to_save"] is None  # vLLM rejects even an empty list
     assert config["fan_in_fan_out"] is True
     assert config["target_modules"] == [
         f"transformer.h.1.{name}" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc",
@@ -422,7 +422,7 @@ def test_the_header_and_the_dtype_are_what_readers_expect(tmp_path: Path) -> Non
         names = set(file.keys())
     assert all(name.startswith("base_model.model.") for name in names)
     assert {t.dtype for t in load_file(tmp_path / "a" / WEIGHTS_FILE).values()} == {torch.float32}
-    # as every other file, and not 0600 as safetensors makes them
+    # like every other file, not 0600 as safetensors creates them
     modes = {f.name: f.stat().st_mode & 0o777 for f in (tmp_path / "a").iterdir()}
     assert modes[WEIGHTS_FILE] == modes[CONFIG_FILE]
 
@@ -500,7 +500,7 @@ def test_one_tied_weight_in_modules_to_save_becomes_a_copy(
     assert_close(logits(ours), logits(theirs))
     if in_full != [
         "shared"
-    ]:  # which no layer reads: each side of the model has a module of its own
+    ]:  # which no layer reads: the encoder and the decoder have modules of their own
         assert not torch.allclose(logits(ours), logits(base), atol=1e-2)
     expected = expected_weights(base, read_adapter(folder).tensors, read_adapter(folder).config)
     merge(ours)
@@ -571,7 +571,7 @@ def test_a_normalisation_trained_in_full_is_saved_with_its_statistics(tmp_path: 
     assert_same_outputs(loaded(base, tmp_path / "theirs"), theirs)
     assert_others(theirs, base)
 
-    def counted(tensors: dict[str, Tensor]) -> None:  # in training mode, with all values alike
+    def counted(tensors: dict[str, Tensor]) -> None:  # in training mode, with equal values
         tensors[f"{P}norm.num_batches_tracked"] += 3
 
     edit_tensors(tmp_path / "theirs", counted)
@@ -653,7 +653,7 @@ def test_the_base_weight_is_compared_in_the_coarser_dtype(coarse: str, tmp_path:
     before = base.model.embed_tokens.weight.clone()
     ours = loaded(base, tmp_path / "a")
     weight = lora_layers(ours)["model.embed_tokens"].base.weight
-    assert weight.dtype == before.dtype  # the base stays what it is
+    assert weight.dtype == before.dtype  # the base is unchanged
     assert torch.equal(weight, before)
     outputs(ours)
 

@@ -1,4 +1,4 @@
-"""`adapter.from`: what a section takes over from a trained adapter, and what it may say itself."""
+"""`adapter.from`: which settings come from the trained adapter, and which the recipe may set."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ VALUES = [f"bert.encoder.layer.{i}.attention.self.value" for i in range(2)]
 def of_peft(
     folder: Path, model: nn.Module | None = None, task: str = "SEQ_CLS", **config: Any
 ) -> tuple[AdapterFolder, nn.Module]:
-    """Return an adapter that PEFT saved, all drawn at random, and PEFT's model with it."""
+    """Return a random adapter that PEFT saved, and PEFT's model with it."""
     kind: Any = config.pop("kind", peft.LoraConfig)
     base: Any = tiny.encoder(2) if model is None else model
     with warnings.catch_warnings():
@@ -55,7 +55,7 @@ def of_peft(
 
 
 def recipe_from(folder: Path, task: str = "sequence_classification", **adapter: Any) -> Recipe:
-    """Return a recipe whose adapter section names the folder, and says no more than is given."""
+    """Return a recipe whose adapter section names the folder and has only the given settings."""
     return Recipe.model_validate(
         {
             "model": {"name": "base"},
@@ -69,7 +69,7 @@ def recipe_from(folder: Path, task: str = "sequence_classification", **adapter: 
 def completed(
     saved: AdapterFolder, model: nn.Module | None = None, **adapter: Any
 ) -> tuple[AdapterSpec, nn.Module]:
-    """Return the section as it is completed, and the base."""
+    """Return the completed section, and the base."""
     base = tiny.encoder(2) if model is None else model
     head = HEAD if hasattr(base, "classifier") else []
     task = "sequence_classification" if head else "causal_lm"
@@ -77,7 +77,7 @@ def completed(
 
 
 def problems(saved: AdapterFolder, model: nn.Module | None = None, **adapter: Any) -> list[str]:
-    """Return what is said of a section that is not the adapter's."""
+    """Return the messages about a section that contradicts the adapter."""
     with pytest.raises(LoraError) as caught:
         completed(saved, model, **adapter)
     return [f"{problem.at.partition(' ')[0]}: {problem.what}" for problem in caught.value.problems]
@@ -114,7 +114,7 @@ def test_the_configuration_comes_from_the_adapter(
     found = spec.model_dump()
     assert {key: found[key] for key in usual | wanted} == usual | wanted
     assert sorted(spec.target_modules or []) == sorted(QUERIES + VALUES)
-    # and the model that is trained further says what PEFT's says
+    # and the model that is trained further has PEFT's outputs
     make_trainable(base, recipe_from(tmp_path), HEAD)
     with torch.no_grad():
         assert_close(base.eval()(input_ids=IDS).logits, theirs(input_ids=IDS).logits)
@@ -315,7 +315,7 @@ def test_other_rows_in_the_output_layer_are_not_trained_further(tmp_path: Path) 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_rows_of_an_adapter_are_trained_in_every_embedding(tied: bool, tmp_path: Path) -> None:
-    """PEFT may train those of the input alone; a recipe always means both sides."""
+    """PEFT may train only the input embedding's rows; a recipe always trains both."""
     _, theirs = of_peft(
         tmp_path, tiny.llama(tied), "CAUSAL_LM", r=2, target_modules=["q_proj"],
         trainable_token_indices=[9, 7],
@@ -421,7 +421,7 @@ def test_different_base_facts_are_rejected_if_both_are_known(
 
 
 def test_a_head_that_peft_adapts_stays_adapted(tmp_path: Path) -> None:
-    # PEFT's `all-linear` spares the last layer of a head alone, and not DeBERTa's pooler
+    # PEFT's `all-linear` leaves out only the last layer of a head, not DeBERTa's pooler
     config = DebertaV2Config(
         vocab_size=tiny.vocabulary(), pad_token_id=tiny.PAD, hidden_size=32, num_hidden_layers=1,
         num_attention_heads=4, intermediate_size=48, hidden_dropout_prob=0.0,

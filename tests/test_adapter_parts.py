@@ -1,4 +1,4 @@
-"""The parts of an adapter folder one by one: names, ranks, alphas, and adapters that do nothing."""
+"""Details of adapter folders: names, ranks, alphas, and adapters without effect."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ ONE, NONE = torch.ones(2, 2), torch.zeros(2, 2)
           "b.lora_A.weight": ONE, "b.lora_B.weight": ONE}, False),
         ({"a.lora_A.weight": ONE, "a.lora_B.weight": NONE, "head.weight": NONE}, True),
         ({"a.lora_A.weight": ONE, "a.lora_B.weight": NONE,
-          "a.lora_magnitude_vector.weight": ONE}, False),  # DoRA: its lengths may have changed
+          "a.lora_magnitude_vector.weight": ONE}, False),  # DoRA: its magnitudes may have changed
         ({"a.lora_A.weight": ONE, "a.lora_B.weight": NONE,
           "e.token_adapter.trainable_tokens_delta": ONE}, False),
         ({"head.weight": NONE}, False),
@@ -173,7 +173,7 @@ def test_adapted_parameters_are_written_by_the_recipe_s_suffixes_or_in_full(
     with torch.no_grad():
         for p in names.values():
             p.normal_()
-    if not short:  # as if the suffixes fitted fewer parameters than the layers
+    if not short:  # as if the suffixes matched fewer parameters than are adapted
         monkeypatch.setattr(trained_config, "places_of", lambda *_: [])
     config = adapter_config(model, recipe, [])
     assert config["target_modules"] == ["q_proj"]

@@ -1,4 +1,4 @@
-"""The task of a PEFT folder that has no recipe: by what PEFT wrote, and the logits of PEFT."""
+"""The task of a PEFT folder without a recipe, from what PEFT saved; the logits equal PEFT's."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ IDS = torch.tensor([[5, 9, 17, 40], [8, 33, 4, 21]])
 
 
 def save_with_peft(model: nn.Module, folder: Path, targets: list[str], **config: Any) -> nn.Module:
-    """Save an adapter as PEFT does, with matrices that are all at work; return the model."""
+    """Save an adapter with PEFT, whose matrices are all non-zero; return the model."""
     with warnings.catch_warnings():  # of ties
         warnings.simplefilter("ignore")
         adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=targets, **config))

@@ -1,4 +1,4 @@
-"""Which modules are adapted, what is trained, merging of tied weights, and the counts."""
+"""Which modules are adapted, which parameters are trained, merging of tied weights, and counts."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def names_of(model: nn.Module, head: list[str] | None = None, **adapter: Any) ->
 
 
 def problems_of(model: nn.Module, head: list[str] | None = None, **adapter: Any) -> list[Problem]:
-    """Return what is wrong, having checked that `attach` leaves the model as it was."""
+    """Return the problems, after checking that `attach` leaves the model unchanged."""
     before = copy.deepcopy(model)
     with pytest.raises(LoraError) as caught:
         attach(model, tiny.recipe_of(**adapter), head or [])
@@ -139,7 +139,7 @@ def test_defaults_are_query_and_value_for_encoders_and_all_linear_for_language_m
     )
     for model in (tiny.llama(), tiny.gpt2()):
         assert names_of(model) == names_of(model, target_modules="all-linear")
-    # names that nobody knows: all of them, but for the head
+    # unknown names: all of them except the head
     assert names_of(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), ["2"]) == ["0"]
 
 
@@ -348,7 +348,7 @@ def test_a_broken_pattern_is_explained(key: str) -> None:
 
 
 def test_all_linear_cannot_be_excluded() -> None:
-    """It would match nothing, silently."""
+    """It would silently match nothing."""
     problems = problems_of(tiny.encoder(), target_modules=["query"], exclude_modules="all-linear")
     assert "`all-linear` matches no module" in problems[0].what
 
@@ -362,7 +362,7 @@ def test_a_train_module_that_matches_nothing_is_reported_by_every_type(kind: str
 
 
 def test_a_weight_that_is_used_without_its_module_gets_no_adapter() -> None:
-    """An adapter on `out_proj` would do nothing: nn.MultiheadAttention takes the weight itself."""
+    """An adapter on `out_proj` has no effect: nn.MultiheadAttention reads the weight itself."""
     model = nn.Sequential(nn.MultiheadAttention(8, 2), nn.Linear(8, 8))
     assert names_of(model, target_modules="all-linear") == ["1"]
     problem = problems_of(model, target_modules=["out_proj"])[0]
@@ -457,7 +457,7 @@ def test_all_trained_parameters_are_float32_on_a_bfloat16_base(
     attach(model, tiny.recipe_of(**adapter), ["classifier"])
     trained = set(trainable_parameters(model))
     for name, parameter in model.named_parameters():
-        # torch wants the weight and the bias of a normalisation in one dtype
+        # torch requires the same dtype for the weight and the bias of a normalisation
         norm = "LayerNorm" in name and name.replace("weight", "bias") in trained
         wanted = torch.float32 if name in trained or norm else torch.bfloat16
         assert parameter.dtype == wanted, name
@@ -504,7 +504,7 @@ def test_batch_normalisation_does_not_drift_in_training() -> None:
     assert torch.equal(model.norm.running_mean, before)
     assert all(m.training for m in model.modules() if m is not model.norm)
     model = tiny.ConvNet()
-    # nor where its weight is trained: no folder holds its statistics, and no micro-batch decides
+    # nor if its weight is trained: folders hold no statistics, and micro-batches must not matter
     attach(model, tiny.recipe_of(target_modules=["stem"], train_modules=["norm"]))
     training_mode(model)
     model(x)
@@ -655,7 +655,7 @@ def test_a_layer_keeps_the_mode_of_its_base_and_is_found_by_its_name(training: b
 
 
 class TwoParts(nn.Module):
-    """A model with a part that is used as it is."""
+    """A model with a frozen part."""
 
     def __init__(self) -> None:
         super().__init__()

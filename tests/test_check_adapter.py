@@ -1,4 +1,4 @@
-"""An adapter that does not fit its base, or is damaged, is rejected with what is wrong with it."""
+"""An adapter that is damaged or does not fit its base is rejected with the reasons."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def test_a_renamed_tensor_is_refused(base: nn.Module, folder: Path) -> None:
     edit_tensors(folder, rename)
     text = refusal(base, folder)
     assert f"the adapter is for `{QUERY}x`, which in the model is not there" in text
-    assert f"`{QUERY}`" in text  # and what is missing by that
+    assert f"`{QUERY}`" in text  # and what is missing because of it
 
 
 def test_an_adapter_for_a_module_that_takes_none_is_refused(base: nn.Module, folder: Path) -> None:
@@ -299,7 +299,7 @@ def test_a_pickle_is_refused_unread(
     assert f"`{name}` is a pickle, which can run code when it is read" in text
     assert not sprung.exists()
     pickle.loads((folder / name).read_bytes())
-    assert sprung.exists()  # it would have been
+    assert sprung.exists()  # unpickling would have created it
 
 
 def test_a_flipped_byte_is_found_by_the_manifest(base: nn.Module, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Combined adapters are what PEFT makes of the same adapters, or what running both computes."""
+"""Combined adapters equal PEFT's combination of the same adapters, or running both together."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def logits(model: nn.Module, adapter: str | None = None) -> Tensor:
 
 
 def together(model: PeftModel) -> Tensor:
-    """Return what PEFT computes with both adapters at work."""
+    """Return PEFT's outputs with both adapters active."""
     model.base_model.set_adapter(["a", "b"])
     return logits(model)
 
@@ -80,7 +80,7 @@ def close(found: Tensor, wanted: Tensor) -> bool:
 def test_each_method_gives_peft_s_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    # one module where entries are drawn, since PEFT draws in the order of the model's modules
+    # one module for random entries, since PEFT draws them in the order of the model's modules
     only = {"target_modules": ["layers.1.mlp.down_proj"]} if method.startswith("dare") else {}
     base, a, b = llama_pair(tmp_path, only, only)
     density = 0.5 if method in PRUNING else None
@@ -111,7 +111,7 @@ def test_other_layers_ranks_and_scales(tmp_path: Path, method: str, kind: str) -
     options: Any = {"density": 0.5} if method in PRUNING else {}
     if method != "cat":
         options["rank"] = 16
-    if method in ("cat", "svd"):  # of the full rank: exactly both
+    if method in ("cat", "svd"):  # at full rank: exactly both
         combine(a, b, tmp_path / "c", method, weights=None, **options)
         model = in_peft(base, a, b, tmp_path / "c")
         assert close(logits(model, "c"), together(model))
@@ -171,7 +171,7 @@ def test_linear_with_the_same_a_equals_both_adapters_together(tmp_path: Path) ->
 
 
 def give_a_of(a: Path, b: Path) -> None:
-    """Give an adapter the matrices A of another."""
+    """Replace the matrices A of an adapter by those of another."""
     ours, theirs = (load_file(x / "adapter_model.safetensors") for x in (a, b))
     theirs |= {name: tensor for name, tensor in ours.items() if "lora_A" in name}
     save_file(theirs, b / "adapter_model.safetensors", metadata={"format": "pt"})

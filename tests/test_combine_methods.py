@@ -1,4 +1,4 @@
-"""Updates of one module are combined as PEFT's own functions combine such tensors."""
+"""Updates of a module are combined like PEFT's own functions combine the tensors."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ THEIRS: dict[str, Callable[..., Tensor]] = {
 
 
 def drawn(*ranks: int, kernel: tuple[int, ...] = (), seed: int = 0) -> list[tuple[float, Pair]]:
-    """Return updates of 5 inputs and 4 outputs with a weight each."""
+    """Return weighted updates with 5 inputs and 4 outputs."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
@@ -50,12 +50,12 @@ def drawn(*ranks: int, kernel: tuple[int, ...] = (), seed: int = 0) -> list[tupl
 
 
 def delta(pair: Pair) -> Tensor:
-    """Return the whole update of a module, (out, in * kernel)."""
+    """Return the update of a module as a full matrix (out, in * kernel)."""
     return pair.scale * pair.b.double().flatten(1) @ pair.a.double().flatten(1)
 
 
 def best(whole: Tensor, rank: int) -> Tensor:
-    """Return the nearest matrix of a rank."""
+    """Return the best approximation of a rank."""
     u, s, vh = torch.linalg.svd(whole, full_matrices=False)
     return (u[:, :rank] * s[:rank]) @ vh[:rank]
 
@@ -63,7 +63,7 @@ def best(whole: Tensor, rank: int) -> Tensor:
 def by_peft(
     name: str, tensors: list[Tensor], weights: list[float], generator: torch.Generator
 ) -> Tensor:
-    """Return what PEFT makes of tensors, with the same draws."""
+    """Return PEFT's combination of tensors, with the same random numbers."""
     real = torch.bernoulli
     with pytest.MonkeyPatch.context() as patch:  # it draws in float32, as its tensors are
         patch.setattr(torch, "bernoulli", lambda p: real(p.float(), generator=generator).to(p))
@@ -152,7 +152,7 @@ def test_an_embedding_stays_one(method: str) -> None:
 def test_the_random_entries_of_a_module_are_those_of_earlier_versions(
     seed: int, module: str, drawn_from: int
 ) -> None:
-    """Else the same command with the same `--seed` would give users another adapter."""
+    """Otherwise the same command with the same `--seed` would give a different adapter."""
     assert module_seed(seed, module) == drawn_from
 
 

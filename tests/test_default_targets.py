@@ -1,4 +1,4 @@
-"""Which layers are adapted where a recipe names none."""
+"""Which layers are adapted if a recipe names none."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lora_cli.adapters.default_targets import (
 
 
 def tree(**layers: nn.Module) -> nn.Module:
-    """Return a model of layers, whose names have `__` for a dot."""
+    """Return a model with these layers; `__` in a name stands for a dot."""
     model = nn.Module()
     for name, layer in layers.items():
         *above, last = name.split("__")

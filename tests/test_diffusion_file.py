@@ -1,4 +1,4 @@
-"""Adapters of diffusion models in one file mean the same here and in diffusers."""
+"""Single-file adapters of diffusion models have the same effect here as in diffusers."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def factors(kind: str, targets: re.Pattern[str], alphas: tuple[float, ...] = (3.
 
 @torch.no_grad()
 def outputs(parts: Any, kind: str) -> dict[str, Tensor]:
-    """Return what the parts of a pipeline or a bundle compute."""
+    """Return the outputs of the parts of a pipeline or a bundle."""
     ids = torch.arange(10).reshape(1, 10) * 3
     found: dict[str, Tensor] = {}
     texts = [getattr(parts, name).eval()(ids)[0] for name in NAMES[kind][1:]]
@@ -151,7 +151,7 @@ def of_peft(made: Factors, kind: str) -> Tensors:
 
 
 def of_diffusers(made: Factors, kind: str) -> Tensors:
-    """As diffusers wrote them before it used PEFT's names."""
+    """Names that diffusers wrote before it used PEFT's."""
     result = {}
     for (part, name), pair in made.items():
         middle = "lora_linear_layer" if part.startswith("text") else "lora"
@@ -162,7 +162,7 @@ def of_diffusers(made: Factors, kind: str) -> Tensors:
 
 
 def of_processors(made: Factors, kind: str) -> Tensors:
-    """As its first version wrote the attention alone."""
+    """Names of its first version, which saved only attention layers."""
     old = {"to_out.0": "to_out", "q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v",
            "out_proj": "to_out"}  # fmt: skip
     result = {}
@@ -238,7 +238,7 @@ def test_files_are_read_as_diffusers_reads_them(writer: str, kind: str, tmp_path
 
 
 def adapter(top: Path, kind: str, recipe: dict[str, Any]) -> tuple[Path, Bundle]:
-    """Write an adapter drawn at random as a training does, and return its folder and the model."""
+    """Write a random adapter like a training does, and return its folder and the model."""
     model = bundle(kind)
     values = {"model": {"name": "base"}, "task": {"type": "sequence_classification"}}
     own = {"rank": 3, "alpha": 5, **recipe}
@@ -374,7 +374,7 @@ def test_original_names_of_the_unet_are_read(tmp_path: Path) -> None:
 
 
 def sgm(name: str) -> str:
-    """Return the name in the first U-Net, written out for two blocks of one layer each."""
+    """Return the name in the original U-Net, written out for two blocks of one layer each."""
     blocks = {
         "down_blocks.0.resnets.0": "input_blocks.1.0",
         "down_blocks.0.attentions.0": "input_blocks.1.1",
@@ -502,7 +502,7 @@ def test_lokr_of_lycoris_is_read(factor: int, tmp_path: Path) -> None:
         tensors[f"{name}.lokr_w1"] = w1
         tensors[f"{name}.alpha"] = torch.tensor(7.0)
         if kernel:
-            w2, scale = torch.randn(b, d, *kernel), 1.0  # alpha counts for products alone
+            w2, scale = torch.randn(b, d, *kernel), 1.0  # alpha applies only to products
             tensors[f"{name}.lokr_w2"] = w2
         else:
             left, right = torch.randn(b, 1), torch.randn(1, d)
@@ -654,7 +654,7 @@ def test_a_folder_with_such_a_file_is_an_adapter(tmp_path: Path) -> None:
 
 @dataclass
 class Drawing:
-    """What an export asks of a task that draws."""
+    """The part of an image generation task that an export uses."""
 
     base: str
     kind: str = "sd"
@@ -743,7 +743,7 @@ def test_files_of_transformers_in_kohyas_format_hold_all_of_an_adapter(
 
 @pytest.mark.parametrize("kind", ["sd3", "flux"])
 def test_an_export_of_a_transformer_for_kohya_is_checked(kind: str, tmp_path: Path) -> None:
-    # diffusers divides the layers of single blocks at Flux's own sizes alone
+    # diffusers splits the layers of single blocks only at Flux's own sizes
     targets = [f"transformer_blocks.0.{name}" for name in ("attn.to_q", "attn.to_v", "ff.net.2")]
     source = source_of(tmp_path, {"target_modules": [*targets, "q_proj"]}, kind)
     reader, to = reader_named("kohya"), tmp_path / "to"
@@ -825,7 +825,7 @@ def test_a_tensor_of_a_kind_has_a_shape_of_the_kind(
 def test_the_rank_is_read_from_a_low_rank_factor() -> None:
     for name in ("lora_A", "hada_w1_b", "lokr_w2_b", "lokr_w1_b"):
         assert _rank({name: torch.ones(3, 5), "lokr_w2": torch.ones(7, 9)}) == (3, False)
-    # whole factors have none: as PEFT has it, one at which a factor would not be divided
+    # full factors have none: a rank for which PEFT would store a full factor
     assert _rank({"lokr_w1": torch.ones(2, 2), "lokr_w2": torch.ones(4, 6, 9, 9)}) == (6, True)
     assert _rank({"lokr_w1": torch.ones(2, 2), "lokr_w2": torch.ones(8, 6)}) == (8, True)
     assert _rank({"lokr_w2": torch.ones(8)}) == _rank({}) == (1, True)
@@ -835,7 +835,7 @@ def test_matrices_get_the_dimensions_of_their_layer() -> None:
     a, b, kernel = torch.randn(2, 5, 1, 1), torch.randn(3, 2, 1, 1), torch.randn(2, 5, 3, 3)
     linear, convolution = nn.Linear(5, 3), nn.Conv2d(5, 3, 3)
     given = {"lora_A": a, "lora_B": b}
-    # a linear layer that was a convolution of one position, and the other way round
+    # a linear layer that was a 1 x 1 convolution, and the reverse
     for name, tensor in _in_peft_shapes(given, linear).items():
         assert torch.equal(tensor, given[name].flatten(1))
     flat = {"lora_A": a.flatten(1), "lora_B": b.flatten(1)}

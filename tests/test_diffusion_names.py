@@ -1,4 +1,4 @@
-"""What other tools call the modules of a diffusion model, name by name."""
+"""Other tools' names of the modules of a diffusion model, name by name."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_other_ends_belong_to_no_adapter(name: str) -> None:
 
 
 # Stable Diffusion 1.5: blocks of two layers, of which the first three down and the last three up
-# look at the text. The names on the right are those of its first checkpoint.
+# attend to the text. The names on the right are those of its original checkpoint.
 FIRST_NAMES = {
     "conv_in": "input_blocks.0.0",
     "conv_out": "out.2",

@@ -1,4 +1,4 @@
-"""DoRA: the paper's equation written out, PEFT's layers in training, folders both ways, merging."""
+"""DoRA against the paper's equation and PEFT: training, folders in both directions, merging."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ BASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
 
 
 def new_layer(base: nn.Module, dropout: float = 0.0) -> DoRALayer:
-    """Return the layer that fits a base, as at the start of a training."""
+    """Return the layer for a base, initialised for training."""
     layer = layer_for(base, DORA_LAYERS)(base, 4, 6.0, dropout)
     layer.reset_parameters()
     assert isinstance(layer, DoRALayer)
@@ -69,7 +69,7 @@ def new_layer(base: nn.Module, dropout: float = 0.0) -> DoRALayer:
 
 
 def stir(model: nn.Module) -> nn.Module:
-    """Redraw everything that is trained but for magnitudes, which change by a factor."""
+    """Randomise all trained parameters, except that magnitudes change by a factor."""
     with torch.no_grad():
         for name, parameter in trainable_parameters(model).items():
             if name.endswith("magnitude") or "lora_magnitude_vector" in name:
@@ -231,7 +231,7 @@ def theirs_on(site: str, base: nn.Module, **config: Any) -> peft.PeftModel:
 
 
 def twin(ours: nn.Module, theirs: peft.PeftModel) -> None:
-    """Give PEFT's layers the A and B of ours; the magnitudes each has found by itself."""
+    """Copy our A and B into PEFT's layers; both have computed their magnitudes themselves."""
     mine = lora_layers(ours)
     wrapped = {
         name.removeprefix("base_model.model."): module
@@ -317,7 +317,7 @@ def test_outputs_gradients_and_losses_are_those_of_peft(site: str, settings: str
     ours, theirs = ours.double(), theirs.double()
     found, wanted = losses(ours), losses(theirs)
     assert max(abs(a - b) for a, b in zip(found, wanted, strict=True)) < 1e-5
-    assert sum(found[-4:]) < sum(found[:4]) - 0.01  # there was something to differ in
+    assert sum(found[-4:]) < sum(found[:4]) - 0.01  # the losses had room to differ
 
 
 @pytest.mark.parametrize("site", ["Linear", "Conv1D", "Conv1d and Conv2d"])

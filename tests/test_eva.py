@@ -1,4 +1,4 @@
-"""EVA: PEFT's starts and ranks on the same batches, and the run that finds them."""
+"""EVA: initial matrices and ranks equal PEFT's on the same batches, and a run computes them."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_starts_ranks_and_training_are_those_of_peft(kind: str, rho: float, tmp_
     assert rho == 1 or set(ranks) - {4, 6}
     assert_trains_alike(model, theirs)
 
-    # the folder says the ranks, so that both tools read it
+    # the folder contains the ranks, so that both tools read it
     save_adapter(tmp_path, model, tiny.recipe_of("causal_lm", **adapter), [])
     found = logits(model)
     again = copy.deepcopy(base)
@@ -111,7 +111,9 @@ def test_components_of_batches_are_those_of_all_rows() -> None:
     assert bool(part.converged.all())
 
 
-@pytest.mark.parametrize("count", [1, 3, 7])  # few of 12 are found approximately, many exactly
+@pytest.mark.parametrize(
+    "count", [1, 3, 7]
+)  # an approximate SVD for few of 12, an exact one for many
 @pytest.mark.parametrize("rows", [9, 30])
 def test_components_are_those_of_peft_batch_by_batch(count: int, rows: int) -> None:
     torch.manual_seed(1)
@@ -253,5 +255,7 @@ def test_a_run_starts_from_its_own_rows_and_says_so(
     assert config["alpha_pattern"].keys() == config["rank_pattern"].keys() != set()
     for name, rank in config["rank_pattern"].items():
         assert config["alpha_pattern"][name] / rank == pytest.approx(2.0)
-    recipe = load_recipe(tmp_path / "out/recipe.yaml")  # says what was asked for, to repeat it
+    recipe = load_recipe(
+        tmp_path / "out/recipe.yaml"
+    )  # contains the requested settings, to repeat the run
     assert (recipe.adapter.rank, recipe.adapter.rank_pattern) == (6, {})

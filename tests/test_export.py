@@ -1,4 +1,4 @@
-"""An exported adapter computes, read as its reader reads it, what base + adapter compute."""
+"""An exported adapter, read like its reader does, has the outputs of base + adapter."""
 
 from __future__ import annotations
 
@@ -59,14 +59,14 @@ def export(adapter: Path, to: Path, reader: str) -> tuple[list[str], list[str]]:
 
 @torch.no_grad()
 def outputs(base: Path, adapter: Path) -> Tensor:
-    """Return what PEFT computes with an adapter."""
+    """Return PEFT's outputs with an adapter."""
     model = AutoModelForCausalLM.from_pretrained(base)
     return PeftModel.from_pretrained(model, str(adapter)).eval()(IDS).logits
 
 
 @torch.no_grad()
 def read_simply(base: Path, adapter: Path) -> Tensor:
-    """Return what a reader computes that knows A, B, r and lora_alpha, and nothing else."""
+    """Return the outputs of a reader that uses only A, B, r and lora_alpha."""
     model = AutoModelForCausalLM.from_pretrained(base).eval()
     config = json.loads((adapter / "adapter_config.json").read_text())
     tensors = load_file(adapter / "adapter_model.safetensors")
@@ -233,7 +233,7 @@ def test_gguf_has_the_names_and_rows_of_llama_cpp(tmp_path: Path) -> None:
     assert fields["general.architecture"] == "llama"
     assert fields["adapter.type"] == "lora"
     assert fields["adapter.lora.alpha"] == 4.0
-    assert fields["general.name"] == "a for base"  # no path of this machine
+    assert fields["general.name"] == "a for base"  # no local path
     tensors = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
     assert {"blk.0.attn_q.weight.lora_a", "blk.1.ffn_down.weight.lora_b"} <= set(tensors)
     # llama.cpp's own rule for the rows of query and key, written out row by row

@@ -1,4 +1,4 @@
-"""Adapters by folder, by a folder inside it, and by their id on a stand-in for the Hub."""
+"""Finding adapters by folder, by subfolder, and by their id on a stand-in for the Hub."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ BASE_WEIGHTS = "model.safetensors"
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of an adapter; its base lies beside it."""
+    """Return the folder of an adapter, which is next to its base."""
     top = tmp_path_factory.mktemp("trained")
     return adapter_folders.make(top, "trained", tiny.save_encoder(top / "base"))
 
@@ -118,13 +118,13 @@ def test_adapters_in_subfolders(hub: HubServer, trained: Path, tmp_path: Path) -
     assert (found / WEIGHTS).exists()
     assert shown_name(found) == f"user/inner/deep/er@{commit}"
     assert "holds no adapter in `third`" in reason("user/two/third")
-    # the same on this machine
+    # the same for local folders
     (tmp_path / "here").mkdir()
     shutil.copytree(trained, tmp_path / "here/one")
     assert find_adapter_folder(str(tmp_path / "here"), "--adapter") == tmp_path / "here/one"
     shutil.copytree(trained, tmp_path / "here/two")
     assert f"name one of them, as `{tmp_path / 'here/one'}`" in reason(str(tmp_path / "here"))
-    # an adapter without a name stands at the top, and is what is meant
+    # an unnamed adapter in the folder itself is preferred
     shutil.copy(trained / CONFIG, tmp_path / "here")
     assert find_adapter_folder(str(tmp_path / "here"), "--adapter") == tmp_path / "here"
 

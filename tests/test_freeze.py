@@ -1,4 +1,4 @@
-"""What `adapter.freeze` keeps as it is, which layers lie how far below the top, and the words."""
+"""What `adapter.freeze` freezes, the depth of layers, and descriptions of parameters."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ MODELS = {
 
 
 def frozen(kind: str, *entries: str | int, type_: str = "full") -> tuple[nn.Module, str]:
-    """Return a model of which some is frozen, and what is frozen in words."""
+    """Return a model that is partly frozen, and a description of the frozen part."""
     build, head = MODELS[kind]
     model = build()
     attach(model, tiny.recipe_of(type=type_, freeze=list(entries)), head)
@@ -246,7 +246,7 @@ def test_names_that_differ_in_numbers_are_joined_in_long_lists() -> None:
 
 
 def stack(count: int, shared: nn.Embedding | None = None) -> nn.Module:
-    """Return an embedding and some layers, as one side of an encoder-decoder has them."""
+    """Return an embedding and some layers, like one side of an encoder-decoder."""
     side = nn.Module()
     side.embed_tokens = nn.Embedding(5, 2)
     if shared is not None:

@@ -1,4 +1,4 @@
-"""The layers below the first trained one: found in any architecture, and passed over exactly."""
+"""The frozen layers below the first trained one: found in any architecture, skipped exactly."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ SOUND = {
 }
 LOWER = ["embeddings", "0-1"]
 
-# how the model is built, what is frozen, its inputs, and the modules whose states are kept
+# the model's builder, what is frozen, its inputs, and the modules whose states are recorded
 CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], Inputs, list[str]]] = {
     "bert": (
         lambda: BertForSequenceClassification(BertConfig(**SMALL, **DROPS)),
@@ -134,7 +134,7 @@ def opened(name: str) -> tuple[nn.Module, Inputs, FrozenLayers | None]:
     build, adapter, inputs, _ = CASES[name]
     torch.manual_seed(0)
     model = build()
-    if not inputs:  # a tiny model whose configuration says how large its pictures are
+    if not inputs:  # a tiny model whose configuration gives the size of its images
         size = getattr(model.config, "image_size", 32)
         inputs = {"pixel_values": torch.randn(2, 3, size, size)}
     attach(model, tiny.recipe_of(**{"rank": 2, **adapter}), head_of(model))
@@ -157,7 +157,7 @@ class Calls:
     def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
         self.count = 0
         for name in names:
-            # inside a layer, since the layer itself is called and returns what it is given
+            # inside a layer, since a skipped layer is still called and returns its input
             for module in list(model.get_submodule(name).modules())[1:]:
                 module.register_forward_hook(self._add)
 
@@ -192,7 +192,7 @@ def test_a_model_computes_the_same_bits_without_its_frozen_layers(name: str) -> 
     assert gradients[0].keys() == gradients[1].keys()
     assert gradients[0]
     assert all(torch.equal(gradient, gradients[1][n]) for n, gradient in gradients[0].items())
-    # and afterwards the layers are what they were
+    # and afterwards the layers are restored
     assert all("forward" not in module.__dict__ for module in model.modules())
     calls.count = 0
     logits(model, inputs)
@@ -281,7 +281,7 @@ def test_a_decoder_after_a_trained_encoder_has_no_frozen_layers() -> None:
 
 
 class Layer(nn.Module):
-    """A layer that returns what its form says."""
+    """A layer whose output has the given form."""
 
     def __init__(self, form: str = "tensor") -> None:
         super().__init__()
@@ -303,7 +303,7 @@ def first_of(output: Any, x: Tensor) -> Tensor:
 
 
 class Stack(nn.Module):
-    """Layers, of which the order and the number of calls are given, and a head."""
+    """Layers with a given order and number of calls, and a head."""
 
     def __init__(
         self, *forms: str, order: list[int] | None = None, heads: int = 1, named: bool = False
@@ -346,11 +346,11 @@ def found_in(model: Stack, *trained: str) -> FrozenLayers | None:
         (["tensor"] * 3, None, ["layers.1", "head"], 1, ["layers.0"], None),
         (["one", "none", "tensor"], None, ["layers.2"], 2, ["layers.1"], None),
         (["tensor", "three", "tensor"], None, ["layers.2"], 2, ["layers.1"], None),
-        # what a last layer hands on besides is not read by another
+        # further outputs of a last layer are not read by another layer
         (["tensor", "more"], None, ["head"], 2, ["layers.1"], "head"),
         (["more", "tensor"], None, ["head"], 2, ["layers.1"], "head"),
         (["more", "tensor"], None, ["layers.1"], 1, [], None),
-        # a layer whose output has no form, or that runs again, or too early, ends what is frozen
+        # a layer whose output has no form, that runs again, or too early, ends the frozen layers
         (["tensor", "odd", "tensor"], None, ["head"], 1, ["layers.0"], "head"),
         (["tensor", "empty", "tensor"], None, ["head"], 1, ["layers.0"], "head"),
         (["tensor"] * 3, [0, 1, 1, 2], ["head"], 1, ["layers.0"], "head"),
@@ -377,7 +377,7 @@ def test_layers_that_run_once_in_order_before_trained_modules_are_frozen(
     assert set(found.skipped) == (set(found.frozen) if last else set())
     kinds = {"tensor": None, "one": 1, "none": 2, "more": 2, "three": 3}
     assert dict(found.skipped) == {name: kinds[forms[int(name[-1])]] for name in found.skipped}
-    # what runs before is in evaluation mode, and what is trained is not
+    # modules before are in evaluation mode, trained ones are not
     assert {"before", "drop"} <= set(found.below)
     assert {f"layers.{i}.linear" for i in range(frozen)} <= set(found.below)
     tops = {name.partition(".")[0] if name == "head" else name for name in trained}
@@ -387,7 +387,7 @@ def test_layers_that_run_once_in_order_before_trained_modules_are_frozen(
     found.evaluate()
     for name, module in model.named_modules():
         assert module.training == (name not in found.below)
-    # and the states take the place of what is frozen
+    # and the states replace the frozen layers
     with torch.no_grad(), found.recording() as states:
         whole = model.eval()(X)
     assert set(states) == set(found.recorded)
@@ -411,7 +411,7 @@ def test_the_input_of_the_head_or_the_last_layers_output_can_be_given(named: boo
             whole = model(X)
         assert (list(of_first), list(last)) == (["head"], ["layers.1"])
         assert not torch.equal(of_first["head"], last["layers.1"])
-        wider = torch.cat([X, X], 1)  # a batch whose rows are filled up
+        wider = torch.cat([X, X], 1)  # a batch with padded rows
         for states in (of_first, last):
             with found.skipping(states):
                 assert torch.equal(model(X), whole)
@@ -446,7 +446,7 @@ def test_a_module_without_a_tensor_input_is_not_recorded() -> None:
             inputs={"head": (args, kwargs)},
         )  # fmt: skip
         assert first_after_layers(trace, 3, {"layers": ["layers.0"]}) == wanted
-    trace.ended["layers.0"] = [2, 9]  # one that runs again behind it
+    trace.ended["layers.0"] = [2, 9]  # a layer that runs again afterwards
     trace.inputs["head"] = ((X,), {})
     assert first_after_layers(trace, 3, {"layers": ["layers.0"]}) is None
     trace.began = {"": [3]}

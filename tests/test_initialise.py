@@ -1,4 +1,4 @@
-"""Where A and B start: PEFT's starts and training on the same weights, and folders both ways."""
+"""Initial values of A and B: equal to PEFT's, also in training, and saved in both directions."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_weight_based_initialisations_train_as_in_peft(init: str, kind: str, sca
     theirs = of_peft(base, init_lora_weights=init, target_modules=targets,
                      fan_in_fan_out=kind == "Conv1D", **theirs_say)  # fmt: skip
     model = ours(base, init=init, target_modules=targets, **we_say)
-    assert torch.equal(logits(model), logits(base))  # PEFT's is so to rounding
+    assert torch.equal(logits(model), logits(base))  # PEFT's are equal up to rounding
     for name, pair in peft_pairs(theirs).items():
         for matrix, wanted in zip(our_pairs(model)[name], pair, strict=True):
             assert_close(matrix, wanted, 1e-6)
@@ -139,7 +139,7 @@ def test_weight_based_initialisations_train_as_in_peft(init: str, kind: str, sca
 
 @pytest.mark.proves("train", variant="olora", layer="Conv1D", against="PEFT")
 def test_olora_on_conv1d_is_that_of_the_same_linear_layer() -> None:
-    """PEFT decomposes the transposed weight there, and the sizes of its matrices do not fit."""
+    """PEFT decomposes the transposed weight in this case, so its matrices have wrong shapes."""
     layer, x = Conv1D(5, 7), torch.randn(3, 7)
     base = nn.Linear(7, 5)
     base.weight.data, base.bias.data = layer.weight.data.T.clone(), layer.bias.data.clone()
@@ -209,7 +209,9 @@ def test_peft_reads_what_is_saved_on_the_untouched_base(
     load_adapter(again, read_adapter(tmp_path), [])
     assert not any(isinstance(m, ResidualLoRALinear) for m in again.modules())
     config = peft.LoraConfig.from_pretrained(str(tmp_path))
-    config.task_type = None  # an encoder writes nothing, and PEFT asks for what writes
+    config.task_type = (
+        None  # an encoder does not generate text, as PEFT's class for the task requires
+    )
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, config=config).eval()
     found = logits(model)
     assert_different(found, logits(base))
@@ -220,7 +222,7 @@ def test_peft_reads_what_is_saved_on_the_untouched_base(
 
 
 def stir(model: nn.Module) -> None:
-    """Change all that is trained a little, as a training does."""
+    """Change all trained parameters slightly, like a training step."""
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in trainable_parameters(model).values():
@@ -254,7 +256,7 @@ def test_adapters_that_peft_converted_are_read(init: str, tmp_path: Path) -> Non
 @pytest.mark.proves("read", "merge", variant="mica", layer="{kind}", against="PEFT")
 @pytest.mark.parametrize("kind", MODELS)
 def test_mica_of_peft_is_read_and_merged(kind: str, tmp_path: Path) -> None:
-    """The minor components of W0 are its B, which is frozen; the base's weight is as it was."""
+    """MiCA's B is the minor components of W0, and is frozen; the base's weight is unchanged."""
     build, targets = MODELS[kind]
     base = build()
     theirs = of_peft(base, init_lora_weights="mica", target_modules=targets,
@@ -399,7 +401,7 @@ def test_loftq_compensates_the_quantisation_error(
 
 
 def test_loftq_equals_peft_s_if_alpha_is_the_rank() -> None:
-    """PEFT's own function runs on a GPU only (tests/gpu); this is what it computes, written out."""
+    """PEFT's own function needs a GPU (tests/gpu); this is its computation, written out."""
     torch.manual_seed(0)
     w0 = torch.randn(9, 7)
     q = w0 + 0.1 * torch.randn(9, 7)

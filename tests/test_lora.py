@@ -60,7 +60,7 @@ KINDS = sorted(BASES)
 def new_layer(
     base: nn.Module, rank: int, alpha: float, dropout: float = 0.0, use_rslora: bool = False
 ) -> LoRALayer:
-    """Return the low-rank layer that fits `base`, as at the start of a training."""
+    """Return the low-rank layer for `base`, initialised for training."""
     fitting = layer_for(base, LORA_LAYERS)
     assert fitting is not None
     layer = fitting(base, rank, alpha, dropout, use_rslora)
@@ -71,7 +71,7 @@ def new_layer(
 def adapted(
     base: nn.Module, rank: int = 4, alpha: float = 6.0, dropout: float = 0.0, rslora: bool = False
 ) -> LoRALayer:
-    """Return a low-rank layer on `base` with an A and a B that are both at work."""
+    """Return a low-rank layer on `base` with non-zero A and B."""
     layer = new_layer(base, rank, alpha, dropout, rslora)
     with torch.no_grad():
         layer.lora_A.normal_()
@@ -444,7 +444,7 @@ def text_batches(labels: bool, vocabulary: int = 200) -> list[dict[str, Tensor]]
         batch["attention_mask"][::2, 7:] = 0
         batch["labels"] = (ids[:, 1] > vocabulary // 2).long() if labels else ids
         batches.append(batch)
-    return batches * (STEPS // 5)  # few enough to be learnt by heart
+    return batches * (STEPS // 5)  # few enough to be memorised
 
 
 def image_batches() -> list[dict[str, Tensor]]:
@@ -581,7 +581,7 @@ def test_fifty_steps_have_the_losses_of_peft(name: str) -> None:
     ours = copy.deepcopy(base)
     attach(ours, tiny.recipe_of(**case["ours"]))
     theirs = peft_twin(base, ours, peft.LoraConfig(lora_alpha=6, lora_dropout=0, **case["theirs"]))
-    theirs.eval()  # as ours is: the running statistics of a frozen BatchNorm stay
+    theirs.eval()  # like ours: a frozen BatchNorm keeps its running statistics
     # in float32 rounding grows over 50 steps, on each processor in its own way
     base, ours, theirs = base.double(), ours.double(), theirs.double()
     count = sum(p.numel() for p in theirs.parameters() if p.requires_grad)
@@ -593,11 +593,11 @@ def test_fifty_steps_have_the_losses_of_peft(name: str) -> None:
     assert max(differences) < 1e-6
     with torch.no_grad():
         untrained = [loss_of(base, batch).item() for batch in batches[-5:]]
-    assert sum(our_losses[-5:]) < sum(untrained) - 0.1  # there was something to differ in
+    assert sum(our_losses[-5:]) < sum(untrained) - 0.1  # the losses had room to differ
 
 
 def test_fifty_steps_of_a_dilated_reflecting_convolution_follow_torch_itself() -> None:
-    """PEFT passes over dilation and padding mode, so the reference is a plain merged weight."""
+    """PEFT ignores dilation and padding mode, so the reference is a plain merged weight."""
     for groups in (1, 2):
         base = nn.Conv2d(4, 4, 3, padding=2, dilation=2, padding_mode="reflect", groups=groups)
         layer = new_layer(copy.deepcopy(base).requires_grad_(False), 4, 6.0).double()
@@ -624,7 +624,7 @@ def test_rank_and_alpha_alone_make_a_layer_of_plain_lora(base: nn.Module) -> Non
     assert kind is not None
     layer = kind(base, 4, 8.0)
     assert (layer.scaling, layer.dropout.p) == (2.0, 0.0)
-    assert kind(base, 4, 8.0, 0.0, True).scaling == 4.0  # rsLoRA: by the root of the rank
+    assert kind(base, 4, 8.0, 0.0, True).scaling == 4.0  # rsLoRA: divided by the root of the rank
     assert kind(base, 4, 8.0, 0.5).dropout.p == (0.0 if isinstance(base, nn.Embedding) else 0.5)
 
 
@@ -639,7 +639,7 @@ def test_peft_stores_an_a_over_all_channels_for_grouped_convolutions(groups: int
     layer, rank = LoRAConv(base, 2 * groups, 6.0), 2 * groups
     narrow, b = torch.randn(rank, 2, 3, 3), torch.randn(5 * groups, 2, 1, 1)
     wide = torch.zeros(rank, 2 * groups, 3, 3)
-    for row in range(rank):  # two rows a group, and two channels
+    for row in range(rank):  # two rows and two channels per group
         wide[row, 2 * (row // 2) : 2 * (row // 2) + 2] = narrow[row]
     layer.from_peft("lora_A", wide)
     layer.from_peft("lora_B", b)
@@ -653,7 +653,7 @@ def test_peft_stores_an_a_over_all_channels_for_grouped_convolutions(groups: int
         assert_close(layer(x), base(x) + update)
         if groups == 1:
             return
-        wide += 0.1  # PEFT has trained the other channels too: they are kept
+        wide += 0.1  # PEFT trained the other channels too, so they are kept
         layer.from_peft("lora_A", wide)
         assert torch.equal(layer.to_peft("lora_A"), wide)
         update = F.conv2d(F.conv2d(x, wide), b, groups=groups) * 6.0 / rank

@@ -147,7 +147,7 @@ def test_what_peft_saved_is_read(kind: str, entries: list[str], tmp_path: Path) 
 @pytest.mark.slow_after(1)
 def test_gradients_and_twenty_steps_are_those_of_peft(kind: str, tmp_path: Path) -> None:
     base = tiny_experts.model(kind)
-    base.set_experts_implementation("eager")  # the grouped product knows no float64
+    base.set_experts_implementation("eager")  # grouped products do not support float64
     ours = adapted(base)
     theirs = in_peft(base, saved(ours, tmp_path / "start"), trainable=True).double()
     ours.double()
@@ -171,7 +171,7 @@ def test_gradients_and_twenty_steps_are_those_of_peft(kind: str, tmp_path: Path)
     (mine, my_gradients), (peft_losses, peft_gradients) = losses(ours), losses(theirs)
     assert mine[-1] < 0.9 * mine[0]
     assert mine == pytest.approx(peft_losses, rel=1e-9)
-    # the layout of A and B differs, and the numbers are the same
+    # the layout of A and B differs, but the values are the same
     norms = [sorted(float(g.norm()) for g in many) for many in (my_gradients, peft_gradients)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-8)
 
@@ -194,7 +194,7 @@ def test_only_the_update_is_trained_and_initialised_as_in_peft() -> None:
     layers = lora_layers(model)
     assert [layer.parameter for layer in layers.values()] == ["down_proj", "gate_up_proj"] * 2
     for layer in layers.values():
-        bound = layer.lora_A.shape[-1] ** -0.5  # of kaiming-uniform with a = sqrt(5)
+        bound = layer.lora_A.shape[-1] ** -0.5  # the bound of kaiming-uniform with a = sqrt(5)
         assert not layer.lora_B.any()
         assert bound / 2 < float(layer.lora_A.detach().abs().max()) <= bound
 
@@ -238,7 +238,7 @@ def test_layers_and_exclusions_limit_parameters_too(tmp_path: Path) -> None:
     folder = saved(model, tmp_path / "one", **one)
     config = json.loads((folder / "adapter_config.json").read_text())
     names = [f"model.layers.1.mlp.experts.{key}" for key in ("down_proj", "gate_up_proj")]
-    assert config["target_parameters"] == names  # the suffixes would be those of layer 0 too
+    assert config["target_parameters"] == names  # the suffixes would match layer 0 too
     assert_close(outputs(in_peft(base, folder).eval()), outputs(model), 1e-5)
 
 
@@ -297,7 +297,7 @@ def test_what_the_note_on_experts_says_to_set_is_accepted(
 
 
 def old_adapter(kind: str, folder: Path, base: nn.Module, **changes: Any) -> dict[str, Tensor]:
-    """Write an adapter with layers for each expert; return the weights that it leads to."""
+    """Write an adapter with layers for each expert; return the resulting weights."""
     layers = ("w1", "w3", "w2") if kind == "mixtral" else ("gate_proj", "up_proj", "down_proj")
     block = "block_sparse_moe" if kind == "mixtral" else "mlp"
     config = {
@@ -341,7 +341,7 @@ def test_experts_of_transformers_4_are_read(kind: str, tmp_path: Path) -> None:
     model = loaded(base, tmp_path / "old")
     assert_close(outputs(model), outputs(wanted), 1e-5)
 
-    # trained further and saved, it is one of today
+    # trained further and saved, it has the current format
     start = with_current_names(read_adapter(tmp_path / "old"), base)
     bare = tiny.recipe_of("causal_lm").with_values({"adapter": AdapterSpec()})
     spec = completed_section(base, bare, [], start)

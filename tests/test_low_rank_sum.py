@@ -108,7 +108,7 @@ def test_the_rows_of_each_expert_are_multiplied_together(
     assert sum_.left.grad is not None
     assert sum_.right.grad is not None
     assert sum_.left.grad[0].any()
-    assert not sum_.left.grad[1].any()  # no row is of the second expert
+    assert not sum_.left.grad[1].any()  # the second expert has no rows
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_the_rows_of_each_expert_are_multiplied_together(
 def test_rows_of_grouped_factors_are_multiples_of_16_bytes(
     dtype: torch.dtype, rank: int, width: int
 ) -> None:
-    """Kernels of grouped products read rows that start at such an address; others crash."""
+    """Kernels of grouped products crash on rows that do not start at an aligned address."""
     shapes = []
 
     def product(x: Tensor, matrices: Tensor, offs: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A merged folder is base + adapter, and plain transformers load it."""
+"""A merged folder equals base + adapter, and plain transformers load it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from lora_cli.training import train
 from lora_cli.training.engine import Engine
 
 IDS = torch.arange(5, 65).reshape(4, 15)
-IDS[:, -1] = tiny.EOS  # by which BART and T5 know what to classify
+IDS[:, -1] = tiny.EOS  # BART and T5 classify at this token
 WEIGHTS = "model.safetensors"
 
 
@@ -60,7 +60,7 @@ def base_of(kind: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path
 
 
 def trained(folder: Path, base: Path, **adapter: Any) -> Path:
-    """Return the output folder of a run on the base whose adapter is strong."""
+    """Return the output folder of a run on the base, with a large update."""
     path = tiny.recipe(base, folder, adapter={"rank": 4, "alpha": 8, **adapter})
     with pytest.MonkeyPatch.context() as patch:
         real = training_run.train_step
@@ -91,7 +91,7 @@ def logits(model: nn.Module) -> Tensor:
 
 
 def plain(folder: Path, **options: Any) -> PreTrainedModel:
-    """Load a folder as anybody would."""
+    """Load a folder with plain transformers."""
     kind = json.loads((folder / "config.json").read_text())["architectures"][0]
     auto = AutoModelForSequenceClassification if "Sequence" in kind else AutoModelForCausalLM
     return auto.from_pretrained(folder, **options).eval()
@@ -107,7 +107,11 @@ def test_the_base_is_the_one_that_the_adapter_names(tmp_path: Path) -> None:
     out = trained(tmp_path, base)
     merge_adapter(str(base), out, tmp_path / "named")
     merge_adapter(None, out, tmp_path / "found")
-    for name in ("recipe.yaml", "computation.json", "manifest.json"):  # as PEFT leaves it
+    for name in (
+        "recipe.yaml",
+        "computation.json",
+        "manifest.json",
+    ):  # files that PEFT does not write
         (out / name).rename(tmp_path / name)
     merge_adapter(None, out, tmp_path / "peft")
     named = logits(plain(tmp_path / "named"))
@@ -141,7 +145,7 @@ def test_the_merged_model_equals_base_plus_adapter(tmp_path: Path, kind: str, ta
     assert result.difference <= 5e-5
     assert result.untied == []
     assert result.verified
-    if kind not in ("encoder", "bert", "bart", "t5"):  # the adapter does something
+    if kind not in ("encoder", "bert", "bart", "t5"):  # the adapter has an effect
         assert float((found - logits(plain(base))).abs().max()) > 1e-2 * scale
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     theirs = AutoTokenizer.from_pretrained(base)
@@ -411,7 +415,7 @@ def test_heads_and_biases_without_matrices_are_merged(tmp_path: Path, kind: str)
 def test_two_merges_into_one_folder_exclude_each_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three at once "succeeded", and of two different ones one ended in a traceback."""
+    """Three at once used to "succeed", and one of two different merges ended in a traceback."""
     to = tmp_path / "merged"
     locked, lock = os.pipe()
     wait, go_on = os.pipe()

@@ -1,4 +1,4 @@
-"""Merging tensor by tensor writes what merging the whole model writes, bit for bit."""
+"""Merging tensor by tensor writes the same files as merging the whole model, bit for bit."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_a_tie_that_stays_is_written_where_another_ends(
         vocab_size=tiny.vocabulary("llama"), hidden_size=32, num_hidden_layers=1, is_decoder=True,
         num_attention_heads=4, intermediate_size=48, max_position_embeddings=tiny.POSITIONS,
     )  # fmt: skip
-    model = tiny.enliven(BertLMHeadModel(config))  # it shares a weight, and a bias besides
+    model = tiny.enliven(BertLMHeadModel(config))  # it shares a weight and a bias
     model.save_pretrained(tmp_path / "base")
     tiny.tokenizer("llama").save_pretrained(tmp_path / "base")
     adapter = {**LORA, "target_modules": [targets]}
@@ -293,7 +293,7 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(Stored, "read", counted)
     in_pieces(base, adapter, tmp_path / "merged")
-    # those of the adapter are merged, and compared with the written ones; no other is ever read
+    # only adapted tensors are read, to merge them and to compare the result
     assert len(together) == 3 * 4
     assert max(together) == 1
 
@@ -331,7 +331,7 @@ def test_a_base_that_has_to_be_loaded(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A head whose labels stand in another order is put right while it is loaded."""
+    """A head whose labels are in another order is reordered when the model is loaded."""
     from lora_cli.adapters.peft_format.adapter_folder import WEIGHTS_FILE
 
     base = tiny.save_encoder(tmp_path / "base", labels=["good", "bad"])

@@ -1,4 +1,4 @@
-"""The parts of a merge one by one: which base is chosen, what is said, and what is compared."""
+"""Details of merging: which base is chosen, what is printed, and what is compared."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lora_cli.export.merge_quantized import BASES, Candidate, TrainedModel, in_w
 def test_both_bases_are_merged_and_the_better_is_written(
     values: tuple[float | None, float | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The base whose numbers the codes stand for is at hand again, where it is the better one."""
+    """If the dequantised base is better, the model is merged into it again."""
     task: Any = SimpleNamespace(
         recipe=SimpleNamespace(model=SimpleNamespace(quantization="int8")), name="quantised"
     )
@@ -106,7 +106,7 @@ def test_a_reloaded_model_requires_gradients_like_the_merged_one() -> None:
 
 
 class Measured:
-    """A task that notes what it is tried and measured with."""
+    """A task that records the models that it is called with."""
 
     def __init__(self, *splits: str, streaming: bool = False) -> None:
         self.recipe: Any = SimpleNamespace(

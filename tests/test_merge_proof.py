@@ -1,4 +1,4 @@
-"""What a merge has to agree with, against what PEFT merges itself, of every kind of module."""
+"""The expected merged weights, compared with PEFT's own merge for every kind of module."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_weights_are_those_that_peft_merges(site: str, settings: str, tmp_path: 
     assert weights_of(base).disagreement(base) is None
     left_out = next(name for name in tensors if name.endswith("lora_B.weight"))
     rest = {name: tensor for name, tensor in tensors.items() if name != left_out}
-    if settings != "dora":  # of which the lengths stay
+    if settings != "dora":  # whose magnitudes stay
         place = left_out.removesuffix(".lora_B.weight") + ".weight"
         assert expected_weights(base, rest, config).disagreement(merged) == place
 
@@ -115,7 +115,9 @@ def test_one_wrong_weight_is_found(part: str, tmp_path: Path) -> None:
     expected = expected_weights(base, tensors, config)
     name = "encoder.layer.1.attention.self.value.weight"
     weight = merged.get_parameter(name).data
-    at = int(expected.products[name].abs().argmax())  # the largest decides what is near
+    at = int(
+        expected.products[name].abs().argmax()
+    )  # the tolerance is relative to the largest entry
     if part == "entry":
         weight[at, 2] += 0.01
     elif part == "row":
@@ -166,7 +168,7 @@ def test_parameters_trained_in_full_come_from_the_file() -> None:
     found = expected_weights(base, tensors, config)
     assert found.disagreement(wanted) is None
     assert found.disagreement(base) is not None
-    old = {  # as raw state dicts have them
+    old = {  # names in raw state dicts
         name.replace("classifier.", "classifier.modules_to_save.default."): tensor
         for name, tensor in tensors.items()
     }
@@ -244,7 +246,7 @@ def test_rows_that_do_not_fit_are_left_to_the_loader(ids: Any) -> None:
 
 
 class Experts(nn.Module):
-    """Two parameters of three experts each, and a router of two dimensions."""
+    """Two parameters with three experts each, and a two-dimensional router."""
 
     def __init__(self, is_transposed: bool) -> None:
         super().__init__()
@@ -286,7 +288,9 @@ def test_updates_of_experts_by_hand(is_transposed: bool, use_rslora: bool) -> No
     for name, tensor in tensors.items():
         assert expected_weights(base, {**tensors, name: tensor * 1.1}, config).disagreement(merged)
     too_few = {name: tensor[:, :-1] for name, tensor in tensors.items()}
-    assert expected_weights(base, too_few, config).disagreement(base) is None  # loading says so
+    assert (
+        expected_weights(base, too_few, config).disagreement(base) is None
+    )  # the loader reports it
 
 
 @pytest.mark.parametrize("size", [1e-40, 1.0])

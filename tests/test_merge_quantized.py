@@ -1,4 +1,4 @@
-"""Merging an adapter of a quantised base: both ways are measured, the better one is written."""
+"""Merging an adapter of a quantised base: both bases are measured, and the better one is used."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_merged_into_the_dequantised_weights_it_equals_the_trained_model(
     lines = "\n".join(result.choice)
     assert "merged into the dequantised base" in lines
     assert "merged into the original base" in lines
-    # without validation rows the nearer outputs decide
+    # without validation rows, the closer outputs decide
     assert result.choice[0].endswith("<- written")
     weights, base = (load_file(tmp_path / f / "model.safetensors") for f in ("merged", "base"))
     adapter = load_file(out / "adapter_model.safetensors")
@@ -70,7 +70,7 @@ def test_the_metric_of_both_is_measured_if_rows_are_available(tmp_path: Path) ->
     result = merge_adapter(None, out, tmp_path / "merged", overrides=best)
     assert result.choice[0] == f"trained, on the quantised base: loss {wanted:.4f}"
     assert sum(line.endswith("<- written") for line in result.choice) == 1
-    # the written model, by transformers alone, has the loss that is said of it
+    # the written model, loaded by plain transformers, has the reported loss
     chosen = next(line for line in result.choice if line.endswith("<- written"))
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
     losses = []
@@ -80,7 +80,7 @@ def test_the_metric_of_both_is_measured_if_rows_are_available(tmp_path: Path) ->
         logits = plain(input_ids=ids).logits.detach()
         losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor([row["label"]])))
     assert f"loss {float(torch.stack(losses).mean()):.4f}" in chosen
-    # and where the rows have gone, the outputs decide
+    # and if the rows are gone, the outputs decide
     file.unlink()
     shutil.rmtree(tmp_path / "merged")
     again = merge_adapter(None, out, tmp_path / "merged")

@@ -1,4 +1,4 @@
-"""Several adapters that are merged into one base at once."""
+"""Merging several adapters into one base."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def two(folder: Path, base: Path, **settings: Any) -> tuple[Path, Path]:
 
 
 def test_updates_are_added_in_float32_and_rounded_once(tmp_path: Path) -> None:
-    """As PEFT does that merges one after the other: W0 + w1 s1 B1 A1, then + w2 s2 B2 A2."""
+    """Like PEFT when it merges one after the other: W0 + w1 s1 B1 A1, then + w2 s2 B2 A2."""
     base = llama(tmp_path)
     a, b = two(tmp_path, base)
     merged = tmp_path / "merged"

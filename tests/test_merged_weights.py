@@ -1,4 +1,4 @@
-"""The tensors of a merged folder, bit by bit, against the files of base and adapter."""
+"""The tensors of a merged folder are compared bit by bit with the files of base and adapter."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def llama(folder: Path, tied: bool = False, dtype: torch.dtype = torch.bfloat16)
 
 
 def merged(folder: Path, base: Path, **adapter: Any) -> tuple[WeightsProof, dict[str, Tensor]]:
-    """Merge an adapter that is drawn at random; return the proof and what was written."""
+    """Merge a random adapter; return the result of the comparison and the written tensors."""
     made = adapter_folders.make(folder, "adapter", base, std=0.1, adapter={**LORA, **adapter})
     result = merge_adapter(str(base), made, folder / "merged")
     return result.weights, load_file(folder / "merged" / WEIGHTS)
@@ -66,7 +66,9 @@ def test_each_tensor_is_computed_from_the_files_and_rounded_once(tmp_path: Path)
         wanted = before[name]
         if a is not None:
             b = own[f"base_model.model.{name.removesuffix('weight')}lora_B.weight"]
-            wanted = (wanted.float() + 6.0 / 2 * (b @ a)).bfloat16()  # 2: the root of the rank
+            wanted = (
+                wanted.float() + 6.0 / 2 * (b @ a)
+            ).bfloat16()  # divided by 2, the root of the rank
             adapted += 1
         assert torch.equal(tensor, wanted), name
     assert proof == WeightsProof("W0 + s B A", adapted, identical=len(after) - adapted)
@@ -228,7 +230,7 @@ def test_a_checkpoint_that_is_loaded_in_another_dtype(tmp_path: Path) -> None:
 def test_a_single_wrong_bit_is_found(
     tmp_path: Path, which: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A last bit is far below what the comparison of outputs and of products allows."""
+    """A single bit is far below the tolerances of the comparisons of outputs and of products."""
     base = llama(tmp_path)
     real = PreTrainedModel.float
 
@@ -290,7 +292,7 @@ def _base(kind: str, folder: Path) -> Path:
 
 def test_tensors_are_compared_bit_by_bit_after_rounding() -> None:
     written = torch.tensor([1.0, -2.0], dtype=torch.bfloat16)
-    near = torch.tensor([1.001, -2.0])  # which bfloat16 has no number for
+    near = torch.tensor([1.001, -2.0])  # bfloat16 cannot represent it
     assert _difference(written, near) == 0.0
     assert _difference(written, torch.tensor([1.0, -1.5])) == 0.5
     assert _difference(written, torch.tensor([[1.0, -2.0]])) == math.inf
@@ -324,7 +326,7 @@ def test_a_head_is_also_read_in_the_order_of_the_labels() -> None:
     tensors = [torch.tensor(5.0), *sized]
     stored: Any = [SimpleNamespace(read=lambda tensor=tensor: tensor) for tensor in tensors]
     found = sources._read(stored, ["classifier.weight"])
-    # those with a row of each label: neither a scale nor what is between the body and the labels
+    # tensors with a row per label: not scales or layers between the body and the labels
     wanted = [*tensors, torch.tensor([2.0, 0.0]), torch.tensor([[4.0, 5.0], [0.0, 1.0]])]
     assert [tensor.tolist() for tensor in found] == [tensor.tolist() for tensor in wanted]
     assert sources._read(stored, ["body.weight"]) == tensors

@@ -1,4 +1,4 @@
-"""Files whose names are those of the first checkpoints of Flux and Stable Diffusion 3."""
+"""Files with the names of the original checkpoints of Flux and Stable Diffusion 3."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WIDTH, MLP = 16, 64  # of the tiny transformer of Flux
 
 
 def double(i: int, width: int, mlp: int) -> Sizes:
-    """Return the layers of a block of Flux that has weights of its own for the text."""
+    """Return the layers of a block of Flux that has separate weights for the text."""
     layers = {}
     for side in ("img", "txt"):
         layers |= {
@@ -39,7 +39,7 @@ def double(i: int, width: int, mlp: int) -> Sizes:
 
 
 def single(i: int, width: int, mlp: int) -> Sizes:
-    """Return the layers of a block of Flux that has the same weights for all."""
+    """Return the layers of a block of Flux that has the same weights for image and text."""
     return {
         f"single_blocks.{i}.linear1": (3 * width + mlp, width),
         f"single_blocks.{i}.linear2": (width, width + mlp),
@@ -114,7 +114,7 @@ def of_xlabs(start: str = "") -> dict[str, Tensor]:
     }
 
 
-# diffusers divides `linear1` at Flux's own sizes, so that a tiny file lacks it
+# diffusers splits `linear1` at Flux's own sizes, so a tiny file does not contain it
 OF_FLUX = {**double(0, WIDTH, MLP), **TEXT}
 OF_FLUX |= {k: v for k, v in single(0, WIDTH, MLP).items() if not k.endswith("linear1")}
 FLUX_FILES = {
@@ -192,7 +192,7 @@ def joint(i: int, width: int, is_last: bool, is_dual: bool) -> Sizes:
 
 
 def of_first_checkpoint(sizes: Sizes, own: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
-    """Return what diffusers makes of a checkpoint of Stable Diffusion 3 with given changes."""
+    """Return diffusers' conversion of a checkpoint of Stable Diffusion 3 with given changes."""
     generator = torch.Generator().manual_seed(seed)
     whole = {"pos_embed": torch.zeros(1, 256, WIDTH), "x_embedder.proj.bias": torch.zeros(WIDTH)}
     for name, (n_out, n_in) in sizes.items():

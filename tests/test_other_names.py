@@ -1,4 +1,4 @@
-"""PEFT folders whose names come from wrappers of torch, or from another layout of the model."""
+"""PEFT folders with module names of torch's wrappers, or of another layout of the model."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from lora_cli.errors import Problem
 
 
 class Experts(nn.Module):
-    """As a mixture stores them: a tensor of three dimensions."""
+    """Experts as a mixture stores them: a three-dimensional tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ def recipe(**adapter: Any) -> Any:
 def test_entries_are_names_or_ends_of_names_at_a_dot() -> None:
     model = Model()
     both = [(f"layers.{i}.experts", "up") for i in range(2)]
-    assert places_of(model, ["up"]) == both  # that of the model itself belongs to no module
+    assert places_of(model, ["up"]) == both  # the model's own parameter belongs to no module
     assert places_of(model, ["layers.1.experts.up"]) == both[1:]
     assert places_of(model, ["experts.up", "head.weight"]) == [*both, ("head", "weight")]
     assert places_of(model, ["perts.up", "p", ""]) == []

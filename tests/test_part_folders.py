@@ -1,4 +1,4 @@
-"""An adapter of several parts: a PEFT folder for each, which PEFT reads, and others' are read."""
+"""Adapters of several parts: one PEFT folder for each, written for and read from PEFT."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def recipe_of(**adapter: Any) -> Recipe:
 
 
 def trained(recipe: Recipe, frozen: tuple[str, ...] = ()) -> tuple[Bundle, list[str]]:
-    """Return a bundle with an adapter drawn at random, and what of it is trained in full."""
+    """Return a bundle with a random adapter, and its modules trained in full."""
     model = bundle(frozen)
     attach(model, recipe, [])
     with torch.random.fork_rng(), torch.no_grad():
@@ -111,7 +111,7 @@ def loaded(folder: Path) -> Bundle:
 
 
 def in_peft(folder: Path) -> dict[str, Tensor]:
-    """Return what PEFT computes with the parts that have a folder."""
+    """Return PEFT's outputs with the parts that have a folder."""
     found = {}
     for name, part in bundle().parts.items():
         file = folder / name / "adapter_config.json"
@@ -215,7 +215,7 @@ def test_folders_that_peft_saved_are_read(name: str, tmp_path: Path) -> None:
         parts = parts_of(read_adapter(tmp_path))
         assert {n.partition(".")[0] for n in parts.pairs} == set(PARTS)
 
-    # the folder of one part alone is an adapter too
+    # the folder of a single part is an adapter too
     shutil.rmtree(tmp_path / "text_encoder")
     assert find_adapter_folder(str(tmp_path), "--adapter") == tmp_path
     for folder in (tmp_path, tmp_path / "unet"):
@@ -238,7 +238,7 @@ Part = tuple[dict[str, Any], dict[str, Tensor]]
 
 
 def low_rank(*modules: str, **config: Any) -> Part:
-    """Return what the folder of a part says, with the tensors of LoRA on some modules."""
+    """Return a part's configuration, with LoRA tensors for some modules."""
     tensors = {f"{name}.lora_{side}.weight": torch.ones(1, 1) for name in modules for side in "AB"}
     return {"peft_type": "LORA", "target_modules": ["to_q"], **config}, tensors
 

@@ -1,4 +1,4 @@
-"""Which values the keys of `adapter_config.json` may have, and what is said of the others."""
+"""Which values the keys of `adapter_config.json` may have, and the errors for others."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_only_valid_values_are_accepted(key: str) -> None:
         shown = json.dumps(value)
         said = f"has to be a number, and is the text {shown}" if is_number_as_text else ""
         assert problem.what == f"`{key}` {said or f'cannot be {shown}'}"
-    check_config(config(kind), WHERE)  # none of them has to be there
+    check_config(config(kind), WHERE)  # all keys are optional
 
 
 def test_an_alpha_fits_into_float32() -> None:

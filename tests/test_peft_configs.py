@@ -47,13 +47,13 @@ from lora_cli.errors import LoraError
 
 EXAMPLES = int(os.environ.get("LORA_PEFT_EXAMPLES", "25"))
 COUNTS: Counter[str] = Counter()
-# what a message may name as the reason why PEFT's adapter is not read here
+# reasons that a message may give for rejecting an adapter of PEFT
 REASONS = [
     *VARIANTS,
     "DoRA does not fit",  # a grouped convolution
     "ensure_weight_tying",
     "init_lora_weights",
-    "both adapted and trained in full",  # `modules_to_save` names a part of a target's name
+    "both adapted and trained in full",  # `modules_to_save` matches a part of a target's name
     "no adapter fits",  # an embedding that scales what it looks up
     "PEFT's update of it",  # of a convolution that pads by reflection, or has a dilation
     "num_batches_tracked",  # batch normalisation in `modules_to_save`
@@ -142,7 +142,7 @@ def test_peft_reads_saved_adapters_or_a_warning_says_why_not(
     name = data.draw(st.sampled_from(sorted(ARCHITECTURES)))
     adapter = data.draw(recipes(name))
     model, recipe = copy.deepcopy(base_of(name)), tiny.recipe_of("causal_lm", **adapter)
-    assume(_reason(lambda: attach(model, recipe)) is None)  # names that match nothing
+    assume(_reason(lambda: attach(model, recipe)) is None)  # not names that match nothing
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,4 +1,4 @@
-"""Adapters of experts that once were layers of their own, and of routers, read as of today."""
+"""Adapters of experts that used to be separate layers, and of routers, in the current format."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def as_peft_computes(a: Tensor, b: Tensor) -> Tensor:
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("ranks", [{}, {"w3": 5, "up_proj": 5}])
 def test_all_experts_become_one_update(kind: str, rslora: bool, ranks: dict[str, int]) -> None:
-    """Two of an expert's layers are one parameter, in which one stands below the other."""
+    """Two of an expert's layers are one parameter, stacked by rows."""
     first, second, third = NAMES[kind]
     tensors = old(kind, **ranks)
     other_rank = 5 if ranks else 2
@@ -90,7 +90,7 @@ def test_all_experts_become_one_update(kind: str, rslora: bool, ranks: dict[str,
     assert found.config["target_parameters"] == [
         f"{EXPERTS}.gate_up_proj", f"{EXPERTS}.down_proj",
     ]  # fmt: skip
-    assert "target_parameters" not in adapter.config  # which is left as it was
+    assert "target_parameters" not in adapter.config  # it is not changed
     for key, layers in (("gate_up_proj", (first, second)), ("down_proj", (third,))):
         a, b = (found.tensors[f"{pair[key]}.lora_{side}.weight"] for side in "AB")
         pattern = f"{EXPERTS}.{key}".replace(".", r"\.")
@@ -120,7 +120,7 @@ def test_existing_patterns_and_parameters_of_the_configuration_stay() -> None:
     found = with_current_names(adapter, tiny_experts.model("mixtral"))
     assert found.config["target_parameters"] == ["a.b", f"{EXPERTS}.down_proj"]
     assert found.config["rank_pattern"]["q_proj"] == 7
-    assert list(found.config["rank_pattern"])[-1] == "q_proj"  # the first that fits counts
+    assert list(found.config["rank_pattern"])[-1] == "q_proj"  # the first match counts
     assert list(found.config["alpha_pattern"])[-1] == "q_proj"
     assert given["target_parameters"] == ["a.b"]
 

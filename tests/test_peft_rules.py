@@ -1,4 +1,4 @@
-"""Our reading of PEFT's rules, against PEFT: what it adapts, copies and rejects, by model type."""
+"""PEFT's rules as implemented here, compared with PEFT: what it adapts, copies and rejects."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ def logits(model: nn.Module) -> torch.Tensor:
 def test_differences_are_reported_exactly_if_peft_differs(
     name: str, head: list[str], adapter: dict[str, Any], said: str | None, tmp_path: Path
 ) -> None:
-    """Nothing is said where PEFT computes the same, and something wherever it does not."""
+    """There is a message exactly if PEFT's outputs differ."""
     model, recipe = adapted(name, head, rank=2, **adapter)
     in_full = [*head, *recipe.adapter.train_modules]
     save_adapter(tmp_path, model, recipe, in_full)
@@ -274,7 +274,7 @@ def test_convolutions_that_peft_computes_differently_are_reported_and_rejected(
     assert any(f"`{layer}`" in d for d in differences_in_peft(model, recipe, [], tmp_path))
     with pytest.raises(IntegrityError, match=f"`{layer}` .*and PEFT's update of it"):
         load_adapter(tiny.ConvNet(), read_adapter(tmp_path), [])
-    write_manifest(tmp_path)  # as a folder of this tool has, whose updates are those of the base
+    write_manifest(tmp_path)  # like a folder of this tool, whose updates are computed like the base
     load_adapter(tiny.ConvNet(), read_adapter(tmp_path), [])
 
 
@@ -314,7 +314,7 @@ def test_layers_on_parameters_have_peft_s_names() -> None:
     [
         (nn.Conv2d(2, 2, 3), "LORA", ""),
         (nn.Conv2d(2, 2, 3, dilation=(1, 3)), "LORA", "has a dilation of 3, and"),
-        (nn.Conv2d(2, 2, (3, 1), dilation=(1, 3)), "LORA", ""),  # of one entry nothing is dilated
+        (nn.Conv2d(2, 2, (3, 1), dilation=(1, 3)), "LORA", ""),  # dilation has no effect at size 1
         (nn.Conv2d(2, 2, (1, 3), dilation=(1, 2)), "LORA", "has a dilation of 2, and"),
         (nn.Conv1d(2, 2, 2, dilation=2), "LORA", "has a dilation of 2, and"),
         (nn.Conv1d(2, 2, 2, dilation=2), "LOHA", ""),

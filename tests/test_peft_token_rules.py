@@ -1,4 +1,4 @@
-"""Which modules get trained rows of tokens in PEFT, by the rules written down here and by PEFT."""
+"""Which modules get trained rows of tokens: the rules implemented here, compared with PEFT."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def recipe(kind: str) -> Any:
 
 
 def outputs(model: nn.Module, kind: str) -> Tensor:
-    """Return what a model makes of tokens of which some are trained."""
+    """Return a model's outputs on tokens, some of which have trained rows."""
     ids = torch.tensor([[9, 50, 5, 60, 30, 9, 2], [5, 5, 71, 30, 8, 9, 2]])
     inputs = {"input_ids": ids}
     if kind != "llama" and "classifying" not in kind:

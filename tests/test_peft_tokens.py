@@ -1,4 +1,4 @@
-"""Trained rows of tokens as a file has them: which fit a model, and which are the same rows."""
+"""Trained rows of tokens in a file: which fit a model, and which are shared."""
 
 from __future__ import annotations
 

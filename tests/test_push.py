@@ -1,4 +1,4 @@
-"""`lora push`: what is uploaded, what is not, and what the Hub's answers become."""
+"""`lora push`: what is uploaded, what is not, and how errors of the Hub are reported."""
 
 from __future__ import annotations
 

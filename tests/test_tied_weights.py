@@ -1,4 +1,4 @@
-"""Weights in several places: which there are, and what becomes of them when one side is trained."""
+"""Tied weights: finding them, and untying them when one of them is trained."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Single rows of embeddings: of new tokens and of old ones, compared with PEFT and plain torch."""
+"""Trained rows of embeddings, for new and existing tokens, compared with PEFT and plain torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LoHa and LoKr: PEFT's layers in training, folders both ways, merging, and what is rejected."""
+"""LoHa and LoKr compared with PEFT: training, folders in both directions, merging, errors."""
 
 from __future__ import annotations
 

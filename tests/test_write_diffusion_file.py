@@ -1,4 +1,4 @@
-"""What stands in the files of adapters that diffusers and kohya's scripts read, entry by entry."""
+"""The contents of adapter files for diffusers and kohya's scripts, entry by entry."""
 
 from __future__ import annotations
 
