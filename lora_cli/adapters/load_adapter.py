@@ -97,8 +97,7 @@ def load_adapter(
         for saved in rows_to_load:
             token_rows = add_token_rows(model, saved.name, saved.token_ids, saved.others)
             token_rows.from_peft("rows", saved.rows)
-        # an untied copy after its original
-        for name in sorted(full, key=untied.__contains__):
+        for name in sorted(full, key=untied.__contains__):  # untied copies after the originals
             parameter = parameters[name]
             parameter.data = full[name].to(parameter.device, torch.float32)
     head = [] if not trained else [n for n in parameters if n not in full and module_of(n, new)]
