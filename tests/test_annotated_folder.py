@@ -1,4 +1,4 @@
-"""Pictures with boxes in files of their own, Pascal VOC, YOLO and COCO, and sets of the Hub."""
+"""Images with separate annotation files: Pascal VOC, YOLO, COCO, and Hub data sets."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def write_yolo(picture: Path, annotation: Path, seed: int) -> None:
         f"{w / width:.8f} {h / height:.8f}"
         for name, (x, y, w, h) in zip(objects["category"], objects["bbox"], strict=True)
     ]
-    if lines:  # a picture without objects has no file
+    if lines:  # an image without objects has no annotation file
         put(annotation, "\n".join(lines) + "\n")
 
 
@@ -86,7 +86,7 @@ def voc(root: Path) -> Json:
         put(root / f"ImageSets/Main/{split}.txt", "".join(f"{i}  1\n" for i in seeds))
         for i in seeds:
             write_voc(root / f"JPEGImages/{i}.png", root / f"Annotations/{i}.xml", i)
-    draw(root / "SegmentationClass" / "1.png", 9)  # which is no row
+    draw(root / "SegmentationClass" / "1.png", 9)  # not a row
     return {"path": str(root), "validation": "validation"}
 
 
@@ -137,24 +137,24 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_all_forms_say_the_same(form: str, tmp_path: Path) -> None:
-    found = load_rows(recipe_of(**FORMS[form](tmp_path / "set")))
+def test_all_formats_give_the_same_rows(form: str, tmp_path: Path) -> None:
+    result = load_rows(recipe_of(**FORMS[form](tmp_path / "set")))
     seeds = {"train": SPLITS["train"], "validation": SPLITS["val"]}
-    assert {split: len(rows) for split, rows in found.items()} == {"train": 4, "validation": 2}
-    for split, rows in found.items():
+    assert {split: len(rows) for split, rows in result.items()} == {"train": 4, "validation": 2}
+    for split, rows in result.items():
         for row, seed in zip(rows, seeds[split], strict=True):
             image, objects = tiny_detectors.scene(seed)
             facts = picture_facts(row["image"])
             assert (facts.width, facts.height) == image.size
             read = read_objects(row["objects"], image.size)
-            wanted = [[x, y, x + w, y + h] for x, y, w, h in objects["bbox"]]
-            assert read.boxes.tolist() == [pytest.approx(box, abs=1e-4) for box in wanted]
+            expected = [[x, y, x + w, y + h] for x, y, w, h in objects["bbox"]]
+            assert read.boxes.tolist() == [pytest.approx(box, abs=1e-4) for box in expected]
             assert read.categories == objects["category"]
-    names = found["train"].label_names.get("objects")
+    names = result["train"].label_names.get("objects")
     assert names == (None if form.startswith("voc") else ["dark", "light"])
 
 
-def test_a_changed_file_of_boxes_is_read_again(tmp_path: Path) -> None:
+def test_a_changed_annotation_file_is_read_again(tmp_path: Path) -> None:
     recipe = recipe_of(**voc_side_by_side(tmp_path / "set"))
     before = load_rows(recipe)["train"]
     write_voc(tmp_path / "set/train/1.png", tmp_path / "set/train/1.xml", 2)
@@ -163,11 +163,11 @@ def test_a_changed_file_of_boxes_is_read_again(tmp_path: Path) -> None:
     assert before.sha256 != after.sha256
 
 
-def test_pictures_of_coco_that_come_later_are_found(tmp_path: Path) -> None:
+def test_coco_images_that_are_added_later_are_found(tmp_path: Path) -> None:
     own = tmp_path / "own"
     tiny_detectors.write_coco(own, {"train": 2})
     (tmp_path / "another data set").mkdir()
-    for picture in (own / "images").iterdir():  # the same names, in a folder that is not its own
+    for picture in (own / "images").iterdir():  # the same names in a folder of another data set
         picture.rename(tmp_path / "another data set" / picture.name)
     recipe = recipe_of(path=str(own / "train.json"))
     with pytest.raises(LoraError, match="there is no file"):
@@ -179,7 +179,7 @@ def test_pictures_of_coco_that_come_later_are_found(tmp_path: Path) -> None:
 
 
 def write_boxes(root: Path, split: str, boxes: list[str], difficult: str = "0") -> None:
-    """Write a picture of 40 x 30 pixels with an xml next to it, of each box."""
+    """Write an image of 40 x 30 pixels for each box, with an XML file next to it."""
     for i, box in enumerate(boxes):
         corners = (f"<{k}>{n}</{k}>" for k, n in zip(CORNERS, box.split(), strict=True))
         marked = f"<difficult>{difficult}</difficult><bndbox>{''.join(corners)}</bndbox>"
@@ -197,20 +197,20 @@ CORNERS = ("xmin", "ymin", "xmax", "ymax")
         (["0 7 9 9", "1 8 9 9", "3 1 8 8"], 1), (["0 0 9 9", "1 8 9 9"], 0),
     ],
 )  # fmt: skip
-def test_all_boxes_of_a_folder_count_from_the_same_pixel(
+def test_all_boxes_of_a_folder_use_the_same_first_pixel(
     others: list[str], first: int, tmp_path: Path
 ) -> None:
     write_boxes(tmp_path / "set", "train", ["5 6 20 21", *others])
     rows = load_rows(recipe_of(path=str(tmp_path / "set")))["train"]
     assert rows[0]["objects"]["bbox"] == [[5.0 - first, 6.0 - first, 20.0, 21.0]]
-    # a file that is written later shows that they begin at 0: what was read before is read again
+    # a new file shows that pixels start at 0, so the cached rows are read again
     write_boxes(tmp_path / "set", "train", ["5 6 20 21", *others, *["0 0 9 9"] * 4])
     rows = load_rows(recipe_of(path=str(tmp_path / "set")))["train"]
     assert rows[0]["objects"]["bbox"] == [[5.0, 6.0, 20.0, 21.0]]
 
 
 @pytest.mark.parametrize(("written", "mark"), [("1", 1), (" 0 ", 0), ("", 0)])
-def test_what_voc_calls_difficult_is_left_out(written: str, mark: int, tmp_path: Path) -> None:
+def test_difficult_objects_of_voc_are_ignored(written: str, mark: int, tmp_path: Path) -> None:
     write_boxes(tmp_path / "set", "train", ["5 6 20 21"], written)
     rows = load_rows(recipe_of(path=str(tmp_path / "set")))["train"]
     assert read_objects(rows[0]["objects"], (40, 30)).crowd.tolist() == [bool(mark)]
@@ -219,9 +219,7 @@ def test_what_voc_calls_difficult_is_left_out(written: str, mark: int, tmp_path:
 @pytest.mark.parametrize(
     ("picture", "category"), [("1", "7"), (1.0, 7.0), ("1", 7), (1, "7"), ("a", 7)]
 )
-def test_ids_of_coco_are_the_same_as_text_and_as_numbers(
-    picture: Any, category: Any, tmp_path: Path
-) -> None:
+def test_coco_ids_may_be_text_or_numbers(picture: Any, category: Any, tmp_path: Path) -> None:
     Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
     whole = "a" if picture == "a" else 1
     content: Json = {
@@ -232,40 +230,42 @@ def test_ids_of_coco_are_the_same_as_text_and_as_numbers(
         put(tmp_path / "train.json", json.dumps(content))
         rows = load_rows(recipe_of(train=str(tmp_path / "train.json")))["train"]
         assert rows[0]["objects"]["category"] == ["cat"]
-        # the other way round
+        # the reverse
         image, annotation = content["images"][0], content["annotations"][0]
         image["id"], annotation["image_id"] = annotation["image_id"], image["id"]
 
 
-def test_an_outline_is_read_as_its_box(tmp_path: Path) -> None:
+def test_a_polygon_is_read_as_its_bounding_box(tmp_path: Path) -> None:
     yolo(tmp_path)
     put(tmp_path / "labels/train/1.txt", "1 0.25 0.5 0.5 0.75 0.5 0.5\n")
     rows = load_rows(recipe_of(path=str(tmp_path / "data.yaml")))["train"]
     assert rows[0]["objects"]["bbox"] == [[0.375, 0.625, 0.25, 0.25]]
 
 
-def test_the_test_split_of_a_yaml_file_can_be_measured(tmp_path: Path) -> None:
-    """As `lora eval --input data.yaml` does."""
+def test_the_test_split_of_a_yaml_file_can_be_evaluated(tmp_path: Path) -> None:
+    """Read a file as `lora eval --input data.yaml` does."""
     yolo(tmp_path)
     recipe = recipe_of(path=str(tmp_path / "data.yaml"))
     with pytest.raises(LoraError, match=r"data\.yaml has no split `test`"):
         load_rows(with_test_file(recipe, tmp_path / "data.yaml"), ["test"])
     put(tmp_path / "data.yaml", "train: images/train\ntest: images/val\nnames: [dark, light]\n")
     rows = load_rows(with_test_file(recipe, tmp_path / "data.yaml"), ["test"])["test"]
-    wanted = load_rows(recipe_of(test=str(tmp_path / "images" / "val"), path=str(tmp_path)))["test"]
-    assert [row["objects"] for row in rows] == [row["objects"] for row in wanted]
+    expected = load_rows(recipe_of(test=str(tmp_path / "images" / "val"), path=str(tmp_path)))[
+        "test"
+    ]
+    assert [row["objects"] for row in rows] == [row["objects"] for row in expected]
     assert len(rows) == 2
 
 
 @pytest.mark.parametrize("number", ["1.0", "1.000000e+00"])
-def test_a_label_of_yolo_may_be_written_as_numpy_writes_it(number: str, tmp_path: Path) -> None:
+def test_a_yolo_label_may_be_formatted_by_numpy(number: str, tmp_path: Path) -> None:
     yolo(tmp_path)
     put(tmp_path / "labels/train/1.txt", f"{number} 0.5 0.5 0.5 0.5\n")
     rows = load_rows(recipe_of(path=str(tmp_path / "data.yaml")))["train"]
     assert rows[0]["objects"]["category"] == ["light"]
 
 
-def test_a_blank_line_among_the_names_of_yolo_has_a_number(tmp_path: Path) -> None:
+def test_a_blank_line_in_a_yolo_names_file_counts_as_an_index(tmp_path: Path) -> None:
     data = yolo_by_folders(tmp_path)
     put(tmp_path / "classes.txt", "dark\n\nlight\n\n")
     for file in tmp_path.rglob("labels/*.txt"):
@@ -274,15 +274,15 @@ def test_a_blank_line_among_the_names_of_yolo_has_a_number(tmp_path: Path) -> No
     assert row["objects"]["category"] == ["light"]
 
 
-def test_paths_of_yolo_may_be_written_on_windows(tmp_path: Path) -> None:
+def test_yolo_paths_may_be_windows_paths(tmp_path: Path) -> None:
     yolo(tmp_path)
     put(tmp_path / "train.txt", "images\\train\\1.png\nimages\\train\\2.png\n")
     put(tmp_path / "data.yaml", "train: train.txt\nval: images\\val\nnames: [dark, light]\n")
-    found = load_rows(recipe_of(path=str(tmp_path / "data.yaml"), validation="validation"))
-    assert [len(rows) for rows in found.values()] == [2, 2]
+    result = load_rows(recipe_of(path=str(tmp_path / "data.yaml"), validation="validation"))
+    assert [len(rows) for rows in result.values()] == [2, 2]
 
 
-def test_a_table_next_to_pictures_with_files_of_boxes_is_a_remark(tmp_path: Path) -> None:
+def test_a_table_next_to_annotated_images_is_ignored(tmp_path: Path) -> None:
     """Label Studio writes `notes.json` next to the folders of YOLO."""
     data = yolo_by_folders(tmp_path)
     put(tmp_path / "notes.json", '{"categories": [{"id": 0, "name": "dark"}], "info": {}}')
@@ -291,7 +291,7 @@ def test_a_table_next_to_pictures_with_files_of_boxes_is_a_remark(tmp_path: Path
     assert len(load_rows(recipe_of(path=str(tmp_path / "train")))["train"]) == 1
 
 
-def test_a_set_of_voc_without_splits_is_all_train(tmp_path: Path) -> None:
+def test_a_voc_data_set_without_splits_is_all_train(tmp_path: Path) -> None:
     """CVAT writes such a list."""
     voc(tmp_path)
     for file in (tmp_path / "ImageSets" / "Main").iterdir():
@@ -304,7 +304,7 @@ def test_a_set_of_voc_without_splits_is_all_train(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["gbk", "utf-8", "utf-16", "latin-1"])
-def test_xml_is_read_in_the_encoding_that_it_names(encoding: str, tmp_path: Path) -> None:
+def test_xml_is_read_in_its_declared_encoding(encoding: str, tmp_path: Path) -> None:
     data = voc_side_by_side(tmp_path / "set")
     name = "café" if encoding == "latin-1" else "猫"
     box = "<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>9</xmax><ymax>9</ymax></bndbox>"
@@ -324,7 +324,7 @@ def test_xml_is_read_in_the_encoding_that_it_names(encoding: str, tmp_path: Path
         ({}, [[9, 2, 11]], None), ({}, {"counts": "x", "size": [9, 9]}, None), ({}, [], None),
     ],
 )  # fmt: skip
-def test_the_box_of_an_outline_of_coco_is_the_one_around_it(
+def test_a_coco_polygon_gives_its_bounding_box(
     bbox: Json, outline: Any, box: list[int] | None, tmp_path: Path
 ) -> None:
     draw(tmp_path / "1.png", 1)
@@ -360,7 +360,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_a_wrong_file_of_voc_is_told_by_its_name(wrong: str, tmp_path: Path) -> None:
+def test_an_invalid_voc_file_is_named(wrong: str, tmp_path: Path) -> None:
     name, text, message = WRONG[wrong]
     data = voc_side_by_side(tmp_path / "set")
     if text is None:
@@ -382,7 +382,7 @@ def test_a_wrong_file_of_voc_is_told_by_its_name(wrong: str, tmp_path: Path) -> 
         ("\n7 0.5 0.5 0.5 0.5", "line 2 is of label 7, and the names are of 0 to 1"),
     ],
 )
-def test_a_wrong_line_of_yolo_is_told_by_its_number(
+def test_an_invalid_yolo_line_is_reported_by_its_number(
     text: str, message: str, tmp_path: Path
 ) -> None:
     data = yolo(tmp_path)
@@ -391,7 +391,7 @@ def test_a_wrong_line_of_yolo_is_told_by_its_number(
         load_rows(recipe_of(**data))
 
 
-def test_a_split_that_is_not_where_the_yaml_file_says(tmp_path: Path) -> None:
+def test_a_missing_split_of_a_yaml_file_is_an_error(tmp_path: Path) -> None:
     yolo(tmp_path)
     put(tmp_path / "data.yaml", "train: nowhere\nnames: [dark, light]\n")
     with pytest.raises(LoraError, match="`train: nowhere` is not there"):
@@ -399,7 +399,7 @@ def test_a_split_that_is_not_where_the_yaml_file_says(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("as_list", [False, True])
-def test_categories_of_a_hub_set_have_its_names(as_list: bool, tmp_path: Path) -> None:
+def test_categories_of_a_hub_data_set_have_names(as_list: bool, tmp_path: Path) -> None:
     label, box = (
         datasets.ClassLabel(names=["dark", "light"]),
         datasets.List(datasets.Value("float32")),
@@ -413,15 +413,15 @@ def test_categories_of_a_hub_set_have_its_names(as_list: bool, tmp_path: Path) -
     rows = datasets.Dataset.from_dict({"image": [image], "objects": [value]}, features=features)
     (tmp_path / "set").mkdir()
     rows.to_parquet(tmp_path / "set" / "train.parquet")
-    found = load_rows(recipe_of(name=str(tmp_path / "set")))["train"]
-    assert found.label_names["objects"] == ["dark", "light"]
-    read = read_objects(found[0]["objects"], image.size)
+    result = load_rows(recipe_of(name=str(tmp_path / "set")))["train"]
+    assert result.label_names["objects"] == ["dark", "light"]
+    read = read_objects(result[0]["objects"], image.size)
     assert read.boxes.tolist() == [[1, 2, 4, 6]]
     assert read.categories == [1]
 
 
 @pytest.mark.parametrize("form", ["voc", "yolo", "coco", "yolo by folders"])
-def test_init_drafts_a_recipe_that_reads_them(form: str, tmp_path: Path) -> None:
+def test_init_drafts_a_recipe_for_each_format(form: str, tmp_path: Path) -> None:
     data = FORMS[form](tmp_path / "set")
     source = Path(data.get("path", data.get("train", "")))
     base = tiny_detectors.save("yolos", tmp_path / "base")
@@ -451,7 +451,7 @@ def test_init_drafts_a_recipe_that_reads_them(form: str, tmp_path: Path) -> None
         ),
     ],
 )
-def test_init_takes_the_files_of_other_splits_next_to_one_of_coco(
+def test_init_finds_the_coco_files_of_other_splits(
     train: str, others: Json, tmp_path: Path
 ) -> None:
     tiny_detectors.save("yolos", tmp_path / "base")
@@ -459,11 +459,11 @@ def test_init_takes_the_files_of_other_splits_next_to_one_of_coco(
         made = tiny_detectors.write_coco(tmp_path / f"made{i}", {"some": 4}) / "some.json"
         put(tmp_path / "set" / name, made.read_text())
     draft = draft_recipe(tmp_path / "set" / train, str(tmp_path / "base"), tmp_path / "r.yaml")
-    found = {k: v for k, v in draft.values["data"].items() if isinstance(v, str) and k != "path"}
-    assert found == {split: f"set/{name}" for split, name in others.items()}
+    result = {k: v for k, v in draft.values["data"].items() if isinstance(v, str) and k != "path"}
+    assert result == {split: f"set/{name}" for split, name in others.items()}
 
 
-def test_init_says_why_a_file_next_to_one_of_coco_is_not_taken(tmp_path: Path) -> None:
+def test_init_says_why_a_coco_file_of_another_split_is_not_used(tmp_path: Path) -> None:
     tiny_detectors.save("yolos", tmp_path / "base")
     file = tiny_detectors.write_coco(tmp_path / "set", {"train": 4}) / "train.json"
     content = {**json.loads(file.read_text()), "annotations": []}
@@ -476,13 +476,13 @@ def test_init_says_why_a_file_next_to_one_of_coco_is_not_taken(tmp_path: Path) -
         assert f"val.json next to the file is not used: {reason}" in said
 
 
-# ------------------------------------------------------------------------ numbers that are labels
+# -------------------------------------------------------------------------------- numbered labels
 
 
 @pytest.mark.parametrize(
     ("names", "line", "label"),
     [
-        # keys that are text, whose order as text is another: 0, 1, 10, 2
+        # text keys, which sort differently as text: 0, 1, 10, 2
         ("{" + ", ".join(f"'{i}': n{i}" for i in range(11)) + "}", "10 .5 .5 .2 .2", "n10"),
         ("{1: cat, 2: dog}", "1 .5 .5 .2 .2", "cat"),
         ("{0: cat, 3: dog}", "3 .5 .5 .2 .2", "dog"),
@@ -490,7 +490,7 @@ def test_init_says_why_a_file_next_to_one_of_coco_is_not_taken(tmp_path: Path) -
         ("[01, 1e3]", "0 .5 .5 .2 .2", "01"),
     ],
 )
-def test_a_number_of_yolo_is_the_label_of_this_number(
+def test_a_yolo_index_gives_the_label_name(
     names: str, line: str, label: str, tmp_path: Path
 ) -> None:
     data = yolo(tmp_path)
@@ -501,7 +501,7 @@ def test_a_number_of_yolo_is_the_label_of_this_number(
     assert {c for row in rows for c in row["objects"]["category"]} == {label}
 
 
-def test_a_number_of_yolo_without_a_name_is_an_error(tmp_path: Path) -> None:
+def test_a_yolo_index_without_a_name_is_an_error(tmp_path: Path) -> None:
     data = yolo(tmp_path)
     put(tmp_path / "data.yaml", "train: images/train\nval: images/val\nnames: {0: cat, 3: dog}\n")
     put(tmp_path / "labels/train/1.txt", "1 .5 .5 .2 .2")
@@ -509,7 +509,7 @@ def test_a_number_of_yolo_without_a_name_is_an_error(tmp_path: Path) -> None:
         load_rows(recipe_of(**data))
 
 
-def test_two_files_of_names_that_differ_are_an_error(tmp_path: Path) -> None:
+def test_two_different_names_files_are_an_error(tmp_path: Path) -> None:
     data = yolo(tmp_path)
     put(tmp_path / "classes.txt", "light\ndark\n")
     message = "label 0 is `light` in classes.txt and `dark` in data.yaml"
@@ -519,20 +519,20 @@ def test_two_files_of_names_that_differ_are_an_error(tmp_path: Path) -> None:
     load_rows(recipe_of(**data))
 
 
-def test_names_of_another_number_are_read_again(tmp_path: Path) -> None:
+def test_rows_are_read_again_if_the_names_change_their_indices(tmp_path: Path) -> None:
     data = yolo(tmp_path)
     label = "train: images/train\nval: images/val\nnames: "
     for file in (tmp_path / "labels").rglob("*.txt"):
         put(file, "1 .5 .5 .2 .2")
-    for names, found in (("[cat, dog]", "dog"), ("{1: cat, 2: dog}", "cat")):
+    for names, result in (("[cat, dog]", "dog"), ("{1: cat, 2: dog}", "cat")):
         put(tmp_path / "data.yaml", label + names)
         _labels_in.cache_clear()  # as in a new process
         row = load_rows(recipe_of(**data))["train"][0]
-        assert row["objects"]["category"] == [found]
+        assert row["objects"]["category"] == [result]
 
 
 @pytest.mark.parametrize("n_points", [2, 3])
-def test_key_points_behind_a_box_are_no_outline(n_points: int, tmp_path: Path) -> None:
+def test_key_points_after_a_box_are_not_a_polygon(n_points: int, tmp_path: Path) -> None:
     data = yolo(tmp_path)
     put(tmp_path / "labels/train/1.txt", "1 .5 .5 .2 .4" + " .1 .9" * n_points)
     label = "train: images/train\nval: images/val\nnames: [dark, light]\n"
@@ -542,7 +542,7 @@ def test_key_points_behind_a_box_are_no_outline(n_points: int, tmp_path: Path) -
 
 
 def to_parquet(file: Path, names: list[str] | None, value: Any, kind: str) -> None:
-    """Write a row with one label: in a column of its own, or inside objects."""
+    """Write a row with one label, in a label column or inside objects."""
     label = datasets.ClassLabel(names=names) if names else datasets.Value("int64")
     number = names.index(value) if names else value
     box = datasets.List(datasets.List(datasets.Value("float32")))
@@ -562,8 +562,8 @@ def to_parquet(file: Path, names: list[str] | None, value: Any, kind: str) -> No
 
 
 @pytest.mark.parametrize("kind", ["label", "objects"])
-def test_init_names_numbers_as_a_parquet_file_does(kind: str, tmp_path: Path) -> None:
-    """In the order of the numbers, also those that no row has: the model's outputs go by them."""
+def test_init_uses_the_label_names_of_a_parquet_file(kind: str, tmp_path: Path) -> None:
+    """All names are listed in the order of their numbers, which index the model's outputs."""
     to_parquet(tmp_path / "train.parquet", ["b", "c", "a"], "c", kind)
     to_parquet(tmp_path / "other.parquet", ["b", "c", "a"], "a", kind)
     both = [tmp_path / f"{name}.parquet" for name in ("train", "other")]
@@ -583,7 +583,7 @@ def recipe_for(kind: str, **data: Any) -> Recipe:
 
 
 @pytest.mark.parametrize("kind", ["label", "objects"])
-def test_numbers_in_parquet_files_have_the_names_in_the_file(kind: str, tmp_path: Path) -> None:
+def test_numbered_labels_get_the_names_in_the_parquet_file(kind: str, tmp_path: Path) -> None:
     to_parquet(tmp_path / "a.parquet", ["dog", "cat"], "cat", kind)
     to_parquet(tmp_path / "b.parquet", ["dog", "cat", "bird"], "bird", kind)
     files = {"train": str(tmp_path / "a.parquet"), "validation": str(tmp_path / "b.parquet")}
@@ -593,7 +593,7 @@ def test_numbers_in_parquet_files_have_the_names_in_the_file(kind: str, tmp_path
 
 
 @pytest.mark.parametrize("kind", ["label", "objects"])
-def test_of_files_of_one_split_the_longest_list_of_names_counts(kind: str, tmp_path: Path) -> None:
+def test_the_longest_list_of_names_of_a_split_is_used(kind: str, tmp_path: Path) -> None:
     to_parquet(tmp_path / "a.parquet", ["dog", "cat"], "cat", kind)
     to_parquet(tmp_path / "b.parquet", ["dog", "cat", "bird"], "bird", kind)
     files = [tmp_path / "a.parquet", tmp_path / "b.parquet"]
@@ -611,13 +611,13 @@ def test_of_files_of_one_split_the_longest_list_of_names_counts(kind: str, tmp_p
         ({"bbox": [[1, 2, 3, 4]]}, False),
     ],
 )  # fmt: skip
-def test_labels_are_numbers_where_a_cell_holds_some(value: Any, is_number: bool) -> None:
+def test_cells_with_numbered_labels_are_recognised(value: Any, is_number: bool) -> None:
     assert holds_numbers(value) is is_number
 
 
 @pytest.mark.parametrize("kind", ["label", "objects"])
 @pytest.mark.parametrize("form", ["splits", "one split"])
-def test_a_number_that_is_two_labels_is_an_error(kind: str, form: str, tmp_path: Path) -> None:
+def test_a_number_with_two_label_names_is_an_error(kind: str, form: str, tmp_path: Path) -> None:
     to_parquet(tmp_path / "a.parquet", ["dog", "cat"], "cat", kind)
     to_parquet(tmp_path / "b.parquet", ["cat", "dog"], "cat", kind)
     data = {"train": str(tmp_path / "a.parquet"), "validation": str(tmp_path / "b.parquet")}
@@ -628,7 +628,7 @@ def test_a_number_that_is_two_labels_is_an_error(kind: str, form: str, tmp_path:
 
 
 @pytest.mark.parametrize("kind", ["label", "objects"])
-def test_sets_that_number_labels_differently_are_mixed_by_name(kind: str, tmp_path: Path) -> None:
+def test_sets_with_different_numbering_are_mixed_by_name(kind: str, tmp_path: Path) -> None:
     to_parquet(tmp_path / "a.parquet", ["dog", "cat"], "cat", kind)
     to_parquet(tmp_path / "b.parquet", ["cat", "dog"], "cat", kind)
     mix = {name: {"train": str(tmp_path / f"{name}.parquet")} for name in ("a", "b")}
@@ -642,7 +642,7 @@ def test_sets_that_number_labels_differently_are_mixed_by_name(kind: str, tmp_pa
 
 @pytest.mark.parametrize("size", [(80, 60), ("80", "60"), (80.0, 60.0), (" 80 ", "60.0")])
 @pytest.mark.parametrize("where", ["coco", "voc", "columns of a row"])
-def test_a_size_that_is_not_the_pictures_is_an_error(
+def test_a_size_other_than_the_image_s_is_an_error(
     size: tuple[Any, Any], where: str, tmp_path: Path
 ) -> None:
     draw(tmp_path / "a.png", 1)
@@ -679,21 +679,21 @@ def test_a_size_that_is_not_the_pictures_is_an_error(
         ([30, 20, 20, 20], "xywh", "pixels by 14: `--set task.clip_boxes=true` cuts such boxes"),
     ],
 )
-def test_a_box_that_is_right_in_another_format_names_it(
+def test_an_invalid_box_suggests_a_format_in_which_it_is_valid(
     box: list[float], form: str, hint: str
 ) -> None:
     with pytest.raises(BoxError, match=re.escape(hint)):
         read_objects([{"bbox": box, "label": "cat"}], (36, 28), form)
 
 
-def test_the_format_of_a_file_cannot_be_set() -> None:
+def test_the_box_format_of_an_annotation_file_cannot_be_set() -> None:
     value = {"bbox": [[20, 10, 35, 25]], "category": ["cat"], "box_format": "xywh"}
     with pytest.raises(BoxError, match="are these two corners") as raised:
         read_objects(value, (36, 28), "xyxy")
     assert "task.box_format" not in str(raised.value)
 
 
-def test_boxes_that_are_cut_are_tried_in_other_formats() -> None:
+def test_clipped_boxes_are_tried_in_other_formats() -> None:
     size = (100, 50)
     boxes = [[60, 20, 90, 40], [5, 5, 20, 20], [50, 10, 95, 45]]
     known = [([{"bbox": box, "label": "cat"}], size) for box in boxes]
@@ -703,7 +703,7 @@ def test_boxes_that_are_cut_are_tried_in_other_formats() -> None:
     assert better_format(truly_over, "xywh") is None
 
 
-def test_a_blank_crowd_is_no_crowd() -> None:
+def test_a_blank_crowd_flag_is_false() -> None:
     read = read_objects([{"bbox": [1, 1, 5, 5], "label": "cat", "iscrowd": None}], (36, 28))
     assert read.crowd.tolist() == [False]
 
@@ -714,18 +714,18 @@ def test_a_blank_crowd_is_no_crowd() -> None:
     ),
     in_letters=st.booleans(),
 )
-def test_the_box_of_a_mask_of_coco_is_that_of_cocos_tools(
+def test_the_box_of_a_coco_mask_equals_that_of_pycocotools(
     mask: np.ndarray[Any, np.dtype[np.uint8]], in_letters: bool
 ) -> None:
-    theirs = coco_masks.encode(np.asfortranarray(mask))
-    counts: Any = theirs["counts"].decode()
+    reference = coco_masks.encode(np.asfortranarray(mask))
+    counts: Any = reference["counts"].decode()
     if not in_letters:
         flat = mask.flatten(order="F")
         ends = np.flatnonzero(np.diff(flat)) + 1
         counts = [int(n) for n in np.diff([0, *ends, len(flat)])]
         counts = [0, *counts] if flat[0] else counts
     box = _box_of_mask({"size": list(mask.shape), "counts": counts})
-    assert box == (coco_masks.toBbox(theirs).astype(int).tolist() if mask.any() else None)
+    assert box == (coco_masks.toBbox(reference).astype(int).tolist() if mask.any() else None)
 
 
 @pytest.mark.parametrize(
@@ -736,21 +736,21 @@ def test_the_box_of_a_mask_of_coco_is_that_of_cocos_tools(
         {"size": ["2", 2], "counts": [0, 4]},
     ],
 )  # fmt: skip
-def test_what_is_no_mask_has_no_box(mask: Any) -> None:
+def test_an_invalid_mask_has_no_box(mask: Any) -> None:
     assert _box_of_mask(mask) is None
 
 
 @pytest.mark.parametrize("above", [False, True])
-def test_pictures_of_a_coco_file_in_several_folders_are_found(above: bool, tmp_path: Path) -> None:
+def test_coco_images_in_several_folders_are_found(above: bool, tmp_path: Path) -> None:
     root = tiny_detectors.write_coco(tmp_path / "set", {"all": 6})
     content = json.loads((root / "all.json").read_text())
     names = [one["file_name"] for one in content["images"]]
-    found = {Path(name).name: next(root.rglob(Path(name).name)) for name in names}
+    result = {Path(name).name: next(root.rglob(Path(name).name)) for name in names}
     for n, one in enumerate(content["images"]):
         one["file_name"] = Path(one["file_name"]).name
         folder = root / "images" / ("train2014" if n < 4 else "val2014")
         folder.mkdir(parents=True, exist_ok=True)
-        found[one["file_name"]].rename(folder / one["file_name"])
+        result[one["file_name"]].rename(folder / one["file_name"])
     file = root / "annotations" / "all.json" if above else root / "images" / "all.json"
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(content))
@@ -760,7 +760,9 @@ def test_pictures_of_a_coco_file_in_several_folders_are_found(above: bool, tmp_p
     assert [place.parent.name for place in places] == ["train2014"] * 4 + ["val2014"] * 2
     assert all(place.is_file() for place in places)
     (root / "images" / "other").mkdir()
-    shutil.copy(places[5], root / "images" / "other")  # as for one in the first folder: it is that
+    shutil.copy(
+        places[5], root / "images" / "other"
+    )  # an image in the first folder is not ambiguous
     *good, bad = read_coco(file, "image", "objects")
     assert not any(row.error for row in good)
     assert "a picture of this name is in" in bad.error

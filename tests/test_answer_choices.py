@@ -1,4 +1,4 @@
-"""Questions with choices: the command of the hint writes each question with its right choice."""
+"""Multiple-choice questions: the command in the hint writes each question with its answer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lora_cli.errors import LoraError
 
 T, U, V, W = (texts(40, seed) for seed in range(4))
 Row = dict[str, Any]
-# a name, the row of a number, the columns of the question, and the right choice of a row
+# per layout: its name, a function for row i, the question columns, and the answer of row i
 SETS: dict[str, tuple[Callable[[int], Row], list[str], Callable[[Row], str]]] = {
     "COPA": (
         lambda i: {"premise": T[i], "choice1": U[i], "choice2": V[i], "label": i % 2, "idx": i},
@@ -101,7 +101,7 @@ def write(rows: list[Row], form: str, folder: Path) -> Path:
     [c[1:] for c in CASES],
     ids=[f"{c[0]} {c[4]}" for c in CASES],
 )
-def test_questions_are_written_with_their_right_choice(
+def test_questions_are_written_with_their_correct_choice(
     make: Callable[[int], Row], asked: list[str], right: Callable[[Row], str], form: str,
     init: Init, tmp_path: Path,
 ) -> None:  # fmt: skip
@@ -117,7 +117,7 @@ def test_questions_are_written_with_their_right_choice(
     assert init("", tmp_path / "flat.jsonl", "llama").task.prompt_column == "prompt"
 
 
-def test_two_sentences_with_a_label_are_no_choices(init: Init) -> None:
+def test_two_sentences_with_a_label_are_not_choices(init: Init) -> None:
     rows = [{"sentence1": t, "sentence2": u, "label": i % 2}
             for i, (t, u) in enumerate(zip(T, U, strict=True))]  # fmt: skip
     assert said(init("pairs.jsonl", lines(rows))) == classification(
@@ -141,13 +141,13 @@ PREFERENCES = {
 
 
 @pytest.mark.parametrize("name", PREFERENCES)
-def test_preferences_in_columns_are_not_learned(name: str, init: Init) -> None:
+def test_preference_columns_are_rejected(name: str, init: Init) -> None:
     rows = [PREFERENCES[name](i) for i in range(40)]
     with pytest.raises(LoraError, match=r"no task chooses among texts|to be ranked"):
         init("rows.jsonl", lines(rows), "llama")
 
 
-def test_one_of_several_answers_can_be_named(init: Init) -> None:
+def test_one_of_several_answer_columns_can_be_named(init: Init) -> None:
     rows = [PREFERENCES["StackExchange"](i) for i in range(40)]
     recipe = init("rows.jsonl", lines(rows), "llama", text="question", label="response_j")
     assert recipe.task.completion_column == "response_j"
@@ -157,7 +157,9 @@ def test_one_of_several_answers_can_be_named(init: Init) -> None:
     ("asked", "answered"),
     [("text", "code"), ("prompt", "canonical_solution"), ("question", "query"), ("nl", "cmd")],
 )
-def test_descriptions_with_their_code(asked: str, answered: str, init: Init) -> None:
+def test_descriptions_with_code_are_prompts_and_completions(
+    asked: str, answered: str, init: Init
+) -> None:
     rows = [{"task_id": i, asked: t, answered: f"SELECT {i} FROM films"}
             for i, t in enumerate(T)]  # fmt: skip
     task = init("rows.jsonl", lines(rows), "llama").task
@@ -165,7 +167,7 @@ def test_descriptions_with_their_code(asked: str, answered: str, init: Init) -> 
 
 
 @pytest.mark.parametrize("dump", [json.dumps, str])
-def test_objects_as_text_are_no_labels_but_may_be_completions(
+def test_objects_as_text_may_be_completions_but_not_labels(
     dump: Callable[[Any], str], init: Init, tmp_path: Path
 ) -> None:
     cells = [dump([{"id": 1, "name": "a"}, {"id": 2, "name": "b"}][: 1 + i % 2]) for i in range(40)]
@@ -178,7 +180,7 @@ def test_objects_as_text_are_no_labels_but_may_be_completions(
 
 
 @pytest.mark.parametrize("form", ["{} kg", "{}%", "{} °C", "({})"])
-def test_numbers_with_a_unit_are_named(form: str, init: Init) -> None:
+def test_numbers_with_a_unit_are_an_error(form: str, init: Init) -> None:
     rows = [{"text": t, "weight": form.format(i / 8)} for i, t in enumerate(T)]
     with pytest.raises(LoraError, match="no label") as caught:
         init("rows.jsonl", lines(rows), label="weight")

@@ -1,4 +1,4 @@
-"""Boxes as rows have them: each form to corners in pixels, and what is wrong with one."""
+"""Boxes in rows: conversion of each format to corners in pixels, and errors."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def wrong(value: Any, form: str = "xywh", **options: Any) -> str:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_each_form_becomes_corners_in_pixels(form: str) -> None:
-    found = read_objects(one(FORMS[form]), SIZE, form)
-    assert found.boxes.tolist() == [pytest.approx(CORNERS)]
-    assert (found.categories, found.crowd.tolist(), len(found)) == (["cat"], [False], 1)
-    # what a file says of its boxes counts before what the recipe says
+def test_each_format_becomes_corners_in_pixels(form: str) -> None:
+    result = read_objects(one(FORMS[form]), SIZE, form)
+    assert result.boxes.tolist() == [pytest.approx(CORNERS)]
+    assert (result.categories, result.crowd.tolist(), len(result)) == (["cat"], [False], 1)
+    # the format of an annotation file takes precedence over the recipe's
     lists = {"bbox": [FORMS[form]], "category": ["cat"], "box_format": form}
     for other in FORMS:
         assert read_objects(lists, SIZE, other).boxes.tolist() == [pytest.approx(CORNERS)]
@@ -54,15 +54,15 @@ def test_objects_are_a_list_or_an_object_of_lists_or_either_as_json() -> None:
     listed = [{"bbox": CORNERS, "category": "a", "iscrowd": 1}, {"bbox": CORNERS, "category": 3}]
     lists = {"boxes": [CORNERS, CORNERS], "labels": ["a", 3], "is_crowd": [True, 0]}
     for value in (listed, lists, json.dumps(listed), json.dumps(lists)):
-        found = read_objects(value, SIZE, "xyxy")
-        assert found.boxes.tolist() == [CORNERS, CORNERS]
-        assert found.categories == ["a", 3]
-        assert found.crowd.tolist() == [True, False]
+        result = read_objects(value, SIZE, "xyxy")
+        assert result.boxes.tolist() == [CORNERS, CORNERS]
+        assert result.categories == ["a", 3]
+        assert result.crowd.tolist() == [True, False]
         assert categories_in(value) == ["a", 3]
     for nothing in ([], {"bbox": [], "category": []}, "[]"):
-        found = read_objects(nothing, SIZE)
-        assert found.boxes.shape == (0, 4)
-        assert len(found) == 0
+        result = read_objects(nothing, SIZE)
+        assert result.boxes.shape == (0, 4)
+        assert len(result) == 0
 
 
 @pytest.mark.parametrize("box", ["bbox", "bboxes", "box", "boxes"])
@@ -73,16 +73,16 @@ def test_keys_have_several_names(box: str, category: str) -> None:
     assert categories_in({box: [CORNERS], category: ["x"]}) == ["x"]
 
 
-def test_of_several_names_the_first_that_is_known_counts() -> None:
+def test_the_first_known_key_is_used() -> None:
     both = {"box": [9, 9, 9, 9], "bbox": CORNERS, "label": 7, "category_id": 3, "category": "cat",
             "is_crowd": 0, "iscrowd": 1}  # fmt: skip
-    found = read_objects([both], SIZE, "xyxy")
-    assert (found.boxes.tolist(), found.categories, found.crowd.tolist()) == (
+    result = read_objects([both], SIZE, "xyxy")
+    assert (result.boxes.tolist(), result.categories, result.crowd.tolist()) == (
         [CORNERS], ["cat"], [True],
     )  # fmt: skip
     lists = {key: [value] for key, value in both.items()}
-    found = read_objects(lists, SIZE, "xyxy")
-    assert (found.boxes.tolist(), found.categories, found.crowd.tolist()) == (
+    result = read_objects(lists, SIZE, "xyxy")
+    assert (result.boxes.tolist(), result.categories, result.crowd.tolist()) == (
         [CORNERS], ["cat"], [True],
     )  # fmt: skip
 
@@ -124,7 +124,7 @@ def test_a_category_is_a_name_or_a_number(category: Any, read: str | int) -> Non
         (one(CORNERS, ["a"]), 'the category of object 1 is `["a"]`, not a name or a whole number'),
     ],
 )
-def test_what_is_no_list_of_objects_is_named(value: Any, said: str) -> None:
+def test_other_values_are_an_error_that_names_them(value: Any, said: str) -> None:
     with pytest.raises(BoxError) as caught:
         categories_in(value)
     assert str(caught.value).startswith(said)
@@ -169,7 +169,7 @@ def test_what_is_no_list_of_objects_is_named(value: Any, said: str) -> None:
          "x 20 pixels by 1.5: "),
     ],
 )  # fmt: skip
-def test_a_box_that_cannot_be_is_named(box: Any, form: str, said: str) -> None:
+def test_an_invalid_box_is_an_error_that_names_it(box: Any, form: str, said: str) -> None:
     assert wrong(one(box), form).startswith(said)
     second = wrong([*one([0, 0, 0.5, 0.5] if "relative" in form else [4, 6, 8, 9]), *one(box)],
                    form)  # fmt: skip
@@ -181,7 +181,7 @@ def test_a_box_that_cannot_be_is_named(box: Any, form: str, said: str) -> None:
     [([0, 0, 40, 20], "xywh"), ([0, 0, 2, 1], "xywh"), ([0, 0, 1, 1], "relative_xyxy"),
      ([0, 0, 1.5, 1], "xywh"), ([39, 19, 1, 1], "xywh")],
 )  # fmt: skip
-def test_boxes_at_the_edges_are_right(box: list[float], form: str) -> None:
+def test_boxes_at_the_edges_are_valid(box: list[float], form: str) -> None:
     assert len(read_objects(one(box), SIZE, form)) == 1
 
 
@@ -190,14 +190,14 @@ def test_boxes_at_the_edges_are_right(box: list[float], form: str) -> None:
     [([-1, -1, 5, 5], [0, 0, 4, 4]), ([36, 16, 5, 5], [36, 16, 40, 20]),
      ([35.5, 2, 5.5, 4], [35.5, 2, 40, 6])],
 )  # fmt: skip
-def test_a_box_that_was_rounded_is_cut_at_the_edge(box: list[float], corners: list[float]) -> None:
+def test_a_rounded_box_is_clipped_to_the_image(box: list[float], corners: list[float]) -> None:
     for clip in (False, True):
         assert read_objects(one(box), SIZE, clip=clip).boxes.tolist() == [corners]
 
 
-def test_a_box_that_leaves_the_picture_is_cut_where_that_is_asked_for() -> None:
-    found = read_objects(one([-10, 5, 100, 30]), SIZE, clip=True)
-    assert found.boxes.tolist() == [[0, 5, 40, 20]]
+def test_a_box_outside_the_image_is_clipped_on_request() -> None:
+    result = read_objects(one([-10, 5, 100, 30]), SIZE, clip=True)
+    assert result.boxes.tolist() == [[0, 5, 40, 20]]
     assert "lies outside" in wrong(one([50, 5, 9, 9]), clip=True)
 
 
@@ -209,10 +209,10 @@ def test_a_box_that_leaves_the_picture_is_cut_where_that_is_asked_for() -> None:
         ([0.5, 0.5, 0.9, 0.9], "relative_xywh", "; or is it `task.box_format: relative_xyxy`?"),
         ([0.5, 0.5, 0.2, 0.2], "relative_xyxy", "; or is it `task.box_format: relative_xywh`?"),
         ([300, 10, 380, 19], "xywh", ""),
-        ([30, 10, 50, 19], "xywh", ""),  # it would be cut
+        ([30, 10, 50, 19], "xywh", ""),  # it would be clipped
     ],
 )
-def test_another_form_in_which_a_box_is_right_is_named(
+def test_another_format_in_which_a_box_is_valid_is_suggested(
     box: list[float], form: str, hint: str
 ) -> None:
     assert wrong(one(box), form).endswith(hint)
@@ -220,15 +220,15 @@ def test_another_form_in_which_a_box_is_right_is_named(
 
 
 @pytest.mark.parametrize("box", [[0.1, 0.2, 0.3, 0.4], [-0.9, -0.8, 0.5, 0.5]])
-def test_shares_where_pixels_are_expected_are_named(box: list[float]) -> None:
-    """The second are corners of Pascal VOC, of which the first pixel was taken away."""
+def test_relative_coordinates_instead_of_pixels_are_an_error(box: list[float]) -> None:
+    """The second box has corners of Pascal VOC, minus the first pixel."""
     said = "are these shares of the picture?"
     assert wrong(one(box), "xyxy").endswith(f"{said} Then set `task.box_format: relative_…`")
     own = {"bbox": [box], "category": ["a"], "box_format": "xyxy"}  # which cannot be set
     assert wrong(own).endswith(said)
 
 
-def test_of_a_file_s_own_form_only_that_of_coco_may_be_another() -> None:
+def test_only_the_format_of_coco_files_may_be_questioned() -> None:
     def said(form: str, box: list[float]) -> str:
         return wrong({"bbox": [box], "category": ["a"], "box_format": form})
 
@@ -247,9 +247,7 @@ def test_of_a_file_s_own_form_only_that_of_coco_may_be_another() -> None:
         ([20, 40], "40 x 20: width and height are exchanged, as where EXIF data turn"),
     ],
 )  # fmt: skip
-def test_a_picture_of_another_size_is_not_the_one_that_was_annotated(
-    said: Any, problem: str
-) -> None:
+def test_an_image_of_another_size_is_an_error(said: Any, problem: str) -> None:
     if not problem:
         read_objects(one(CORNERS), SIZE, "xyxy", written_size=said)
         return
@@ -268,7 +266,7 @@ def test_a_picture_of_another_size_is_not_the_one_that_was_annotated(
         ({"width": float("inf"), "height": 3}, None),
     ],
 )  # fmt: skip
-def test_sizes_are_whole_numbers_above_zero(about: dict[str, Any], size: list[int] | None) -> None:
+def test_sizes_are_positive_integers(about: dict[str, Any], size: list[int] | None) -> None:
     assert stated_size(about) == size
 
 
@@ -281,13 +279,13 @@ def test_sizes_are_whole_numbers_above_zero(about: dict[str, Any], size: list[in
         ([{"bbox": [CORNERS], "category": ["a"]}], True), (["x"], False), ([[1, 2]], False),
     ],
 )  # fmt: skip
-def test_a_column_holds_objects_where_nearly_all_values_do(values: list[Any], are: bool) -> None:
+def test_a_column_has_objects_if_nearly_all_values_are(values: list[Any], are: bool) -> None:
     assert are_objects(values) == are
 
 
 @pytest.mark.parametrize("as_list", [True, False])
 @pytest.mark.parametrize("key", ["category", "label"])
-def test_names_of_categories_are_found_inside_a_column(as_list: bool, key: str) -> None:
+def test_category_names_are_found_in_the_type_of_a_column(as_list: bool, key: str) -> None:
     label = datasets.ClassLabel(names=["a", "b"])
     box = datasets.Sequence(datasets.Value("float32"), 4)
     feature: Any
@@ -312,10 +310,10 @@ def test_names_of_categories_are_found_inside_a_column(as_list: bool, key: str) 
         ([[2, 15, 3, 8], [38, 15, 3, 8]], "xywh", ("cxcywh", 2)),
         ([[0.5, 0.5, 0.9, 0.9]] * 2, "relative_xywh", ("relative_xyxy", 2)),
         ([[300, 10, 8, 9]] * 2, "xywh", None),
-        ([[30, 10, 38, 19], [20, 2, 10, 9]], "xywh", None),  # no other fits all
+        ([[30, 10, 38, 19], [20, 2, 10, 9]], "xywh", None),  # no other format fits all
     ],
 )
-def test_a_format_that_fits_all_is_proposed_where_many_boxes_leave(
+def test_a_format_that_fits_all_is_proposed_if_many_boxes_are_outside(
     boxes: list[list[float]], form: str, better: tuple[str, int] | None
 ) -> None:
     known = [(one(box), SIZE) for box in boxes]
@@ -326,6 +324,6 @@ def test_a_format_that_fits_all_is_proposed_where_many_boxes_leave(
     assert better_format([*known, *of_files], form) == better
 
 
-def test_objects_know_how_many_they_are() -> None:
-    found = module.Objects(np.zeros((2, 4)), ["a", 1], np.zeros(2, dtype=bool))
-    assert len(found) == 2
+def test_objects_have_a_length() -> None:
+    result = module.Objects(np.zeros((2, 4)), ["a", 1], np.zeros(2, dtype=bool))
+    assert len(result) == 2

@@ -1,4 +1,4 @@
-"""Numbers, flags and lists of labels as people write them."""
+"""Numbers, binary flags and lists of labels in human notation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COMMA, THOUSANDS, GERMAN = NumberForm(","), NumberForm(".", ","), NumberForm(","
 
 
 @pytest.mark.parametrize(
-    ("text", "form", "wanted"),
+    ("text", "form", "expected"),
     [
         ("812", PLAIN, 812), (" -1.5e3 ", PLAIN, -1500), (".5", PLAIN, 0.5), ("5.", PLAIN, 5),
         ("\uff18\uff12", PLAIN, 82), ("\uff14\uff0e\uff15", PLAIN, 4.5), ("\u22125", PLAIN, -5),
@@ -38,8 +38,8 @@ COMMA, THOUSANDS, GERMAN = NumberForm(","), NumberForm(".", ","), NumberForm(","
         ("2.301", GERMAN, 2301), ("1.234.567,5", GERMAN, 1234567.5), ("7,5", GERMAN, 7.5),
     ],
 )  # fmt: skip
-def test_numbers(text: str, form: NumberForm, wanted: float) -> None:
-    assert read_number(text, form) == wanted
+def test_numbers(text: str, form: NumberForm, expected: float) -> None:
+    assert read_number(text, form) == expected
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_numbers(text: str, form: NumberForm, wanted: float) -> None:
         ("1.2.3", PLAIN), ("--5", PLAIN), ("0x1F", PLAIN), ("five", PLAIN),
     ],
 )  # fmt: skip
-def test_what_is_no_number(text: str, form: NumberForm) -> None:
+def test_other_texts_are_not_numbers(text: str, form: NumberForm) -> None:
     assert read_number(text, form) is None
 
 
@@ -62,7 +62,11 @@ def test_what_is_no_number(text: str, form: NumberForm) -> None:
         (["2,301", "812", "1,050"], ",", THOUSANDS),
         (["2,301", "1,050"], ",", THOUSANDS),
         (["2,301", "812"], "\t", THOUSANDS),
-        (["2,301", "1,250"], ";", COMMA),  # where a semicolon divides, a comma is decimal
+        (
+            ["2,301", "1,250"],
+            ";",
+            COMMA,
+        ),  # in a semicolon-separated file, a comma is a decimal mark
         (["2,301", "812"], ";", THOUSANDS),
         (["0,250", "2,301"], ",", COMMA),
         (["2,301", "1812"], ",", COMMA),  # a number of four digits has no separator
@@ -81,11 +85,13 @@ def test_what_is_no_number(text: str, form: NumberForm) -> None:
         (["a", "1"], ",", None),
     ],
 )
-def test_the_form_of_a_column(texts: list[str], delimiter: str, form: NumberForm | None) -> None:
+def test_the_number_format_of_a_column(
+    texts: list[str], delimiter: str, form: NumberForm | None
+) -> None:
     assert number_form(texts, delimiter) == form
 
 
-def test_what_would_make_a_number_is_said() -> None:
+def test_settings_that_would_give_a_number_are_suggested() -> None:
     assert other_forms("2,301", PLAIN) == (
         '`--set "data.format.decimal=,"` reads 2.301, `--set "data.format.thousands=,"` reads 2301'
     )
@@ -100,7 +106,7 @@ def test_what_would_make_a_number_is_said() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "separator", "wanted"),
+    ("text", "separator", "expected"),
     [
         ("請求、配送", "、", ["請求", "配送"]), ("請求､配送、", "、", ["請求", "配送"]),
         ("a\uff1bb;c", ";", ["a", "b", "c"]), ("a\uff0cb,c", ",", ["a", "b", "c"]),
@@ -108,24 +114,24 @@ def test_what_would_make_a_number_is_said() -> None:
         ("a||b|c", "||", ["a", "b|c"]), ("a^b]c", "^", ["a", "b]c"]), ("", ",", []),
     ],
 )  # fmt: skip
-def test_labels_in_a_text(text: str, separator: str, wanted: list[str]) -> None:
-    assert split_labels(text, separator) == wanted
+def test_labels_in_a_text(text: str, separator: str, expected: list[str]) -> None:
+    assert split_labels(text, separator) == expected
 
 
 @pytest.mark.parametrize(
-    ("value", "wanted"),
+    ("value", "expected"),
     [(0, 0), (1.0, 1), (True, 1), ("\uff11", 1), ("\uff10", 0), (" TRUE ", 1), ("false", 0),
      (2, None), (None, None), ("", None), ("yes", None)],
 )  # fmt: skip
-def test_flags(value: Any, wanted: int | None) -> None:
-    assert flag(value) == wanted
+def test_flags(value: Any, expected: int | None) -> None:
+    assert flag(value) == expected
 
 
 def test_only_width_and_digits_change() -> None:
     assert half_width("\uff21\uff11\uff0c \u0969 5\u00b2 文") == "A1, 3 5\u00b2 文"
 
 
-def test_several_currencies_are_no_numbers() -> None:
+def test_amounts_in_several_currencies_are_not_numbers() -> None:
     assert number_form(["$1,200", "$3"], ",") == NumberForm(".", ",")
     assert number_form(["$1,200", "3"], ",") == NumberForm(".", ",")
     assert number_form(["$1,200", "\u20ac3"], ",") is None

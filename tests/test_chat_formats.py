@@ -1,4 +1,4 @@
-"""How rows are read as conversations, against transformers' own rendering of the same messages."""
+"""Conversion of rows to conversations, compared with how transformers renders the messages."""
 
 from __future__ import annotations
 
@@ -61,10 +61,10 @@ def theirs(messages: list[Json], tools: Any = None) -> list[int]:
         ([{"type": "text", "value": "a "}, {"type": "text", "value": "b"}], "a b"),
     ],
 )
-def test_parts_of_text_are_joined(parts: list[Any], text: str) -> None:
+def test_text_parts_are_joined(parts: list[Any], text: str) -> None:
     row = {"messages": [user(parts), said(parts)]}
     for write in (list, json.dumps, str, lambda turns: str(np.array(turns, dtype=object))):
-        value = {"messages": write(row["messages"])}  # in a table, as pandas writes it too
+        value = {"messages": write(row["messages"])}  # also as text in a table written by pandas
         ids, trained = ids_of(read(value))
         assert ids == theirs([user(text), said(text)])
         assert trained == f"{text}|\n"
@@ -74,7 +74,7 @@ CALL = {"type": "function", "function": {"name": "look", "arguments": {"a": [1, 
 TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}]
 
 
-def test_calls_and_tools_are_given_to_the_template() -> None:
+def test_tool_calls_and_tools_are_passed_to_the_template() -> None:
     text = json.loads(json.dumps(CALL))
     text["function"]["arguments"] = json.dumps(CALL["function"]["arguments"])
     legacy = {"role": "assistant", "content": None, "function_call": text["function"]}
@@ -82,10 +82,15 @@ def test_calls_and_tools_are_given_to_the_template() -> None:
         user("q"), {"role": "assistant", "content": None, "tool_calls": [text, text]},
         {"role": "tool", "content": "sun", "tool_call_id": "1"}, said("ok"),
     ]  # fmt: skip
-    wanted = [user("q"), {"role": "assistant", "tool_calls": [CALL, CALL]}, messages[2], said("ok")]
+    expected = [
+        user("q"),
+        {"role": "assistant", "tool_calls": [CALL, CALL]},
+        messages[2],
+        said("ok"),
+    ]
     for tools in (TOOLS, json.dumps(TOOLS), str(TOOLS)):
         ids, trained = ids_of(read({"messages": messages, "tools": tools}))
-        assert ids == theirs(wanted, TOOLS)
+        assert ids == theirs(expected, TOOLS)
         call = '<call>look {"a": [1, null], "b": "é"}</call>'
         assert trained == f"{call}{call}|\nok|\n"
     ids, _ = ids_of(read({"messages": [user("q"), legacy], "functions": [TOOLS[0]["function"]]}))
@@ -96,15 +101,15 @@ def test_calls_and_tools_are_given_to_the_template() -> None:
         {"from": "observation", "value": "sun"}, {"from": "gpt", "value": "ok"},
     ]  # fmt: skip
     ids, _ = ids_of(read({"messages": turns, "tools": TOOLS}, "sharegpt"))
-    wanted[1]["tool_calls"] = [CALL]
-    assert ids == theirs(wanted, TOOLS)
+    expected[1]["tool_calls"] = [CALL]
+    assert ids == theirs(expected, TOOLS)
 
 
 @pytest.mark.parametrize(
     "mark",
     [{"weight": 0}, {"train": False}, {"training": False}, {"loss": 0}, {"loss_weight": 0.0}],
 )
-def test_turns_of_no_weight_are_read_but_not_trained(mark: Json) -> None:
+def test_turns_with_weight_0_are_read_but_not_trained(mark: Json) -> None:
     row = {"messages": [user("a"), said("bad", **mark), user("b"), said("good", weight=1)]}
     ids, trained = ids_of(read(row))
     assert ids == theirs([user("a"), said("bad"), user("b"), said("good")])
@@ -119,22 +124,22 @@ def test_turns_of_no_weight_are_read_but_not_trained(mark: Json) -> None:
     assert made.decode([i for i, yes in zip(ids, on, strict=True) if yes]) == "good|"
 
 
-def test_a_system_prompt_in_a_column_of_its_own_is_read() -> None:
+def test_a_system_prompt_may_be_in_its_own_column() -> None:
     row = {"messages": [user("a"), said("b")], "system": "Be kind."}
-    wanted = [{"role": "system", "content": "Be kind."}, user("a"), said("b")]
-    assert read(row).messages == wanted
+    expected = [{"role": "system", "content": "Be kind."}, user("a"), said("b")]
+    assert read(row).messages == expected
     turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
-    assert read({"messages": turns, "system": "Be kind."}, "sharegpt").messages == wanted
-    assert read({**row, "system": " "}).messages == wanted[1:]
+    assert read({"messages": turns, "system": "Be kind."}, "sharegpt").messages == expected
+    assert read({**row, "system": " "}).messages == expected[1:]
 
 
 def test_earlier_turns_of_an_instruction_are_read() -> None:
     row = {"instruction": "c", "output": "d", "history": [["a", "b"]]}
-    wanted = [user("a"), said("b"), user("c"), said("d")]
-    assert read(row, "alpaca").messages == wanted
+    expected = [user("a"), said("b"), user("c"), said("d")]
+    assert read(row, "alpaca").messages == expected
     for history in ('[["a", "b"]]', "[['a', 'b']]"):
-        assert read({**row, "history": history}, "alpaca").messages == wanted
-    assert read({**row, "history": []}, "alpaca").messages == wanted[2:]
+        assert read({**row, "history": history}, "alpaca").messages == expected
+    assert read({**row, "history": []}, "alpaca").messages == expected[2:]
     assert "column `history`" in conversation_error({**row, "history": ["a"]}, "alpaca", None)
 
 
@@ -158,7 +163,7 @@ def test_earlier_turns_of_an_instruction_are_read() -> None:
         ([user("a")], "no turn is the assistant's"),
     ],
 )
-def test_what_cannot_be_read_is_named(turns: list[Json], error: str) -> None:
+def test_an_unreadable_turn_is_an_error_that_names_it(turns: list[Json], error: str) -> None:
     assert conversation_error({"messages": turns}, "openai", "messages").startswith(error)
 
 
@@ -179,9 +184,9 @@ def test_what_cannot_be_read_is_named(turns: list[Json], error: str) -> None:
         ({"imagery": "words"}, None), ({"title": "a"}, None),
     ],
 )  # fmt: skip
-def test_rows_that_only_look_like_a_task_are_known(more: Json, what: str | None) -> None:
-    found = unsupported({"prompt": "a", "completion": "b", **more})
-    assert (found and found[0].startswith(what or "")) == (what and True)
+def test_rows_with_unsupported_columns_are_recognised(more: Json, what: str | None) -> None:
+    result = unsupported({"prompt": "a", "completion": "b", **more})
+    assert (result and result[0].startswith(what or "")) == (what and True)
 
 
 @pytest.mark.parametrize("system", ["be kind", [{"text": "be kind"}], ["be ", "kind"]])
@@ -193,12 +198,12 @@ def test_a_system_prompt_may_be_in_parts(system: Any, form: str) -> None:
 
 
 @pytest.mark.parametrize("system", [3, {"text": "be kind"}, [{"type": "image"}], True])
-def test_a_system_prompt_that_is_no_text_is_not_left_out(system: Any) -> None:
+def test_a_system_prompt_that_is_not_text_is_an_error(system: Any) -> None:
     row = {"messages": [user("a"), said("b")], "system": system}
     assert conversation_error(row, "openai", "messages").startswith("column `system`: ")
 
 
-def test_what_pandas_lacks_is_nothing() -> None:
+def test_missing_values_of_pandas_are_ignored() -> None:
     frame = pandas.DataFrame(
         {
             "instruction": ["add", None, "name it"],
@@ -228,7 +233,7 @@ def test_what_pandas_lacks_is_nothing() -> None:
     [("input", ["x", "y"], "a list"), ("output", ["b"], "a list"), ("output", {"a": 1}, "an obj"),
      ("instruction", [1], "a list"), ("output", True, "true or false")],
 )  # fmt: skip
-def test_a_part_of_an_instruction_that_is_no_text_is_not_printed(
+def test_a_field_of_an_instruction_that_is_not_text_is_an_error(
     name: str, value: Any, kind: str
 ) -> None:
     row = {"instruction": "a", "input": "", "output": "b"} | {name: value}

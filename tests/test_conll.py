@@ -55,7 +55,7 @@ def test_columns_of_conll_files_have_names(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_words_that_are_marks_of_comments_are_kept(tmp_path: Path) -> None:
+def test_words_that_look_like_comments_are_kept(tmp_path: Path) -> None:
     file = tmp_path / "rows.conll"
     file.write_text("##\tO\nEU\tB-ORG\n\n###\tO\nEU\tB-ORG\n\n#\tO\n")
     words = [(row.columns or {})["tokens"] for row in read_conll(file, FormatSpec())]
@@ -63,7 +63,7 @@ def test_words_that_are_marks_of_comments_are_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("start", [0, 1])
-def test_a_column_that_counts_the_words_is_not_taken_for_them(start: int, tmp_path: Path) -> None:
+def test_a_column_of_word_numbers_is_not_read_as_words(start: int, tmp_path: Path) -> None:
     file, tagged = tmp_path / "rows.conll", ["Ida B-PER", "met O", "Ada B-PER"]
     file.write_text("".join(f"{i} {line}\n" for i, line in enumerate(tagged, start)))
     with pytest.raises(LoraError, match=r"the first of 3 columns counts the words") as error:
@@ -76,7 +76,7 @@ def test_a_column_that_counts_the_words_is_not_taken_for_them(start: int, tmp_pa
     assert [len((row.columns or {})["tokens"]) for row in read_conll(file, FormatSpec())] == [2, 3]
 
 
-def test_universal_files_lose_their_ranges_and_empty_nodes(tmp_path: Path) -> None:
+def test_ranges_and_empty_nodes_of_conllu_are_skipped(tmp_path: Path) -> None:
     word = "{}\t{}\t_\tNOUN\t_\t_\t0\troot\t_\tO\n"
     lines = [word.format(i, w) for i, w in (("1-2", "im"), (1, "in"), (2, "dem"), ("2.1", "x"))]
     (tmp_path / "rows.conllu").write_text("# text = im\n" + "".join(lines))
@@ -85,7 +85,7 @@ def test_universal_files_lose_their_ranges_and_empty_nodes(tmp_path: Path) -> No
     assert (row.columns["tokens"], row.columns["misc"]) == (["in", "dem"], ["O", "O"])
 
 
-def test_a_line_with_other_columns_is_named_by_its_line(tmp_path: Path) -> None:
+def test_a_line_with_other_columns_is_reported_by_its_number(tmp_path: Path) -> None:
     file = tmp_path / "rows.conll"
     file.write_bytes(b"EU\tB-ORG\n\nIda\tB-PER\nmet\n\nna\xefve\tO\n")
     rows = list(read_conll(file, FormatSpec()))
@@ -96,8 +96,8 @@ def test_a_line_with_other_columns_is_named_by_its_line(tmp_path: Path) -> None:
     ]
 
 
-def test_prose_and_tables_are_no_conll_files() -> None:
+def test_prose_and_tables_are_not_conll_files() -> None:
     assert is_conll(["EU B-ORG", "x O", ""] * 5)
-    assert not is_conll(["a text O"] * 20)  # one tag only: what is there to find?
+    assert not is_conll(["a text O"] * 20)  # a single tag: there are no entities to find
     assert not is_conll(["Vitamin B-12 is good", "and so is O negative"] * 10)
     assert not is_conll(["EU,B-ORG", "x,O"] * 10)

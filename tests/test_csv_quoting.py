@@ -1,4 +1,4 @@
-"""How quotation marks are read: tables as real corpora are written, against independent readers."""
+"""Quotation marks in tables like those of real corpora, compared with independent readers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lora_cli.data.csv_quoting import Quoting, _Marks, _Reading, announce_quotin
 from lora_cli.data.file_formats import columns_of, read_rows
 from lora_cli.recipe import FormatSpec
 
-# as GLUE's corpora are written: tabs, no quoting, marks wherever the newspaper had them
+# like GLUE: tabs, no quoting, and quotation marks anywhere
 RTE = """\
 index\tsentence1\tsentence2\tlabel
 0\tNo Weapons of Mass Destruction Found.\tWeapons Found.\tnot_entailment
@@ -123,13 +123,13 @@ def test_files_without_quoting_are_read_line_by_line(name: str, tmp_path: Path) 
     header = name not in NO_HEADER
     spec, rows, errors = read(tmp_path / name, PLAIN[name], header=header)
     assert quoting_of(tmp_path / name, spec).name == "none"
-    wanted = pandas.read_csv(
+    expected = pandas.read_csv(
         tmp_path / name, sep="\t", quoting=csv.QUOTE_NONE, dtype=str, na_filter=False,
         header=0 if header else None, engine="c",
     )  # fmt: skip
-    assert (rows, errors) == (wanted.to_numpy().tolist(), [])
+    assert (rows, errors) == (expected.to_numpy().tolist(), [])
     if header:
-        assert columns_of(tmp_path / name, spec) == list(wanted.columns)
+        assert columns_of(tmp_path / name, spec) == list(expected.columns)
 
 
 @pytest.mark.parametrize("name", CSV)
@@ -140,8 +140,8 @@ def test_files_with_quoting_are_read_as_csv(name: str, tmp_path: Path) -> None:
     delimiter = form.get("delimiter") or ("\t" if name.endswith(".tsv") else ",")
     reader = csv.reader(io.StringIO(content.removeprefix("\ufeff"), newline=""),
                         delimiter=delimiter, strict=True)  # fmt: skip
-    header, *wanted = reader
-    assert (rows, errors) == (wanted, [])
+    header, *expected = reader
+    assert (rows, errors) == (expected, [])
     assert columns_of(tmp_path / name, spec) == header
 
 
@@ -157,7 +157,7 @@ def test_backslashes_before_marks(tmp_path: Path) -> None:
         ["ends \\", "neg"], ['a "b", c', "pos"],
     ]  # fmt: skip
     assert errors == []
-    # a backslash at the end of a quoted field of a csv file escapes nothing
+    # a backslash at the end of a quoted csv field escapes nothing
     spec, rows, errors = read(tmp_path / "y.csv", 'text,label\n"C:\\a, b\\",x\n"c",y\n')
     assert (rows, errors) == ([["C:\\a, b\\", "x"], ["c", "y"]], [])
 
@@ -165,19 +165,19 @@ def test_backslashes_before_marks(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "name", "n_rows", "n_faults"),
     [
-        # one broken row does not make a file of quoted fields one without quoting
+        # one broken row does not mean that a file of quoted fields has no quoting
         ('"a","b"\n"x","1"\n"say "hi" now","2"\n"y","3"\n', "csv", 2, 1),
         ('a,b\n"x ""y""",1\n"z ""w""",2\n"say "hi" now",3\nv,4\n', "csv", 3, 1),
-        # a row with too few fields is lost in either reading; the others are not
+        # only a row with too few fields is lost, in either reading
         ('a\tb\n"x\t1\ny\n"z" w\t2\n"v\t3\n', "none", 3, 1),
         ("a,b\n" + '"x" y,1\n' * 30 + "z\n", "none", 30, 1),
-        # both are broken: quoting is usual where commas divide
+        # both readings have errors: quoting is usual in comma-separated files
         ('a,b\n"one "two" three\nfour",x\n5,6\n', "csv", 1, 2),
         ('text\n"a" b\n"c\n', "none", 2, 0),
         ('text\n"a, ""b"""\n"c\nd"\n"e" f\n', "csv", 2, 1),
     ],
 )
-def test_files_that_fit_neither_way(
+def test_files_that_fit_neither_reading(
     content: str, name: str, n_rows: int, n_faults: int, tmp_path: Path
 ) -> None:
     path = tmp_path / ("x.tsv" if "\t" in content else "x.csv")
@@ -185,9 +185,7 @@ def test_files_that_fit_neither_way(
     assert (quoting_of(path, spec).name, len(rows), len(errors)) == (name, n_rows, n_faults)
 
 
-def test_what_had_to_be_decided_is_printed_once(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_decision_is_printed_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, content in {**PLAIN, **{k: v for k, (v, _) in CSV.items()}}.items():
         (tmp_path / name).write_bytes(content.encode())
         form = {"header": False} if name in NO_HEADER else {}
@@ -205,14 +203,14 @@ def test_what_had_to_be_decided_is_printed_once(
     assert capsys.readouterr().err == ""
 
 
-def test_lines_that_csv_joins_are_counted_where_each_could_be_a_row(tmp_path: Path) -> None:
+def test_joined_lines_are_counted_if_each_could_be_a_row(tmp_path: Path) -> None:
     path = tmp_path / "x.csv"
     spec, rows, _ = read(path, OPEN.replace("\t", ","))
-    found = quoting_of(path, spec)
-    assert (found.name, found.joined, found.first_joined, len(rows)) == ("csv", 1, 2, 2)
+    result = quoting_of(path, spec)
+    assert (result.name, result.joined, result.first_joined, len(rows)) == ("csv", 1, 2, 2)
 
 
-def test_an_open_mark_does_not_take_the_whole_file_into_memory(
+def test_an_unclosed_mark_does_not_read_the_whole_file_into_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lora_cli.data.csv_rows.MAX_LINES", 10)
@@ -234,12 +232,12 @@ def file_of(tmp_path: Path, content: str, name: str = "x.csv") -> Path:
     return tmp_path / name
 
 
-def test_what_each_way_of_reading_makes_of_a_file(tmp_path: Path) -> None:
+def test_statistics_of_each_reading_of_a_file(tmp_path: Path) -> None:
     path = file_of(tmp_path, READ)
     spec = FormatSpec()
-    found, escapes = csv_quoting._read_quoted(path, spec, "csv")
-    # lost: the broken row, and that of three fields; only lines 6 and 7 could each be a row
-    assert found == _Reading(width=2, lost=2, joined=1, first_joined=6, enclosed=3, differs=True)
+    result, escapes = csv_quoting._read_quoted(path, spec, "csv")
+    # lost: the broken row and the one with three fields; only lines 6 and 7 could each be a row
+    assert result == _Reading(width=2, lost=2, joined=1, first_joined=6, enclosed=3, differs=True)
     assert not escapes
     marks = _Marks()
     plain = csv_quoting._read_plain(path, spec, marks)
@@ -252,8 +250,8 @@ def test_what_each_way_of_reading_makes_of_a_file(tmp_path: Path) -> None:
     none = csv_quoting._read_quoted(file_of(tmp_path, "a,b\nx,1\ny\n", "none.csv"), spec, "csv")
     assert none == (_Reading(2, 1, 0, 0, 0, False), False)
     told = FormatSpec(header=False, columns=["a", "b", "c"])
-    found, _ = csv_quoting._read_quoted(path, told, "csv")
-    assert (found.width, found.lost) == (3, 9)  # of ten lines, one has three fields
+    result, _ = csv_quoting._read_quoted(path, told, "csv")
+    assert (result.width, result.lost) == (3, 9)  # of ten lines, one has three fields
     assert csv_quoting._read_quoted(path, FormatSpec(header=False), "csv")[0].width == 2
 
 
@@ -263,11 +261,11 @@ def test_what_each_way_of_reading_makes_of_a_file(tmp_path: Path) -> None:
      ('"x', False), ('x"', False), ('""a"', False), ('"a""', False), ('"a"b"', False),
      ("xx", False), ('"a""b"', True)],
 )  # fmt: skip
-def test_which_fields_a_pair_of_marks_encloses(value: str, wrapped: bool) -> None:
+def test_fields_in_quotation_marks_are_recognised(value: str, wrapped: bool) -> None:
     assert csv_quoting.is_wrapped(value) == wrapped
 
 
-def test_where_marks_stand_in_fields() -> None:
+def test_marks_in_fields_are_counted() -> None:
     marks = _Marks()
     csv_quoting._count_marks(marks, ["", "plain", '"x"', '"a ""b"""', '" "', 'say "x"', '"'])
     csv_quoting._count_marks(marks, ["full", "plain", '"yy"', "c", "d", "e", "f"])
@@ -281,7 +279,7 @@ def test_where_marks_stand_in_fields() -> None:
     [(2, 4, False, True), (2, 5, False, False), (1, 1, False, False), (3, 6, False, True),
      (0, 9, True, True), (0, 0, False, False), (3, 7, False, False)],
 )  # fmt: skip
-def test_a_file_plainly_quotes_if_half_of_a_column_or_the_header_is_enclosed(
+def test_quoting_is_obvious_if_half_of_a_column_or_the_header_is_quoted(
     wrapped: int, filled: int, header: bool, plain: bool
 ) -> None:
     marks = _Marks(Counter({1: wrapped}), Counter({0: 99, 1: filled}), header=header)
@@ -302,17 +300,17 @@ TABS = "tabs divide the columns"
         (reading(2, enclosed=1), reading(0, 1), {}, False, "as csv 2 lines do not fit"),
         (reading(1), reading(0, 1), {}, False, "as csv 1 line does not fit"),
         (reading(1, enclosed=1), reading(0, 1), {}, False, ""),
-        # csv loses fewer, or quoting is plain to see
+        # csv loses fewer lines, or quoting is obvious
         (reading(1), reading(2), {"stray": 9}, True, ""),
         (reading(9), reading(0), {"header": True}, True, ""),
         (reading(2), reading(0), {"doubled": 3}, True, ""),
         (reading(2), reading(0), {"doubled": 2}, True, "read so, every row has 2 fields; as csv"),
-        # where commas divide, it has to lose a tenth as many
+        # in comma-separated files, it must lose at most a tenth as many
         (reading(21), reading(2), {}, False, "read so, all but 2 lines have 2 fields; as csv 21 l"),
         (reading(20), reading(2), {}, False, ""),
         (reading(20), reading(2), {}, True, "read so, all but 2 lines"),
         (reading(1), reading(0), {}, False, "read so, every row"),
-        # both fit alike
+        # both fit equally well
         (reading(0), reading(0), {"stray": 1}, False, ""),
         (reading(0), reading(0), {"stray": 1}, True, TABS),
         (reading(0), reading(0), {"needless": 1}, True, TABS),
@@ -325,10 +323,10 @@ TABS = "tabs divide the columns"
 def test_why_a_file_is_read_without_quoting(
     quoted: _Reading, plain: _Reading, marks: dict[str, Any], tabbed: bool, why: str
 ) -> None:
-    found = csv_quoting._why_none(quoted, plain, _Marks(**marks), tabbed)
-    assert found.startswith(why)
-    assert bool(found) == bool(why)
-    assert ("join" in found) == ("join" in why)
+    result = csv_quoting._why_none(quoted, plain, _Marks(**marks), tabbed)
+    assert result.startswith(why)
+    assert bool(result) == bool(why)
+    assert ("join" in result) == ("join" in why)
 
 
 @pytest.mark.parametrize(
@@ -338,17 +336,17 @@ def test_why_a_file_is_read_without_quoting(
         ('a,b\n"say \\"x\\" y",1\nz,2\n', "backslash"),
         # no better than csv
         ('a,b\nsay \\"x\\" y,1\n"c, d",2\n', "csv"),
-        # without quoting more fits than with the escape
+        # more lines fit without quoting than with escapes
         ("a\tb\n" + '"x \\" y\t1\n' * 3 + "z\t2\n", "none"),
         ("a\tb\nx\t1\n", "csv"), ('a\tb\nsay "x" y\t1\n', "none"), ('a,b\nsay "x" y,1\n', "csv"),
     ],
 )  # fmt: skip
-def test_how_marks_behind_a_backslash_are_read(content: str, name: str, tmp_path: Path) -> None:
+def test_marks_after_a_backslash(content: str, name: str, tmp_path: Path) -> None:
     path = file_of(tmp_path, content, "x.tsv" if "\t" in content else "x.csv")
     assert quoting_of(path, FormatSpec()).name == name
 
 
-def test_only_joined_lines_make_a_usual_csv_worth_a_word(tmp_path: Path) -> None:
+def test_usual_csv_has_a_reason_only_if_lines_are_joined(tmp_path: Path) -> None:
     joined = quoting_of(file_of(tmp_path, 'a,b\n"x,1\ny",2\n', "joined.csv"), FormatSpec())
     assert joined == Quoting("csv", "usual for csv", 1, 2)
     whole = quoting_of(file_of(tmp_path, 'a,b\n"x\ny",2\n', "whole.csv"), FormatSpec())
@@ -362,18 +360,18 @@ def test_a_file_is_searched_for_marks(tmp_path: Path) -> None:
     packed = tmp_path / "x.csv.gz"
     packed.write_bytes(gzip.compress(b"a,b\nx,1\n"))
     plain, marked = file_of(tmp_path, "a,b\n"), file_of(tmp_path, 'a\n"b"\n', "marked.csv")
-    found = [csv_quoting._has_marks(path, "utf-8") for path in (packed, plain, marked)]
-    assert found == [False, False, True]
+    result = [csv_quoting._has_marks(path, "utf-8") for path in (packed, plain, marked)]
+    assert result == [False, False, True]
     packed.write_bytes(gzip.compress(b'a,b\n"x",1\n'))
     assert csv_quoting._has_marks(packed, "utf-8")
     packed.write_bytes(b"not packed")
-    assert csv_quoting._has_marks(packed, "utf-8")  # whoever reads it says what is wrong
+    assert csv_quoting._has_marks(packed, "utf-8")  # reading the file reports the error
     assert csv_quoting._has_marks(tmp_path / "absent.csv", "utf-8")
-    assert csv_quoting._has_marks(plain, "cp037")  # where a mark is another byte
+    assert csv_quoting._has_marks(plain, "cp037")  # `"` is another byte there
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_one_process_says_how_a_file_is_read(
+def test_only_one_process_prints_how_a_file_is_read(
     rank: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RANK", rank)

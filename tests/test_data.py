@@ -1,4 +1,4 @@
-"""Reading files as they stand, finding the files of a split, and keeping rows on the disk."""
+"""Reading files, finding the files of a split, drawing held-out rows, and caching rows."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def jsonl(tmp_path: Path) -> Callable[..., list[RawRow]]:
 # ------------------------------------------------------------------------------------------- csv
 
 
-def test_every_value_of_a_csv_file_is_text_as_it_stands(csv: Any) -> None:
+def test_every_value_of_a_csv_file_stays_text(csv: Any) -> None:
     rows = csv("text,label\nNA,null\nnan,007\n,None\n 1.0 ,1e5\n\ttab,true\n")
     assert good(rows) == [
         ["NA", "null"], ["nan", "007"], ["", "None"], [" 1.0 ", "1e5"], ["\ttab", "true"],
@@ -77,7 +77,7 @@ def test_quotes_may_hold_commas_quotes_and_line_ends(csv: Any) -> None:
 
 
 @pytest.mark.parametrize("ends", ["\n", "\r\n", "\r"])
-def test_lines_may_end_in_any_way_and_blank_ones_are_passed_over(ends: str, csv: Any) -> None:
+def test_lines_may_have_any_line_end_and_blank_ones_are_skipped(ends: str, csv: Any) -> None:
     rows = csv(ends.join(["", "a,b", "", "1,2", "  ", "3,4", ""]))
     assert good(rows) == [["1", "2"], ["3", "4"]]
     assert [row.place for row in rows] == ["x.csv:4", "x.csv:6"]
@@ -96,7 +96,7 @@ def test_encodings(encoding: str, text: str, csv: Any) -> None:
     assert rows[1].place == "x.csv:4"
 
 
-def test_bytes_of_another_encoding_are_the_fault_of_their_row(csv: Any) -> None:
+def test_bytes_of_another_encoding_are_an_error_of_their_row(csv: Any) -> None:
     rows = csv('a,b\n1,2\nna\xefve,2\n"x\n\xff",3\n4,5\n'.encode("latin-1"))
     assert good(rows) == [["1", "2"], ["4", "5"]]
     assert errors(rows) == {
@@ -116,7 +116,7 @@ def test_a_file_that_ends_inside_a_character(csv: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "form", "wanted"),
+    ("content", "form", "expected"),
     [
         ("a;b\n1,5;2\n", {"delimiter": ";"}, {"a": "1,5", "b": "2"}),
         ("a\tb\n1\t2\n", {"delimiter": "\t"}, {"a": "1", "b": "2"}),
@@ -129,9 +129,9 @@ def test_a_file_that_ends_inside_a_character(csv: Any) -> None:
         ('a\n""\n', {}, {"a": ""}),
     ],
 )
-def test_forms_of_csv(content: str, form: Any, wanted: dict[str, str], csv: Any) -> None:
+def test_csv_formats(content: str, form: Any, expected: dict[str, str], csv: Any) -> None:
     (row,) = csv(content, **form)
-    assert row.columns == wanted
+    assert row.columns == expected
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_a_csv_file_without_rows(content: str, csv: Any) -> None:
     assert csv(content) == []
 
 
-def test_too_many_and_too_few_fields_are_placed(csv: Any) -> None:
+def test_too_many_and_too_few_fields_are_reported_with_their_line(csv: Any) -> None:
     rows = csv('a,b\n"1\n\n2",x\n1,2,3\n4\n5,6\n')
     assert good(rows) == [["1\n\n2", "x"], ["5", "6"]]
     assert errors(rows) == {
@@ -166,7 +166,7 @@ def test_too_many_and_too_few_fields_are_placed(csv: Any) -> None:
     }
 
 
-def test_an_open_quote_costs_one_row_and_not_the_rest_of_the_file(csv: Any) -> None:
+def test_an_unclosed_quote_loses_one_row_and_not_the_rest_of_the_file(csv: Any) -> None:
     body = "".join(f"{i},text {i}\n" for i in range(1000))
     rows = csv('n,text\n1,"never closed\n' + body, quoting="csv")
     assert len(good(rows)) == 1000
@@ -178,7 +178,7 @@ def test_an_open_quote_costs_one_row_and_not_the_rest_of_the_file(csv: Any) -> N
 @pytest.mark.parametrize(
     "broken", ['"open', '"a" b', '"say "hi" now"', '"x""', 'a,b,"c'], ids=lambda text: text
 )
-def test_a_broken_row_costs_itself(broken: str, csv: Any) -> None:
+def test_a_broken_row_loses_only_itself(broken: str, csv: Any) -> None:
     rows = csv(f'a,b\n1,2\n{broken},x\n"multi\nline",3\n"q, ""r""",4\n5,6\n')
     assert list(errors(rows)) == ["x.csv:3"]
     assert good(rows) == [["1", "2"], ["multi\nline", "3"], ['q, "r"', "4"], ["5", "6"]]
@@ -187,20 +187,20 @@ def test_a_broken_row_costs_itself(broken: str, csv: Any) -> None:
     ]  # fmt: skip
 
 
-def test_the_inside_of_a_broken_row_is_not_taken_for_rows(csv: Any) -> None:
+def test_the_inside_of_a_broken_row_is_not_read_as_rows(csv: Any) -> None:
     rows = csv('a,b\n"one "two" three\nfour",x\n5,6\n')
     assert good(rows) == [["5", "6"]]
     assert list(errors(rows)) == ["x.csv:2", "x.csv:3"]
 
 
 @given(pairs=st.lists(st.tuples(plain, plain), max_size=8), at=st.integers(0, 8))
-def test_what_python_writes_is_read_and_a_broken_line_costs_no_other(
+def test_files_of_the_csv_module_are_read_and_a_broken_line_loses_no_other(
     pairs: list[tuple[str, str]], at: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     import csv
     import io
 
-    # a row of blanks alone cannot be told from a blank line
+    # a row with only blanks is indistinguishable from a blank line
     pairs = [(a, b) for a, b in pairs if (a + b).strip(" \r\n")]
     parts = []
     for pair in pairs:
@@ -257,19 +257,19 @@ def test_json_lines(jsonl: Any) -> None:
     assert [row.place for row in rows] == ["x.jsonl:1", "x.jsonl:3"]
 
 
-def test_bad_json_lines_cost_themselves(jsonl: Any) -> None:
+def test_bad_json_lines_lose_only_themselves(jsonl: Any) -> None:
     # fmt: off
     lines = [b'{"a": 1}', b"{", b"[1, 2]", b'"text"', b"3", b"null", b"true", b'{"a": "\xff"}',
              b'{"a": "\\ud800"}', b"[" * 100_000, b'{"a": ' + b"1" * 5000 + b"}", b'{"a": 2}']
     # fmt: on
     rows = jsonl(b"\n".join(lines))
     assert good(rows) == [[1], [2]]
-    found = errors(rows)
-    assert list(found) == [f"x.jsonl:{n}" for n in range(2, 12)]
+    result = errors(rows)
+    assert list(result) == [f"x.jsonl:{n}" for n in range(2, 12)]
     for line, word in {2: "not valid JSON", 3: "not a list", 4: "not a text", 5: "not a number",
                        6: "not null", 7: "not true or false", 8: "0xff", 9: "half of a character",
                        10: "JSON", 11: "not valid JSON"}.items():  # fmt: skip
-        assert word in found[f"x.jsonl:{line}"]
+        assert word in result[f"x.jsonl:{line}"]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-8-sig", "latin-1"])
@@ -293,7 +293,7 @@ def test_a_json_list(encoding: str, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_json_file_that_holds_no_rows(content: bytes, message: str, tmp_path: Path) -> None:
+def test_a_json_file_without_rows(content: bytes, message: str, tmp_path: Path) -> None:
     with pytest.raises(LoraError, match=message):
         read(tmp_path / "x.json", content)
 
@@ -313,7 +313,7 @@ def test_parquet(tmp_path: Path) -> None:
             list(read_rows(file, FormatSpec()))
 
 
-def test_parquet_with_two_columns_of_a_name(tmp_path: Path) -> None:
+def test_parquet_with_duplicate_column_names(tmp_path: Path) -> None:
     file = tmp_path / "x.parquet"
     pq.write_table(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], ["t", "t"]), file)
     with pytest.raises(LoraError, match=r'two columns are called `t`[\s\S]*\["t", "t_2"\]'):
@@ -323,7 +323,7 @@ def test_parquet_with_two_columns_of_a_name(tmp_path: Path) -> None:
     assert columns_of(file, spec) == ["t", "t_2"]
 
 
-def test_values_of_parquet_that_python_cannot_hold(tmp_path: Path) -> None:
+def test_parquet_values_that_python_cannot_represent(tmp_path: Path) -> None:
     offsets = pa.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0")
     broken = pa.Array.from_buffers(pa.string(), 2, [None, offsets, pa.py_buffer(b"a\xff")])
     columns = {
@@ -351,20 +351,20 @@ def test_values_of_parquet_that_python_cannot_hold(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("by", "wanted"),
+    ("by", "expected"),
     [
         ("line", [("x.txt:2", "one"), ("x.txt:3", "two  "), ("x.txt:5", " three")]),
         ("paragraph", [("x.txt:2", "one\ntwo  "), ("x.txt:5", " three")]),
         ("document", [("x.txt:2", "one\ntwo  \n \n three\n")]),
     ],
 )
-def test_text(by: str, wanted: list[tuple[str, str]], tmp_path: Path) -> None:
+def test_text(by: str, expected: list[tuple[str, str]], tmp_path: Path) -> None:
     rows = read(tmp_path / "x.txt", "\ufeff\none\ntwo  \n \n three\n", sample_by=by)
-    assert [(row.place, row.columns["text"]) for row in rows if row.columns] == wanted
+    assert [(row.place, row.columns["text"]) for row in rows if row.columns] == expected
 
 
 @pytest.mark.parametrize(("by", "left"), [("line", 3), ("paragraph", 1), ("document", 0)])
-def test_a_bad_byte_costs_the_unit_of_text_it_is_in(by: str, left: int, tmp_path: Path) -> None:
+def test_a_bad_byte_loses_its_unit_of_text(by: str, left: int, tmp_path: Path) -> None:
     rows = read(tmp_path / "x.txt", b"one\n\xff\ntwo\n\nthree\n", sample_by=by)
     assert len(good(rows)) == left
     assert len(errors(rows)) == 1
@@ -375,7 +375,7 @@ def test_an_empty_file_has_no_rows(name: str, tmp_path: Path) -> None:
     assert read(tmp_path / name, "") == []
 
 
-def test_the_kind_of_a_file(tmp_path: Path) -> None:
+def test_the_format_of_a_file(tmp_path: Path) -> None:
     assert kind_of(Path("a.JSONL.gz"), FormatSpec()) == "json"
     assert kind_of(Path("a.dat"), FormatSpec(type="csv")) == "csv"
     with pytest.raises(LoraError, match=r"`a\.dat` is not a known kind[\s\S]*csv` \(or json"):
@@ -385,7 +385,7 @@ def test_the_kind_of_a_file(tmp_path: Path) -> None:
 
 
 @given(raw=st.binary(max_size=300), kind=st.sampled_from(["csv", "json", "text"]))
-def test_any_bytes_are_rows_or_faults(
+def test_any_bytes_give_rows_or_errors(
     raw: bytes, kind: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     file = tmp_path_factory.getbasetemp() / "bytes"
@@ -397,7 +397,7 @@ def test_any_bytes_are_rows_or_faults(
     json.dumps([row.columns for row in rows], ensure_ascii=False).encode()
 
 
-def test_a_missing_column_is_named_with_the_nearest() -> None:
+def test_a_missing_column_is_reported_with_the_nearest_name() -> None:
     with pytest.raises(LoraError) as caught:
         require_columns({"at x": "txt", "at y": "label"}, ["text", "n"], "rows.csv")
     assert [(p.what, p.at) for p in caught.value.problems] == [
@@ -434,7 +434,7 @@ def rows_csv(tmp_path: Path) -> str:
     return str(tmp_path / "rows.csv")
 
 
-def test_rows_know_their_place_and_come_in_order(rows_csv: str) -> None:
+def test_rows_have_places_and_are_in_order(rows_csv: str) -> None:
     rows = load_rows(recipe_of({"path": rows_csv}))["train"]
     assert len(rows) == 200
     assert rows[3] == {"text": "text 3", "label": "b"}
@@ -446,22 +446,22 @@ def test_rows_know_their_place_and_come_in_order(rows_csv: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("part", "wanted"),
+    ("part", "expected"),
     [("[:80%]", range(160)), ("[80%:]", range(160, 200)), ("[-100:]", range(100, 200)),
      ("[:500]", range(200)), ("[10:20]", range(10, 20)), ("[:]", range(200)),
      ("[-5%:-1%]", range(190, 198)), ("[:-190]", range(10)), ("[1:]", range(1, 200))],
 )  # fmt: skip
-def test_slices(part: str, wanted: range, rows_csv: str) -> None:
+def test_slices(part: str, expected: range, rows_csv: str) -> None:
     for data in ({"path": rows_csv, "train": f"train{part}"}, {"train": f"{rows_csv}{part}"}):
         rows = load_rows(recipe_of(data))["train"]
-        assert texts(rows) == [f"text {i}" for i in wanted]
-        assert rows.place(0) == f"rows.csv:{wanted[0] + 2}"
+        assert texts(rows) == [f"text {i}" for i in expected]
+        assert rows.place(0) == f"rows.csv:{expected[0] + 2}"
 
 
 @pytest.mark.parametrize(
     "part", ["[]", "[10]", "[:%]", "[-:]", "[a:b]", "[1:2:3]", "[:150%]", "[:1.5%]", "[: 5]"]
 )
-def test_a_bad_slice_shows_good_ones(part: str, rows_csv: str) -> None:
+def test_an_invalid_slice_shows_valid_ones(part: str, rows_csv: str) -> None:
     with pytest.raises(LoraError, match=r"is not a slice\n  at data\.train\nhint: a slice is"):
         load_rows(recipe_of({"path": rows_csv, "train": f"train{part}"}))
 
@@ -478,7 +478,7 @@ def test_an_empty_split_is_an_error(rows_csv: str, tmp_path: Path) -> None:
         load_rows(recipe_of({"path": str(tmp_path / "bad.csv"), "on_bad_row": "skip"}))
 
 
-def test_one_row_is_enough_to_train_but_not_to_divide(tmp_path: Path) -> None:
+def test_one_row_is_enough_to_train_but_not_to_split(tmp_path: Path) -> None:
     (tmp_path / "one.csv").write_text("text,label\nx,a\n")
     assert len(load_rows(recipe_of({"path": str(tmp_path / "one.csv")}))["train"]) == 1
     with pytest.raises(LoraError, match="leaves one side empty"):
@@ -513,7 +513,7 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_folder_has_the_splits_that_its_names_say(folder: Path) -> None:
+def test_a_folder_has_the_splits_of_its_file_names(folder: Path) -> None:
     names = {"validation": "validation", "test": "test"}
     splits = load_rows(recipe_of({"path": str(folder), **names}))
     assert {name: texts(rows) for name, rows in splits.items()} == {
@@ -527,7 +527,7 @@ def test_a_folder_has_the_splits_that_its_names_say(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("pattern", "wanted"),
+    ("pattern", "expected"),
     [
         ("train-*.csv", ["train-1.csv", "train-2.csv"]),
         ("*-2.csv", ["train-2.csv"]),
@@ -535,12 +535,12 @@ def test_a_folder_has_the_splits_that_its_names_say(folder: Path) -> None:
         ("train-[12].csv", ["train-1.csv", "train-2.csv"]),
     ],
 )
-def test_patterns(pattern: str, wanted: list[str], folder: Path) -> None:
+def test_patterns(pattern: str, expected: list[str], folder: Path) -> None:
     for data in ({"path": f"{folder}/{pattern}"}, {"train": f"{folder}/{pattern}"}):
-        assert texts(load_rows(recipe_of(data))["train"]) == wanted
+        assert texts(load_rows(recipe_of(data))["train"]) == expected
 
 
-def test_a_folder_without_names_is_all_training(tmp_path: Path) -> None:
+def test_a_folder_without_split_names_is_all_train(tmp_path: Path) -> None:
     for name in ("b.csv", "a.csv"):
         (tmp_path / "d").mkdir(exist_ok=True)
         (tmp_path / "d" / name).write_text(f"text,label\n{name},a\n")
@@ -564,13 +564,13 @@ def test_a_folder_without_names_is_all_training(tmp_path: Path) -> None:
          r"no split `validation` to draw"),
     ],
 )  # fmt: skip
-def test_what_is_not_there(data: dict[str, Any], message: str, folder: Path) -> None:
+def test_missing_files_and_splits(data: dict[str, Any], message: str, folder: Path) -> None:
     data = {k: v.format(folder) if isinstance(v, str) else v for k, v in data.items()}
     with pytest.raises(LoraError, match=message):
         load_rows(recipe_of(data))
 
 
-def test_a_file_for_a_split_and_a_draw_from_another(folder: Path, rows_csv: str) -> None:
+def test_one_split_from_a_file_and_another_drawn(folder: Path, rows_csv: str) -> None:
     splits = load_rows(
         recipe_of(
             {
@@ -584,7 +584,7 @@ def test_a_file_for_a_split_and_a_draw_from_another(folder: Path, rows_csv: str)
     assert [len(splits[name]) for name in ("train", "validation", "test")] == [150, 1, 50]
 
 
-def test_only_what_is_needed_is_read(folder: Path, rows_csv: str) -> None:
+def test_only_the_requested_splits_are_read(folder: Path, rows_csv: str) -> None:
     data = {"train": "/nowhere/x.csv", "validation": rows_csv, "test": rows_csv}
     assert list(load_rows(recipe_of(data), ["test"])) == ["test"]
     drawn = {"train": rows_csv, "validation": "/nowhere/x.csv", "test": {"fraction": 0.1}}
@@ -610,7 +610,7 @@ def test_a_draw_needs_its_columns(
     assert (problem.at, f"no column `{column}`" in problem.what) == (at, True)
 
 
-def test_rows_that_lack_a_column_can_be_divided(tmp_path: Path) -> None:
+def test_rows_that_lack_a_column_can_be_split(tmp_path: Path) -> None:
     file = tmp_path / "x.jsonl"
     rows = [{"text": f"t{i}", **({"label": "a", "g": "x"} if i % 3 else {})} for i in range(60)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -629,14 +629,17 @@ def turns(text: str, system: str) -> list[dict[str, str]]:
     ("task", "row"),
     [
         (
-            {"type": "token_classification"},  # the lists differ where the texts do not
+            {"type": "token_classification"},  # the lists differ, but their texts do not
             lambda i: {
                 "tokens": [["Ärzte", f"{i % 40}"], ["ärzte", f"{i % 40}", "."]][i // 40],
                 "tags": ["O"] * (2 + i // 40),
             },
         ),
         (
-            {"type": "causal_lm", "messages_column": "messages"},  # the data gate: no system's turn
+            {
+                "type": "causal_lm",
+                "messages_column": "messages",
+            },  # without the system turn
             lambda i: {"messages": turns(f"word {i % 40}", "Be brief." * (i // 40))},
         ),
     ],
@@ -648,13 +651,13 @@ def test_held_out_rows_of_lists_are_compared_as_the_data_gate_does(
     file.write_text("".join(json.dumps(row(i)) + "\n" for i in range(80)))
     held_out = {"fraction": 0.25}
     splits = load_rows(recipe_of({"path": str(file), "validation": held_out}, task))
-    # rows 0 and 40 say the same, and so on: a number stands for such a pair
+    # rows 0 and 40 have the same text, and so on; a number stands for such a pair
     numbers = {name: [str(r) for r in rows] for name, rows in splits.items()}
-    found = {
+    result = {
         name: {re.search(r"\d+", r)[0] for r in rows}  # type: ignore[index]
         for name, rows in numbers.items()
     }
-    assert not found["train"] & found["validation"]
+    assert not result["train"] & result["validation"]
     assert {name: len(rows) for name, rows in splits.items()} == {"train": 60, "validation": 20}
 
 
@@ -686,7 +689,7 @@ def marked_csv(tmp_path: Path) -> str:
     return str(tmp_path / "marked.csv")
 
 
-def test_a_column_divides_the_rows(marked_csv: str, tmp_path: Path) -> None:
+def test_a_split_column(marked_csv: str, tmp_path: Path) -> None:
     (tmp_path / "more.csv").write_text("text,label,split\na,b,train\n")
     data = {
         "path": marked_csv, "split_column": "split", "train": "train[:10]", "validation": "dev",
@@ -696,7 +699,7 @@ def test_a_column_divides_the_rows(marked_csv: str, tmp_path: Path) -> None:
     assert texts(rows["train"]) == [f"text {i}" for i in range(25) if i % 5 < 2]
     assert texts(rows["validation"]) == [f"text {i}" for i in range(2, 50, 5)]
     assert rows["validation"].place(0) == "marked.csv:4"
-    assert texts(rows["test"]) == ["a"]  # a file of its own is read whole
+    assert texts(rows["test"]) == ["a"]  # a separate file is read completely
     drawn = load_rows(recipe_of({**data, "train": "train", "validation": {"fraction": 0.1}}))
     assert (len(drawn["train"]), len(drawn["validation"])) == (18, 2)
 
@@ -708,15 +711,13 @@ def test_a_column_divides_the_rows(marked_csv: str, tmp_path: Path) -> None:
         ({"split_column": "splot"}, r"no column `splot`[\s\S]*did you mean `split`"),
     ],
 )
-def test_a_column_that_divides_otherwise(
-    change: dict[str, Any], message: str, marked_csv: str
-) -> None:
+def test_an_invalid_split_column(change: dict[str, Any], message: str, marked_csv: str) -> None:
     data = {"path": marked_csv, "split_column": "split", "validation": "dev", **change}
     with pytest.raises(LoraError, match=message):
         load_rows(recipe_of(data))
 
 
-def test_a_row_that_cannot_be_read_is_of_no_split(marked_csv: str) -> None:
+def test_an_unreadable_row_belongs_to_no_split(marked_csv: str) -> None:
     with Path(marked_csv).open("a") as file:
         file.write("too,many,fields,here\n")
     data = {"path": marked_csv, "split_column": "split", "test": "test", "on_bad_row": "skip"}
@@ -732,7 +733,7 @@ def test_a_row_that_cannot_be_read_is_of_no_split(marked_csv: str) -> None:
         {"split_column": "split", "validation": "dev", "test": "test"},
     ],
 )
-def test_a_row_that_cannot_be_read_is_counted_once(splits: dict[str, Any], marked_csv: str) -> None:
+def test_an_unreadable_row_is_counted_once(splits: dict[str, Any], marked_csv: str) -> None:
     with Path(marked_csv).open("a") as file:
         file.write("too,many,fields,here\n")
     rows = load_rows(recipe_of({"path": marked_csv, "on_bad_row": "skip", **splits}))
@@ -741,11 +742,11 @@ def test_a_row_that_cannot_be_read_is_counted_once(splits: dict[str, Any], marke
     }  # fmt: skip
 
 
-def test_a_column_divides_a_stream(marked_csv: str) -> None:
+def test_a_split_column_of_a_stream(marked_csv: str) -> None:
     data = {"path": marked_csv, "split_column": "split", "streaming": True}
-    found = [(row.columns or {})["text"] for row in stream_rows(recipe_of(data, max_steps=1))]
-    assert found[:3] == ["text 0", "text 1", "text 5"]
-    assert len(found) == len(set(found)) == 20
+    result = [(row.columns or {})["text"] for row in stream_rows(recipe_of(data, max_steps=1))]
+    assert result[:3] == ["text 0", "text 1", "text 5"]
+    assert len(result) == len(set(result)) == 20
     with pytest.raises(LoraError, match="marks no row as `none`"):
         next(stream_rows(recipe_of({**data, "train": "none"}, max_steps=1)))
 
@@ -781,7 +782,7 @@ def test_files_are_read_once_until_they_or_the_format_change(
     assert load_rows(recipe_of({"path": str(copy)}))["train"].place(0) == "copy.csv:2"
 
 
-def test_a_faulty_file_is_not_kept_as_an_empty_one(tmp_path: Path) -> None:
+def test_an_unreadable_file_is_not_cached_as_empty(tmp_path: Path) -> None:
     file = tmp_path / "x.csv"
     file.write_text("a,a\n1,2\n")
     for _ in range(2):
@@ -820,7 +821,7 @@ def test_a_hub_data_set_keeps_its_label_names(hub: str) -> None:
     assert sorted(row["label"] for row in drawn["test"]) == [0, 0, 1, 1]
 
 
-def test_what_the_hub_does_not_have(hub: str) -> None:
+def test_missing_data_sets_and_splits_of_the_hub(hub: str) -> None:
     with pytest.raises(LoraError, match=r"cannot load `no/such-data-set`[\s\S]*data\.path"):
         load_rows(recipe_of({"name": "no/such-data-set"}))
     with pytest.raises(LoraError, match=r"cannot load [\s\S]*nope"):
@@ -841,7 +842,7 @@ def faultless(row: dict[str, Any]) -> str:
     return ""
 
 
-def test_a_faulty_row_of_a_stream_stops_or_is_passed_over(tmp_path: Path) -> None:
+def test_a_bad_row_of_a_stream_raises_an_error_or_is_skipped(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("text,label\na,1\nb\nc,1\n")
     data = {"path": str(tmp_path / "x.csv"), "streaming": True}
     recipe = recipe_of(data, max_steps=1)
@@ -860,7 +861,7 @@ def test_a_faulty_row_of_a_stream_stops_or_is_passed_over(tmp_path: Path) -> Non
     assert skipped[1][0] == "x.csv:3"
 
 
-def test_a_stream_of_the_hub_has_label_names(hub: str, rows_csv: str) -> None:
+def test_a_hub_stream_has_label_names(hub: str, rows_csv: str) -> None:
     names = [
         stream_label_names(recipe_of({**data, "streaming": True}, max_steps=1))
         for data in ({"name": hub}, {"path": rows_csv})

@@ -42,7 +42,7 @@ def no_rows() -> Iterator[dict[str, Any]]:
     raise AssertionError("the rows were made again")
 
 
-def test_rows_are_made_once(root: Path) -> None:
+def test_rows_are_built_once(root: Path) -> None:
     assert make() == ROWS
     assert list(cached_dataset(no_rows, ["key"], FEATURES)) == ROWS
     assert make(ROWS[:3], "another key") == ROWS[:3]
@@ -70,7 +70,7 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
 @pytest.mark.parametrize("name", ["rows.arrow", "key.json", "manifest.json"])
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.slow_after(3)
-def test_what_is_damaged_is_made_anew_and_said(
+def test_a_damaged_cache_is_rebuilt_with_a_warning(
     name: str, damage: str, root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make()
@@ -81,10 +81,10 @@ def test_what_is_damaged_is_made_anew_and_said(
     assert said.count("warning: cached rows are damaged and were rebuilt") == 1
     assert str(folder) in said
     assert list(cached_dataset(no_rows, ["key"], FEATURES)) == ROWS
-    assert only(root) == folder  # and nothing is left beside it
+    assert only(root) == folder  # and no other files are left
 
 
-def test_a_folder_that_is_another_is_found_out(root: Path) -> None:
+def test_a_renamed_folder_is_detected(root: Path) -> None:
     make()
     folder = only(root)
     make(ROWS[:3], "another key")
@@ -99,14 +99,14 @@ def test_a_folder_that_is_another_is_found_out(root: Path) -> None:
 
 def test_the_first_of_two_processes_wins(root: Path) -> None:
     def rows() -> Iterator[dict[str, Any]]:
-        make()  # the other process, which is faster
+        make()  # the other process is faster
         yield from ROWS
 
     assert list(cached_dataset(rows, ["key"], FEATURES)) == ROWS
     only(root)
 
 
-def test_nothing_is_left_of_rows_that_fail_nor_of_a_dead_process(root: Path) -> None:
+def test_no_files_are_left_after_an_error_or_by_a_dead_process(root: Path) -> None:
     def rows() -> Iterator[dict[str, Any]]:
         yield ROWS[0]
         raise OSError(errno.EIO, "the source's own error", "rows.csv")
@@ -133,7 +133,7 @@ def test_nothing_is_left_of_rows_that_fail_nor_of_a_dead_process(root: Path) -> 
     assert elsewhere.exists()
 
 
-def test_a_cache_that_cannot_be_written_to_is_named(
+def test_a_cache_that_cannot_be_written_to_is_an_error(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", "/dev/null/cache")
@@ -142,12 +142,12 @@ def test_a_cache_that_cannot_be_written_to_is_named(
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", root.parent)
 
     def full(*_: Any) -> None:
-        raise OSError("[Errno 28] Error writing bytes to file")  # as pyarrow says it
+        raise OSError("[Errno 28] Error writing bytes to file")  # the message of pyarrow
 
     monkeypatch.setattr(dataset_cache, "write_manifest", full)
-    with pytest.raises(ResourceError, match="no space left on device") as found:
+    with pytest.raises(ResourceError, match="no space left on device") as result:
         make()
-    assert "HF_DATASETS_CACHE=DIR" in str(found.value)
+    assert "HF_DATASETS_CACHE=DIR" in str(result.value)
     assert not list(root.iterdir())
 
 
@@ -168,12 +168,12 @@ def encoded(recipe_file: Path) -> list[dict[str, Any]]:
 def test_every_file_in_the_cache_of_a_run_is_checked(
     recipe_file: Path, root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    wanted = encoded(recipe_file)
+    expected = encoded(recipe_file)
     files = [file for folder in root.iterdir() for file in folder.iterdir()]
-    assert len(files) == 6  # of rows, and of examples
+    assert len(files) == 6  # the caches of rows and of examples
     for file in files:
         flip(file)
-    assert encoded(recipe_file) == wanted
+    assert encoded(recipe_file) == expected
     assert capsys.readouterr().err.count("cached rows are damaged") == 2
 
 
@@ -190,7 +190,7 @@ def rename(file: Path, text: str) -> None:
 def test_a_file_that_is_replaced_while_it_is_read(
     replace: Replace, back: bool, recipe_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is trained is what the file holds in the end, and no cache gets rows of another file."""
+    """The final content of the file is used, and no cache gets rows of another content."""
     file = recipe_file.with_name("rows.jsonl")
     old = file.read_text()
     new = old.replace("film", "book")
@@ -198,7 +198,7 @@ def test_a_file_that_is_replaced_while_it_is_read(
 
     def replacing(path: Path, form: Any) -> Iterator[Any]:
         if not times:
-            replace(file, new)  # after it was hashed
+            replace(file, new)  # after the file was hashed
         yield from read(path, form)
         if not times and back:
             replace(file, old)

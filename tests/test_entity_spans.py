@@ -1,4 +1,4 @@
-"""Spans as annotation tools export them, and what is wrong with some."""
+"""Spans in the formats of annotation tools, and errors in them."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def test_spans_are_read_as_tools_export_them(spans: list[Any]) -> None:
         ([{"start": 1, "end": 4, "text": "Ada", "label": "X"}], "`da` by its places, and `Ada`"),
     ],
 )
-def test_what_is_wrong_with_spans_is_named(spans: Any, what: str) -> None:
-    found = read_spans(spans, TEXT)
-    assert isinstance(found, str)
-    assert what in found
+def test_errors_in_spans_are_named(spans: Any, what: str) -> None:
+    result = read_spans(spans, TEXT)
+    assert isinstance(result, str)
+    assert what in result
 
 
-def test_a_typed_text_is_divided_into_words() -> None:
+def test_raw_text_is_split_into_words() -> None:
     text = 'Ada\'s "e-mail" to @ida: 3.5 %, 東京へ行く。 (U.S.) ...'
     words = [text[start:end] for start, end in words_of(text)]
     shown = 'Ada\'s | " | e-mail | " | to | @ida | : | 3.5 | % | , | 東 | 京 | へ | 行 | く | 。'

@@ -1,4 +1,4 @@
-"""Schemes of tags: how they are read and recognised, and the entities that they say."""
+"""Tagging schemes: how they are read and recognised, and the entities that tags stand for."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_every_scheme_is_read_and_recognised(scheme: str) -> None:
     assert tag_error(tags, name) == ""  # type: ignore[arg-type]
 
 
-def test_io_joins_neighbours_of_one_type() -> None:
+def test_io_merges_adjacent_entities_of_one_type() -> None:
     for tags in (["PER", "O", "LOC", "LOC", "PER"], ["I-PER", "O", "I-LOC", "I-LOC", "I-PER"]):
         assert entities_of(tags) == [Entity(0, 1, "PER"), Entity(2, 4, "LOC"), Entity(4, 5, "PER")]
         assert Beginnings.of([tags]).scheme == "io"
@@ -61,11 +61,11 @@ def test_io_joins_neighbours_of_one_type() -> None:
         ("iobes", "O B-PER I-PER", "the last tag is `I-PER`, which no `E-PER` has ended"),
     ],
 )
-def test_tags_that_break_their_scheme_are_named(scheme: Any, tags: str, what: str) -> None:
+def test_tags_that_violate_their_scheme_are_an_error(scheme: Any, tags: str, what: str) -> None:
     assert what in tag_error(tags.split(), scheme)
 
 
-def test_tags_of_one_type_may_be_prefixes_alone() -> None:
+def test_tags_of_a_single_type_may_be_only_prefixes() -> None:
     tags = ["B", "I", "O", "B"]
     assert entities_of(tags) == [Entity(0, 2, "entity"), Entity(3, 4, "entity")]
     assert Beginnings.of([tags]).scheme == "iob2"
@@ -73,7 +73,7 @@ def test_tags_of_one_type_may_be_prefixes_alone() -> None:
     assert "no `B-entity` began" in tag_error(["O", "I"], "iob2")
 
 
-def test_iob2_is_read_back_as_it_was_written() -> None:
+def test_iob2_tags_survive_a_round_trip() -> None:
     draw = random.Random(0)
     for _ in range(200):
         at, entities = 0, []
@@ -88,40 +88,40 @@ def test_iob2_is_read_back_as_it_was_written() -> None:
 
 
 def counted_by_hand(tags: Sequence[str]) -> set[tuple[int, int, str]]:
-    """conlleval's two conditions, written out: where a chunk begins, and where one ends."""
-    found, start = set(), None
+    """Return the entities by conlleval's two conditions, for the begin and end of a chunk."""
+    result, start = set(), None
     pairs = [("O", ""), *((t[:1], t[2:]) for t in tags), ("O", "")]
     for i in range(1, len(pairs)):
         (p, kind_before), (q, kind) = pairs[i - 1], pairs[i]
         ends = p in "BIES" and (q in "BSO" or p in "ES" or kind_before != kind)
         begins = q in "BS" or (q in "IE" and (p in "ESO" or kind_before != kind))
         if ends and start is not None:
-            found.add((start, i - 1, kind_before))
+            result.add((start, i - 1, kind_before))
             start = None
         if begins:
             start = i - 1
-    return found
+    return result
 
 
-def test_scores_are_those_of_an_own_count_of_entities() -> None:
+def test_scores_equal_those_of_an_independent_count() -> None:
     draw = random.Random(1)
     kinds = ["O", "O", *(f"{p}-{k}" for p in "BI" for k in ("X", "Y"))]
     rows = [[draw.choice(kinds) for _ in range(draw.randint(1, 12))] for _ in range(60)]
     other = [[t if draw.random() < 0.7 else draw.choice(kinds) for t in row] for row in rows]
-    said, wanted = (
+    said, expected = (
         {(i, *e) for i, row in enumerate(x) for e in counted_by_hand(row)} for x in (other, rows)
     )
     assert said == {
         (i, e.start, e.end, e.label) for i, row in enumerate(other) for e in entities_of(row)
     }
-    right = len(said & wanted)
-    precision, recall = right / len(said), right / len(wanted)
-    found = entity_scores(other, rows)
-    assert found["precision"] == pytest.approx(precision)
-    assert found["recall"] == pytest.approx(recall)
-    assert found["f1"] == pytest.approx(2 * precision * recall / (precision + recall))
-    assert 0.1 < found["f1"] < 0.9
-    for name, value in found.items():
+    right = len(said & expected)
+    precision, recall = right / len(said), right / len(expected)
+    result = entity_scores(other, rows)
+    assert result["precision"] == pytest.approx(precision)
+    assert result["recall"] == pytest.approx(recall)
+    assert result["f1"] == pytest.approx(2 * precision * recall / (precision + recall))
+    assert 0.1 < result["f1"] < 0.9
+    for name, value in result.items():
         sums = [entity_sums(name, *pair) for pair in zip(other, rows, strict=True)]
         assert sum(a for a, _ in sums) / sum(b for _, b in sums) == pytest.approx(value)
     assert entity_scores([["O"]], [["O"]]) == {"f1": 0.0, "precision": 0.0, "recall": 0.0}

@@ -1,4 +1,4 @@
-"""What lies in the place of data is named: pointers of Git LFS, web pages, saved data sets."""
+"""Errors for files that replace data: Git LFS pointers, web pages, saved data sets."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def recipe_of(path: Path, key: str = "path") -> Recipe:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("model", ["encoder", "llama"])
-def test_a_pointer_is_no_data(name: str, model: str, init: Init, tmp_path: Path) -> None:
+def test_a_pointer_is_not_data(name: str, model: str, init: Init, tmp_path: Path) -> None:
     path = tmp_path / f"train.{name}"
     path.write_text(POINTER)
     for read in (lambda: init("", path, model), lambda: load_rows(recipe_of(path))):
@@ -67,7 +67,7 @@ def test_a_pointer_for_weights_and_for_an_adapter(tmp_path: Path) -> None:
         read_adapter(tmp_path)
 
 
-def test_a_pointer_for_a_picture_and_for_a_recording(tmp_path: Path) -> None:
+def test_a_pointer_for_an_image_and_for_a_recording(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_text(POINTER)
     value = {"path": str(tmp_path / "a.png"), "bytes": None}
     assert "is a pointer of Git LFS" in str(picture_facts(value).error)
@@ -84,7 +84,7 @@ def test_a_pointer_for_a_picture_and_for_a_recording(tmp_path: Path) -> None:
         ("rows.arrow", b"\xff\xff\xff\xff\xa0\0\0\0" + bytes(90), "an Arrow file"),
     ],
 )  # fmt: skip
-def test_another_file_in_the_place_of_the_data(
+def test_other_files_in_place_of_data(
     name: str, content: str | bytes, what: str, init: Init
 ) -> None:
     with pytest.raises(LoraError, match=f"this is {what}"):
@@ -102,7 +102,7 @@ def test_texts_in_columns_may_be_markup(init: Init) -> None:
 
 
 @pytest.mark.parametrize("has_splits", [False, True])
-def test_a_data_set_that_was_saved_to_disk(has_splits: bool, init: Init, tmp_path: Path) -> None:
+def test_a_data_set_saved_to_disk(has_splits: bool, init: Init, tmp_path: Path) -> None:
     frame = pandas.DataFrame(ROWS, columns=["text", "label"])
     saved: Any = datasets.Dataset.from_pandas(frame)
     if has_splits:

@@ -1,4 +1,4 @@
-"""Folders laid out like a data set on the Hub: their own rows, whatever was read before."""
+"""Folders with the layout of a Hub data set get their own rows, whatever is cached."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def rows_of(folder: Path, **data: Any) -> tuple[list[Json], str]:
 
 
 def same_times(folder: Path, change: Callable[[], None]) -> None:
-    """Change files without their times of change, as `rsync` and archives may."""
+    """Change files but not their modification times, as `rsync` and archives may."""
     times = {file: file.stat() for file in folder.rglob("*") if file.is_file()}
     change()
     for file, status in times.items():
@@ -97,19 +97,19 @@ def same_times(folder: Path, change: Callable[[], None]) -> None:
 def test_a_folder_has_its_own_rows(kind: str, config: str | None, tmp_path: Path) -> None:
     options = {"config": config} if config else {}
     place = "second/a" if config else "data/train"
-    found = []
+    result = []
     for side in ("one", "two"):  # two folders of the same name and layout
         folder = tmp_path / side / "set"
         make(folder, kind, side)
-        found.append(rows_of(folder, **options))
-        assert found[-1][0] == read(folder / f"{place}.{kind}")
+        result.append(rows_of(folder, **options))
+        assert result[-1][0] == read(folder / f"{place}.{kind}")
     for way in (lambda change: change(), lambda change: same_times(folder, change)):
-        way(lambda: make(folder, kind, f"new{len(found)}"))  # other files in the same folder
-        found.append(rows_of(folder, **options))
-        assert found[-1][0] == read(folder / f"{place}.{kind}")
-    assert len({sha256 for _, sha256 in found}) == 4  # the hash that encoded rows are cached under
+        way(lambda: make(folder, kind, f"new{len(result)}"))  # other files in the same folder
+        result.append(rows_of(folder, **options))
+        assert result[-1][0] == read(folder / f"{place}.{kind}")
+    assert len({sha256 for _, sha256 in result}) == 4  # the cache key of encoded rows
     make(folder, kind, "two")
-    assert rows_of(folder, **options)[0] == found[1][0]
+    assert rows_of(folder, **options)[0] == result[1][0]
 
 
 def test_a_folder_without_a_readme_has_its_own_rows(tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_unchanged_files_are_prepared_once(
     assert len(list((cache / "lora").glob("folder-*"))) == 1
 
 
-def test_a_folder_is_named_as_seen_from_the_recipe(
+def test_the_path_of_a_folder_is_relative_to_the_recipe(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make(tmp_path / "own" / "set", "parquet", "own")
@@ -161,10 +161,10 @@ def test_a_folder_has_no_revision(tmp_path: Path) -> None:
         rows_of(tmp_path / "set", revision="v2")
 
 
-def test_what_is_cached_is_not_taken_for_another_data_set(tmp_path: Path, cache: Path) -> None:
-    """Without a connection, `datasets` takes whatever it has last prepared under a name."""
+def test_cached_rows_are_not_used_for_another_data_set(tmp_path: Path, cache: Path) -> None:
+    """Without a connection, `datasets` loads whatever it last prepared under a name."""
     make(tmp_path / "films", "parquet", "one")
-    datasets.load_dataset(str(tmp_path / "films"), split="train")  # as other tools do
+    datasets.load_dataset(str(tmp_path / "films"), split="train")  # like other tools
     with pytest.raises(LoraError, match=r"cache has a folder of this name only[\s\S]*connect once"):
         load_rows(recipe_of("films"))
     (prepared,) = (cache / "films" / "default" / "0.0.0").glob("????????????????")

@@ -1,4 +1,4 @@
-"""JSON that holds its rows otherwise: the command of the hint gives the rows that pandas has."""
+"""Other JSON layouts: the command in the hint gives the same rows as pandas."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_a_list_of_rows_for_each_split(init: Init, tmp_path: Path) -> None:
 
 @needs_jq
 @pytest.mark.parametrize("is_list", [True, False])
-def test_texts_alone(is_list: bool, init: Init, tmp_path: Path) -> None:
+def test_a_list_of_texts(is_list: bool, init: Init, tmp_path: Path) -> None:
     lines = "".join(json.dumps(text) + "\n" for text in TEXTS)
     (tmp_path / "rows.json").write_text(json.dumps(TEXTS) if is_list else lines)
     with pytest.raises(LoraError, match="the rows are texts, and not objects") as caught:
@@ -100,24 +100,24 @@ def test_texts_alone(is_list: bool, init: Init, tmp_path: Path) -> None:
         {"text": ["a warm film"], "label": ["good"]},
     ],
 )
-def test_one_row_is_a_row(row: dict[str, Any], tmp_path: Path) -> None:
+def test_a_single_row_is_a_row(row: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(row))
-    assert [found.columns for found in read_rows(path, FormatSpec())] == [row]
+    assert [result.columns for result in read_rows(path, FormatSpec())] == [row]
 
 
 @pytest.mark.parametrize("content", ['[{"text": "a"}, ["a", "b"]]', '{"text": "a"}\n["a", "b"]'])
-def test_a_list_among_objects_costs_itself(content: str, tmp_path: Path) -> None:
+def test_a_list_among_objects_loses_only_itself(content: str, tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     path.write_text(content)
-    found = list(read_rows(path, FormatSpec()))
-    assert [one.error for one in found] == ["", "a row is a JSON object, not a list"]
+    result = list(read_rows(path, FormatSpec()))
+    assert [one.error for one in result] == ["", "a row is a JSON object, not a list"]
 
 
-def test_many_objects_over_several_lines_take_no_time(tmp_path: Path) -> None:
+def test_many_multiline_objects_are_recognised_quickly(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(json.dumps(ROWS[i % 40], indent=1) for i in range(60_000)))
     start = time.process_time()
     with pytest.raises(LoraError, match="each object goes over several lines"):
         list(read_rows(path, FormatSpec()))
-    assert time.process_time() - start < 8  # a minute, if each object copied those after it
+    assert time.process_time() - start < 8  # a minute if each object copied the rest

@@ -33,19 +33,19 @@ def test_lists_in_text_are_read(value: Any, items: list[Any] | None) -> None:
         (["a"], ["a"]), ("('a', 'b')", None), ("a b", None), ("['a' b]", None), ("[a]", None),
     ],
 )  # fmt: skip
-def test_words_of_a_cell_are_read_with_and_without_commas(
+def test_lists_of_words_are_read_with_and_without_commas(
     value: Any, items: list[Any] | None
 ) -> None:
     assert list_in_cell(value) == items
 
 
-def test_objects_are_read_as_numpy_prints_them() -> None:
+def test_objects_printed_by_numpy_are_read() -> None:
     objects = [{"role": "user", "content": "a } { 'b'"}, {"role": "assistant", "content": 'c "d"'}]
     for some in (objects[:1], objects, objects * 4):
         assert list_in_cell(str(np.array(some, dtype=object))) == some
 
 
-def test_a_cell_of_texts_is_one_text_or_a_list_of_texts() -> None:
+def test_a_cell_has_one_text_or_a_list_of_texts() -> None:
     assert texts_in_cell('["a b", "c"]') == texts_in_cell(["a b", "c"]) == ["a b", "c"]
     assert texts_in_cell("a b") == ["a b"]
     assert texts_in_cell("[1]") == ["[1]"]
@@ -53,7 +53,7 @@ def test_a_cell_of_texts_is_one_text_or_a_list_of_texts() -> None:
     assert texts_in_cell("[]") == []
 
 
-def test_a_column_of_them_is_one_of_lists() -> None:
+def test_a_column_of_lists_is_recognised() -> None:
     rows = [{"tags": "['a', 'b']"}, {"tags": "[]"}, {"tags": "['b']"}]
     column = describe("tags", rows)
     assert (column.kind, dict(column.counts)) == ("list", {"a": 1, "b": 2})

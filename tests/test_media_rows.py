@@ -1,4 +1,4 @@
-"""Rows with pictures: from folders, tables, parquet and the Hub; compared and hashed by bytes."""
+"""Rows with images from folders, tables, parquet and the Hub, compared and hashed by bytes."""
 
 from __future__ import annotations
 
@@ -119,31 +119,31 @@ LAYOUTS: dict[str, tuple[list[str], dict[str, list[tuple[str, str | None]]]]] = 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_folder_of_pictures(name: str, tmp_path: Path) -> None:
-    files, wanted = LAYOUTS[name]
+    files, expected = LAYOUTS[name]
     root = tmp_path / "pictures"
     for i, file in enumerate(files):
         (root / file).parent.mkdir(parents=True, exist_ok=True)
         save(root / file, i) if file.endswith("png") else (root / file).write_text("notes")
-    splits = {"validation" if split == "held" else split: split for split in wanted}
+    splits = {"validation" if split == "held" else split: split for split in expected}
     rows = load_rows(recipe_of({"path": str(root), **splits}))
     rows = {splits[split]: some for split, some in rows.items()}
-    assert {split: found(some) for split, some in rows.items()} == wanted
+    assert {split: found(some) for split, some in rows.items()} == expected
     image = rows["train"][0]["image"]
     assert is_media(image)
     assert image["bytes"] is None
     assert Path(image["path"]).is_absolute()
 
 
-def test_paths_that_were_written_on_windows_are_found(tmp_path: Path) -> None:
+def test_windows_paths_are_found(tmp_path: Path) -> None:
     save(tmp_path / "cat" / "1.png")
-    save(tmp_path / "cat\\2.png")  # a name here, with no folder in it
+    save(tmp_path / "cat\\2.png")  # a valid file name on this system, not a path with a folder
     (tmp_path / "t.csv").write_text("image,label\ncat\\1.png,a\ncat\\2.png,b\n")
     rows = load_rows(recipe_of({"train": str(tmp_path / "t.csv")}))["train"]
     paths = [row["image"]["path"] for row in rows]
     assert paths == [str(tmp_path / name) for name in ("cat/1.png", "cat\\2.png")]
 
 
-def test_the_address_of_a_file_of_this_machine_is_its_path(tmp_path: Path) -> None:
+def test_a_file_url_is_read_as_its_path(tmp_path: Path) -> None:
     file = save(tmp_path / "a b" / "1.png")
     (tmp_path / "t.csv").write_text(f"image,label\n{file.as_uri()},a\n")
     assert "%20" in file.as_uri()
@@ -151,7 +151,7 @@ def test_the_address_of_a_file_of_this_machine_is_its_path(tmp_path: Path) -> No
     assert rows[0]["image"]["path"] == str(file)
 
 
-def test_a_folder_for_each_split(tmp_path: Path) -> None:
+def test_one_folder_per_split(tmp_path: Path) -> None:
     for i, file in enumerate(["a/cat/1.png", "a/dog/2.png", "b/cat/3.png"]):
         save(tmp_path / file, i)
     data = {"train": str(tmp_path / "a"), "test": str(tmp_path / "b")}
@@ -160,7 +160,7 @@ def test_a_folder_for_each_split(tmp_path: Path) -> None:
     assert found(rows["test"]) == [("cat/3.png", "cat")]
 
 
-def test_other_files_among_pictures_are_named(
+def test_other_files_among_images_are_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save(tmp_path / "p" / "cat" / "1.png")
@@ -184,22 +184,22 @@ def test_a_flat_folder_with_metadata(kind: str, tmp_path: Path) -> None:
             text = "file_name,label\n0.png,cat\n1.png,dog\n"
         (tmp_path / split / f"metadata.{kind}").write_text(text)
     rows = load_rows(recipe_of({"path": str(tmp_path), "test": "test"}))
-    # the very rows that `datasets` makes of such a folder
-    theirs = datasets.load_dataset("imagefolder", data_dir=str(tmp_path))
+    # the same rows as `datasets` gives for such a folder
+    reference = datasets.load_dataset("imagefolder", data_dir=str(tmp_path))
     for split in ("train", "test"):
-        undecoded = theirs[split].cast_column("image", datasets.Image(decode=False))
+        undecoded = reference[split].cast_column("image", datasets.Image(decode=False))
         assert [(row["label"], media_bytes(row["image"])) for row in rows[split]] == [
             (row["label"], Path(row["image"]["path"]).read_bytes()) for row in undecoded
         ]
-    del theirs, undecoded
-    gc.collect()  # it leaves files open
+    del reference, undecoded
+    gc.collect()  # datasets leaves files open
 
 
 # ----------------------------------------------------------------------- tables, parquet, the Hub
 
 
 def table(folder: Path, kind: str) -> Path:
-    """Write two pictures with labels in one of the ways that media are kept."""
+    """Write two images with labels in one of the supported forms."""
     data = [encoded(picture(i, kind)) for i, kind in enumerate(tiny_pictures.CLASSES)]
     if kind == "hub":
         features = datasets.Features(
@@ -242,7 +242,7 @@ KINDS = ("csv", "absolute", "json", "bytes", "structs", "structs of paths", "hub
 
 @pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_pictures_are_read_undecoded_from(kind: str, streamed: bool, tmp_path: Path) -> None:
+def test_images_are_read_undecoded_from(kind: str, streamed: bool, tmp_path: Path) -> None:
     source = table(tmp_path, kind)
     data: Json = {"name" if kind == "hub" else "path": str(source), "streaming": streamed}
     recipe = recipe_of(data)
@@ -256,7 +256,7 @@ def test_pictures_are_read_undecoded_from(kind: str, streamed: bool, tmp_path: P
     assert len({media_hash(row["image"]) for row in rows}) == 2
 
 
-def test_rows_are_the_same_wherever_their_bytes_lie(tmp_path: Path) -> None:
+def test_rows_are_the_same_wherever_their_bytes_are_stored(tmp_path: Path) -> None:
     texts, contents = [], []
     for kind in KINDS:
         folder = tmp_path / kind
@@ -264,14 +264,14 @@ def test_rows_are_the_same_wherever_their_bytes_lie(tmp_path: Path) -> None:
         name = "name" if kind == "hub" else "path"
         rows = load_rows(recipe_of({name: str(table(folder, kind))}))["train"]
         texts.append([text_of(row, ["image"]) for row in rows])
-        if kind != "hub":  # whose labels are numbers
+        if kind != "hub":  # its labels are numbers
             contents.append(rows.content_sha256())
     assert all(some == texts[0] for some in texts)
     assert len(set(contents)) == 1
 
 
 @pytest.mark.parametrize("kind", ["csv", "folder"])
-def test_a_changed_picture_changes_what_is_hashed(kind: str, tmp_path: Path) -> None:
+def test_a_changed_image_changes_the_hash(kind: str, tmp_path: Path) -> None:
     if kind == "csv":
         source, file = table(tmp_path, "csv"), tmp_path / "files" / "1.png"
     else:
@@ -288,7 +288,7 @@ def test_a_changed_picture_changes_what_is_hashed(kind: str, tmp_path: Path) -> 
     assert not set(hashes()) & set(before)
 
 
-def test_a_file_that_is_not_there_is_named_until_it_is(tmp_path: Path) -> None:
+def test_a_missing_file_is_an_error_until_it_exists(tmp_path: Path) -> None:
     source = table(tmp_path, "csv")
     source.write_text(source.read_text() + "gone.png,dark\nhttps://a.b/c.png,dark\nfiles,dark\n")
     with pytest.raises(LoraError) as raised:
@@ -306,8 +306,8 @@ def test_a_file_that_is_not_there_is_named_until_it_is(tmp_path: Path) -> None:
     assert len(load_rows(skipping)["train"]) == 3
 
 
-def test_a_drawn_split_has_no_picture_that_train_has(tmp_path: Path) -> None:
-    for i in range(20):  # each picture twice, under two names
+def test_a_drawn_split_shares_no_image_with_train(tmp_path: Path) -> None:
+    for i in range(20):  # each image twice, under two names
         save(tmp_path / "p" / "cat" / f"{i}.png", i // 2)
     data = {"path": str(tmp_path / "p"), "test": {"from": "train", "fraction": 0.3}}
     rows = load_rows(recipe_of(data))
@@ -316,7 +316,7 @@ def test_a_drawn_split_has_no_picture_that_train_has(tmp_path: Path) -> None:
     assert not train & test
 
 
-def test_a_picture_that_is_in_train_too_is_a_leak(tmp_path: Path) -> None:
+def test_an_image_that_is_also_in_train_is_a_leak(tmp_path: Path) -> None:
     base = tiny_pictures.save("vit", tmp_path / "base")
     root = tiny_pictures.draw_folders(tmp_path / "p", {"train": 4, "test": 4})
     (root / "test" / "dark" / "0.png").write_bytes((root / "train/dark/1.png").read_bytes())
@@ -326,7 +326,7 @@ def test_a_picture_that_is_in_train_too_is_a_leak(tmp_path: Path) -> None:
     assert "test/dark/0.png (`0.png`) is train/dark/1.png" in str(raised.value)
 
 
-def test_the_order_of_labels_is_that_of_text_and_said(
+def test_labels_are_sorted_as_text_with_a_note(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = tiny_pictures.save("vit", tmp_path / "base", 3)
@@ -340,7 +340,7 @@ def test_the_order_of_labels_is_that_of_text_and_said(
 
 @pytest.mark.parametrize("begin", ["data:image/png;base64,", ""])
 @pytest.mark.parametrize("as_pair", [False, True])
-def test_pictures_in_base64_are_their_bytes(begin: str, as_pair: bool, tmp_path: Path) -> None:
+def test_base64_images_are_decoded(begin: str, as_pair: bool, tmp_path: Path) -> None:
     pictures = [encoded(picture(i)) for i in range(3)]
     texts = [begin + base64.b64encode(one).decode() for one in pictures]
     values = [{"bytes": text, "path": None} if as_pair else text for text in texts]
@@ -352,11 +352,11 @@ def test_pictures_in_base64_are_their_bytes(begin: str, as_pair: bool, tmp_path:
 
 
 @pytest.mark.parametrize("text", ["/9j/" + "a" * 80 + ".jpg", "iVBORw0KGgo", "data:image/png,x"])
-def test_what_only_looks_like_base64_is_a_path(text: str) -> None:
+def test_a_path_that_looks_like_base64_is_a_path(text: str) -> None:
     assert media_value(text)["bytes"] is None
 
 
-def test_a_table_of_pictures_in_base64_is_one_of_pictures(tmp_path: Path) -> None:
+def test_a_table_of_base64_images_is_recognised(tmp_path: Path) -> None:
     model = tiny_pictures.save("vit", tmp_path / "model")
     lines = [
         f"{base64.b64encode(encoded(picture(i, kind))).decode()},{kind}"

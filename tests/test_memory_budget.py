@@ -1,4 +1,4 @@
-"""How `lora init` makes a model fit into a GPU."""
+"""Settings with which `lora init` fits training into GPU memory."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ def card(memory: float, has_bf16: bool = True) -> Card:
 
 
 @pytest.mark.parametrize(("checkpointing", "measured"), [(False, 72.4), (True, 29.4)])
-def test_the_estimate_is_near_what_training_took(checkpointing: bool, measured: float) -> None:
+def test_the_estimate_is_near_the_measured_memory(checkpointing: bool, measured: float) -> None:
     fit = Fit("bf16", 2, 1, checkpointing, 4096, 0.0)
     assert needed_bytes(LLAMA_8B, fit) / GIB == pytest.approx(measured, rel=0.1)
 
 
-def test_the_estimate_of_a_base_in_4_bits_is_near_what_training_took() -> None:
+def test_the_estimate_for_a_4_bit_base_is_near_the_measured_memory() -> None:
     fit = Fit("bf16", 1, 1, True, 4096, 0.0, four_bit=True)
     assert needed_bytes(LLAMA_8B, fit) / GIB == pytest.approx(15.1, rel=0.1)
 
 
-def test_a_base_that_does_not_fit_in_16_bits_is_kept_in_4() -> None:
+def test_a_base_that_does_not_fit_in_16_bits_is_quantized() -> None:
     assert not fit_to(LLAMA_8B, card(24), 4, 4, 2048).four_bit
     small = fit_to(LLAMA_8B, card(16), 4, 4, 2048)
     assert (small.four_bit, small.checkpointing, small.length) == (True, True, 2048)
@@ -40,7 +40,9 @@ def test_a_base_that_does_not_fit_in_16_bits_is_kept_in_4() -> None:
 
 @pytest.mark.parametrize("length", [256, 512, 2048, 4096])
 @pytest.mark.parametrize("memory", [20, 24, 40, 80, 192])
-def test_what_fits_is_within_the_memory_and_keeps_the_step(memory: int, length: int) -> None:
+def test_the_settings_fit_into_memory_and_keep_the_examples_per_step(
+    memory: int, length: int
+) -> None:
     fit = fit_to(LLAMA_8B, card(memory), 4, 4, length)
     assert fit.precision == "bf16"
     assert fit.needed <= 0.9 * memory * GIB
@@ -48,7 +50,7 @@ def test_what_fits_is_within_the_memory_and_keeps_the_step(memory: int, length: 
     assert fit.length <= length
 
 
-def test_more_memory_needs_less_help() -> None:
+def test_more_memory_needs_fewer_savings() -> None:
     fits = [fit_to(LLAMA_8B, card(memory), 4, 4, 2048) for memory in (24, 40, 192)]
     assert [(f.micro_batch, f.checkpointing) for f in fits] == [(1, True), (4, True), (4, False)]
     assert fit_to(LLAMA_8B, card(20), 4, 4, 2048).four_bit
@@ -67,7 +69,7 @@ def test_more_memory_needs_less_help() -> None:
         (Shape(0), card(24), "fp32"),
     ],
 )
-def test_the_precision_follows_size_and_card(
+def test_the_precision_depends_on_size_and_gpu(
     shape: Shape, gpu: Card | None, precision: str
 ) -> None:
     fit = fit_to(shape, gpu, 4, 4, 512)
@@ -97,18 +99,18 @@ def test_a_model_that_cannot_fit_is_rejected(shape: Shape, memory: float) -> Non
         ("sentence-transformers/all-MiniLM-L6-v2", None),
     ],
 )
-def test_a_name_may_give_the_size(name: str, parameters: float | None) -> None:
+def test_a_name_may_contain_the_size(name: str, parameters: float | None) -> None:
     shape = shape_by_name(name)
     assert (shape and shape.parameters) == parameters
 
 
-def test_the_size_of_a_model_at_hand_is_counted(bases: dict[str, Path]) -> None:
+def test_the_parameters_of_an_available_model_are_counted(bases: dict[str, Path]) -> None:
     from transformers import AutoModelForCausalLM
 
-    found = describe_base(str(bases["llama"])).shape
+    result = describe_base(str(bases["llama"])).shape
     real = AutoModelForCausalLM.from_pretrained(bases["llama"])
-    assert found is not None
-    assert found.parameters == sum(p.numel() for p in real.parameters())
+    assert result is not None
+    assert result.parameters == sum(p.numel() for p in real.parameters())
 
 
 def test_the_memory_is_written_into_the_draft(
@@ -129,12 +131,12 @@ def test_the_memory_is_written_into_the_draft(
     ["a warm and funny film, and a great cast", "この映画はとても面白かった", "Größe passt nicht",
      "Фильм очень хороший, советую", "antidisestablishmentarianism", "https://a.example/b?c=d"],
 )  # fmt: skip
-def test_the_guessed_length_is_on_the_long_side(text: str) -> None:
+def test_the_estimated_length_has_a_margin(text: str) -> None:
     assert len(text.split()) <= text_lengths.estimated_tokens(text) <= 2 * len(text)
     assert text_lengths.estimated_tokens(text) >= len(text) / 4
 
 
-def test_a_guessed_length_says_so(tmp_path: Path) -> None:
+def test_an_estimated_length_is_reported_as_such(tmp_path: Path) -> None:
     rows = tmp_path / "rows.csv"
     rows.write_text(table(["text", "label"], [[t, i % 2] for i, t in enumerate(texts(60))]))
     draft = draft_recipe(rows, "org/some-8B", tmp_path / "r.yaml")

@@ -1,4 +1,4 @@
-"""What is read of a picture's file: orientation, depth, transparency, and what is wrong with it."""
+"""Decoding of image files: orientation, bit depth, transparency, and errors."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ PLAIN = picture(1)
 RED = np.zeros((4, 6, 4), dtype=np.uint8)
 RED[..., 0], RED[..., 3] = 255, 255
 HALF = RED.copy()
-HALF[:, 3:] = 0  # black, and transparent
+HALF[:, 3:] = 0  # transparent black
 RAMP = np.arange(0, 65536, 257).reshape(8, 32)
-STEPS = np.repeat(np.arange(16)[None] * 17, 2, axis=0)  # the greys that 4 bits have
+STEPS = np.repeat(np.arange(16)[None] * 17, 2, axis=0)  # the grey values of 4 bits
 TWELVE = "".join(f"{value:012b}" for value in (RAMP >> 4).ravel())
 TRANSPARENT = (
     "transparent parts", "a transparent grey of 16 bits", "a transparent grey of 4 bits",
@@ -40,7 +40,7 @@ TRANSPARENT = (
 
 
 def colour(grey: np.ndarray) -> np.ndarray:
-    """Return grey (H, W) as the equal red, green and blue that it is (H, W, 3)."""
+    """Return a greyscale image (H, W) as RGB (H, W, 3)."""
     return np.repeat(grey[..., None], 3, axis=2)
 
 
@@ -96,11 +96,11 @@ READ: dict[str, tuple[bytes, np.ndarray | None]] = {
 
 
 @pytest.mark.parametrize("name", READ)
-def test_what_is_seen_of_a_picture_with(name: str) -> None:
-    data, wanted = READ[name]
+def test_what_is_decoded_of_an_image_with(name: str) -> None:
+    data, expected = READ[name]
     image = open_picture(media(data))
     assert image.mode == "RGB"
-    np.testing.assert_array_equal(np.asarray(image), wanted)
+    np.testing.assert_array_equal(np.asarray(image), expected)
     facts = picture_facts(media(data))
     assert facts.error == ""
     assert (facts.height, facts.width) == np.asarray(image).shape[:2]
@@ -110,22 +110,22 @@ def test_what_is_seen_of_a_picture_with(name: str) -> None:
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("format", ["PNG", "TIFF"])
-def test_a_photograph_is_seen_upright(format: str, orientation: int) -> None:
+def test_a_photograph_is_rotated_upright(format: str, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encoded(PLAIN, "PNG", exif=exif)
-    wanted = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
     if format == "TIFF":
         data = encoded(PLAIN, "TIFF", tiffinfo={0x0112: orientation})
-    found = open_picture(media(data))
-    np.testing.assert_array_equal(np.asarray(found), np.asarray(wanted))
+    result = open_picture(media(data))
+    np.testing.assert_array_equal(np.asarray(result), np.asarray(expected))
     assert picture_facts(media(data)).orientation == orientation
     if orientation in (5, 6, 7, 8):
-        assert found.size == PLAIN.size[::-1]
+        assert result.size == PLAIN.size[::-1]
 
 
 def png_of(width: int, height: int) -> bytes:
-    """Return the first bytes of a PNG that claims a size, with a check sum that is right."""
+    """Return the first bytes of a PNG with the given size and a valid checksum."""
     import struct
     import zlib
 
@@ -164,16 +164,16 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_what_is_said_of(name: str) -> None:
-    data, wanted = BROKEN[name]
-    with pytest.raises(PictureError, match=wanted):
+def test_the_error_of(name: str) -> None:
+    data, expected = BROKEN[name]
+    with pytest.raises(PictureError, match=expected):
         open_picture(media(data))
-    assert re.search(wanted, picture_facts(media(data)).error)
+    assert re.search(expected, picture_facts(media(data)).error)
 
 
-def test_a_picture_that_is_cut_off_is_never_read_half(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_truncated_image_is_never_read_partly(monkeypatch: pytest.MonkeyPatch) -> None:
     from PIL import ImageFile
 
-    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)  # as other libraries do
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)  # like other libraries
     with pytest.raises(PictureError, match="cut off"):
         open_picture(media(BROKEN["a cut JPEG"][0]))

@@ -1,4 +1,4 @@
-"""What a README says of files: `lora init` reads a folder as `datasets` does, or says so."""
+"""Configurations in a README: `lora init` reads a folder like `datasets`, or raises an error."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ def config(**files: object) -> dict[str, object]:
          [config(train="data/train-*", test="data/test-*")]),
     ],
 )  # fmt: skip
-def test_files_that_are_named_as_the_readme_says(
+def test_file_names_that_agree_with_the_readme(
     names: list[str], configs: object, init: Init, tmp_path: Path
 ) -> None:
     folder = folder_of(tmp_path, names, configs)
     rows = load_rows(init("", folder))
-    theirs = datasets.load_dataset(str(folder), cache_dir=str(tmp_path / "cache"))
-    ours = {"train": [*rows["train"], *rows["validation"]], "test": [*rows["test"]]}
-    for split, read in ours.items():
-        wanted = sorted((row["text"], row["label"]) for row in theirs[split])
-        assert sorted((row["text"], row["label"]) for row in read) == wanted
+    reference = datasets.load_dataset(str(folder), cache_dir=str(tmp_path / "cache"))
+    result = {"train": [*rows["train"], *rows["validation"]], "test": [*rows["test"]]}
+    for split, read in result.items():
+        expected = sorted((row["text"], row["label"]) for row in reference[split])
+        assert sorted((row["text"], row["label"]) for row in read) == expected
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_files_that_are_named_as_the_readme_says(
          "holds 2 data sets: `en`, `de`"),
     ],
 )  # fmt: skip
-def test_a_readme_that_says_otherwise(
+def test_a_readme_that_disagrees_with_file_names(
     names: list[str], configs: object, what: str, init: Init, tmp_path: Path
 ) -> None:
     folder = folder_of(tmp_path, names, configs)
@@ -86,13 +86,13 @@ def test_a_readme_that_says_otherwise(
     ],
     ids=str,
 )  # fmt: skip
-def test_patterns_that_name_no_other_file_of_the_folder(
+def test_patterns_outside_the_folder_match_nothing(
     config: dict[str, object], init: Init, tmp_path: Path
 ) -> None:
     assert init("", folder_of(tmp_path, ["train.csv"], [config])).data.path is not None
 
 
-def test_a_line_in_the_middle_of_a_value_does_not_end_the_head(init: Init, tmp_path: Path) -> None:
+def test_dashes_inside_a_value_do_not_end_the_metadata(init: Init, tmp_path: Path) -> None:
     folder = folder_of(tmp_path, ["a.csv", "b.csv"], [])
     configs = yaml.safe_dump({"configs": [config(train="a.csv", test="b.csv")]})
     (folder / "README.md").write_text(f"---\npretty_name: Films --- and more\n{configs}---\n")
@@ -101,13 +101,13 @@ def test_a_line_in_the_middle_of_a_value_does_not_end_the_head(init: Init, tmp_p
 
 
 @pytest.mark.parametrize("text", ["---\nconfigs: 3\n---\n", "---\n: [\n---", "# no head", "---"])
-def test_a_readme_that_names_no_files(text: str, init: Init, tmp_path: Path) -> None:
+def test_a_readme_without_files(text: str, init: Init, tmp_path: Path) -> None:
     folder = folder_of(tmp_path, ["train.csv"], [])
     (folder / "README.md").write_text(text)
     assert init("", folder).data.path is not None
 
 
-def test_one_of_several_parts_is_said_to_be_one(init: Init, tmp_path: Path) -> None:
+def test_one_of_several_parts_is_reported_as_such(init: Init, tmp_path: Path) -> None:
     name = "data/train-00000-of-00002.csv"
     init("", folder_of(tmp_path, [name], []) / name)
     assert (

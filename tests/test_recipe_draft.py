@@ -1,4 +1,4 @@
-"""What `lora init` makes of files as people have them: each recipe is checked with its data."""
+"""Recipes that `lora init` drafts for typical files, each checked with its data."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from lora_cli.recipe.spec import HeldOutSpec
 from lora_cli.recipe_draft import draft_recipe, reject_existing
 from lora_cli.tasks import build_task
 
-# ------------------------------------------------------------------------- how the file is written
+# ------------------------------------------------------------------------------------ file formats
 
 
 def test_semicolons_in_latin_1_without_a_header(init: Init) -> None:
@@ -62,7 +62,7 @@ def test_a_tsv_needs_no_delimiter(init: Init) -> None:
     assert said(recipe) == classification("sentence", "label", [0, 1])
 
 
-def test_bars_in_a_file_of_no_known_kind(init: Init) -> None:
+def test_bars_in_a_file_with_an_unknown_extension(init: Init) -> None:
     recipe = init("rows.dat", table(["text", "label"], labelled(40, ["a", "b"]), "|"))
     form = recipe.data.format
     assert (form.type, form.delimiter) == ("csv", "|")
@@ -86,7 +86,7 @@ def test_japanese(init: Init, encoding: str) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["cp1251", "gb18030", "euc_kr"])
-def test_other_letters(init: Init, encoding: str) -> None:
+def test_other_scripts(init: Init, encoding: str) -> None:
     phrase = {
         "cp1251": "Фильм очень хороший, советую", "gb18030": "这部电影非常好看我很喜欢",
         "euc_kr": "이 영화는 정말 재미있었다",
@@ -101,12 +101,12 @@ def test_a_compressed_file(init: Init) -> None:
     assert init("rows.csv.gz", content).data.format.delimiter == ";"
 
 
-def test_empty_lines_are_no_rows(init: Init) -> None:
+def test_empty_lines_are_not_rows(init: Init) -> None:
     content = table(["text", "label"], labelled(40, ["a", "b"])).replace("\n", "\n\n")
     assert init("rows.csv", content).data.on_bad_row == "error"
 
 
-def test_rows_that_cannot_be_used_are_passed_over(init: Init, tmp_path: Path) -> None:
+def test_unusable_rows_are_skipped(init: Init, tmp_path: Path) -> None:
     rows = [*labelled(40, ["a", "b"]), ["a text without a label", ""], ["too", "many", "fields"]]
     recipe = init("rows.csv", table(["text", "label"], rows))
     assert recipe.data.on_bad_row == "skip"
@@ -115,7 +115,7 @@ def test_rows_that_cannot_be_used_are_passed_over(init: Init, tmp_path: Path) ->
     assert "1 row lacks a text or a label" in comment
 
 
-def test_epochs_are_for_the_rows_that_are_trained(init: Init, tmp_path: Path) -> None:
+def test_epochs_depend_on_the_number_of_train_rows(init: Init, tmp_path: Path) -> None:
     rows = [*labelled(24, ["a", "b"]), *([f"a text without a label {i}", ""] for i in range(600))]
     init("rows.csv", table(["text", "label"], rows))
     assert "for 24 rows" in (tmp_path / "recipe.yaml").read_text()
@@ -151,13 +151,13 @@ def test_a_json_list_by_another_name(init: Init) -> None:
     assert init("rows.txt", json.dumps(rows, indent=1)).data.format.type == "json"
 
 
-def test_two_columns_of_one_name(init: Init) -> None:
+def test_duplicate_column_names(init: Init) -> None:
     rows = [[i, text, label, i] for i, (text, label) in enumerate(labelled(40, ["a", "b"]))]
     recipe = init("rows.csv", table(["n", "text", "label", "n"], rows))
     assert recipe.data.format.columns == ["n", "text", "label", "n_4"]
 
 
-# ---------------------------------------------------------------------------- which is the label
+# ---------------------------------------------------------------------------------- label columns
 
 
 def test_the_label_first(init: Init) -> None:
@@ -215,7 +215,7 @@ def test_labels_of_a_single_row_are_not_stratified(init: Init) -> None:
     assert recipe.data.test.stratify is False
 
 
-def test_ids_dates_and_addresses_are_left_out(init: Init) -> None:
+def test_ids_dates_and_urls_are_left_out(init: Init) -> None:
     rows = [
         [
             f"T-{1000 + i}",
@@ -232,19 +232,19 @@ def test_ids_dates_and_addresses_are_left_out(init: Init) -> None:
     assert said(recipe) == classification("message", "queue", ["delivery", "refund"])
 
 
-def test_the_rows_of_a_customer_stay_together(init: Init) -> None:
+def test_the_rows_of_a_customer_are_not_split(init: Init) -> None:
     rows = [[f"c{i % 30}", *row] for i, row in enumerate(labelled(90, ["a", "b"]))]
     recipe = init("rows.csv", table(["customer_id", "text", "label"], rows))
     assert recipe.data.validation.group_by == "customer_id"
 
 
-def test_a_label_in_words_beside_the_same_in_numbers(init: Init) -> None:
+def test_a_label_as_text_next_to_the_same_as_a_number(init: Init) -> None:
     rows = [[text, i % 2, ["bad", "good"][i % 2]] for i, text in enumerate(texts(40))]
     recipe = init("rows.csv", table(["text", "label", "label_name"], rows))
     assert recipe.task.label_column in ("label", "label_name")
 
 
-def test_columns_of_0_and_1_of_which_one_is_1(init: Init) -> None:
+def test_one_hot_columns(init: Init) -> None:
     rows = [[text, *(int(i % 3 == k) for k in range(3))] for i, text in enumerate(texts(60))]
     recipe = init("rows.csv", table(["text", "red", "green", "blue"], rows))
     assert recipe.task.label_columns == ["red", "green", "blue"]
@@ -252,7 +252,7 @@ def test_columns_of_0_and_1_of_which_one_is_1(init: Init) -> None:
     assert recipe.data.validation.stratify is True
 
 
-def test_columns_of_0_and_1_of_which_any_are_1(init: Init) -> None:
+def test_multi_hot_columns(init: Init) -> None:
     rows = [[i, text, i % 2, i % 3 == 0, 0 if i % 5 else 1] for i, text in enumerate(texts(60))]
     recipe = init("rows.csv", table(["id", "comment_text", "toxic", "rude", "threat"], rows))
     assert recipe.task.label_columns == ["toxic", "rude", "threat"]
@@ -315,7 +315,7 @@ def turns(role: str, text: str, names: tuple[str, str]) -> list[dict[str, str]]:
     return [{role: names[0], text: "How is it?"}, {role: names[1], text: "It is great."}]
 
 
-@pytest.mark.parametrize("write", [list, json.dumps, str])  # pandas writes lists as `str` does
+@pytest.mark.parametrize("write", [list, json.dumps, str])  # pandas writes lists like `str`
 def test_messages(init: Init, write: Callable[[Any], Any]) -> None:
     chat = [[*turns("role", "content", ("user", "assistant"))] for _ in range(20)]
     for i, conversation in enumerate(chat):
@@ -324,7 +324,7 @@ def test_messages(init: Init, write: Callable[[Any], Any]) -> None:
     recipe = init("chat.jsonl", lines(rows), "llama")
     assert recipe.task.messages_column == "messages"
     assert recipe.task.format == "openai"
-    assert recipe.task.chat_template.endswith("chatml.jinja")  # the tiny model has none
+    assert recipe.task.chat_template.endswith("chatml.jinja")  # the tiny model has no chat template
 
 
 @pytest.mark.parametrize("speaker", ["from", "role"])
@@ -359,12 +359,12 @@ def test_pairs_of_questions_and_answers(init: Init, keys: tuple[str, str]) -> No
         ),
         ({"instruction": "", "output": "", "system_prompt": "Be brief."},
          {"system_prompt": "system"}),
-        ({"prompt": "", "completion": "", "system": "", "history": []}, {}),  # nothing to read
+        ({"prompt": "", "completion": "", "system": "", "history": []}, {}),  # no content
         ({"question": "", "response": "", "system": "Be brief.", "context": ""},
          {"question": "instruction", "context": "input", "response": "output"}),
     ],
 )  # fmt: skip
-def test_a_systems_turn_and_earlier_turns_in_columns_of_their_own(
+def test_system_prompt_and_history_columns(
     init: Init, row: dict[str, Any], columns: dict[str, str]
 ) -> None:
     asked = {"question", "query", "instruction", "prompt"} & {*row}
@@ -454,7 +454,7 @@ def pair_of_files(folder: Path, names: tuple[str, str], count: int = 60) -> list
         (("english.txt", "german.text"), ["english.txt", "german.text"]),
     ],
 )
-def test_two_files_line_by_line(
+def test_two_parallel_files(
     names: tuple[str, str], columns: list[str], init: Init, tmp_path: Path
 ) -> None:
     first, second = pair_of_files(tmp_path, names)
@@ -470,21 +470,21 @@ def test_two_files_line_by_line(
 
 
 @pytest.mark.parametrize("name", ["train.{}.gz", "train.en-de.{}.gz", "train.en-de.clean.{}.gz"])
-def test_a_translation_beside_a_text_is_mentioned(
+def test_a_translation_next_to_a_text_is_mentioned(
     name: str, bases: dict[str, Path], tmp_path: Path
 ) -> None:
     first, second = pair_of_files(tmp_path, (name.format("en"), name.format("de")))
     (tmp_path / name.format("fr")).write_bytes(gzip.compress(b"trop peu\n"))
-    found = draft_recipe(first, str(bases["llama"]), tmp_path / "recipe.yaml").findings
-    (also,) = [finding for name, finding in found if name == "also"]
+    result = draft_recipe(first, str(bases["llama"]), tmp_path / "recipe.yaml").findings
+    (also,) = [finding for name, finding in result if name == "also"]
     assert also.startswith(f"next to it, with as many lines: {second.name}; to learn to translate")
     rows = tmp_path / "my.rows.csv"
     rows.write_text(table(["text", "label"], labelled(40, "ab")))
-    found = draft_recipe(rows, str(bases["encoder"]), tmp_path / "recipe.yaml").findings
-    assert "also" not in dict(found)
+    result = draft_recipe(rows, str(bases["encoder"]), tmp_path / "recipe.yaml").findings
+    assert "also" not in dict(result)
 
 
-def test_the_splits_of_two_files(init: Init, tmp_path: Path) -> None:
+def test_the_splits_of_parallel_files(init: Init, tmp_path: Path) -> None:
     first, second = pair_of_files(tmp_path, ("train.en", "train.de"))
     for count, split in enumerate(("val", "test_2016", "test_2017"), 3):
         for path in pair_of_files(tmp_path, (f"{split}.en", f"{split}.de"), count):
@@ -519,7 +519,7 @@ def test_two_files_of_texts_and_labels(init: Init, tmp_path: Path) -> None:
         ("für\nüber\n".encode("cp1252"), "one file is in utf-8, the other in"),
     ],
 )
-def test_two_files_that_do_not_belong_together(
+def test_two_files_that_are_not_parallel(
     content: bytes, what: str, init: Init, tmp_path: Path
 ) -> None:
     (tmp_path / "b.en").write_text("for\nthe …\n")
@@ -528,7 +528,7 @@ def test_two_files_that_do_not_belong_together(
         init("", tmp_path / "b.en", "llama", second=tmp_path / "b.de")
 
 
-def test_two_files_need_a_model_that_writes_and_a_folder(init: Init, tmp_path: Path) -> None:
+def test_parallel_files_need_a_generative_model_and_one_folder(init: Init, tmp_path: Path) -> None:
     first, second = pair_of_files(tmp_path, ("a.en", "a.de"))
     with pytest.raises(LoraError, match="an encoder writes no text"):
         init("", first, second=second)
@@ -537,10 +537,10 @@ def test_two_files_need_a_model_that_writes_and_a_folder(init: Init, tmp_path: P
         init("", first, "llama", second=second.rename(tmp_path / "other" / "a.de"))
 
 
-# ----------------------------------------------------------------------------------- in doubt
+# -------------------------------------------------------------------------------- ambiguous files
 
 
-def test_two_labels_are_a_question(init: Init, tmp_path: Path) -> None:
+def test_two_label_candidates_are_ambiguous(init: Init, tmp_path: Path) -> None:
     rows = [[t, "ab"[i % 2], "xyz"[i % 3], "uv"[i // 9 % 2]] for i, t in enumerate(texts(60))]
     content = table(["text", "colour", "size", "shape"], rows)
     with pytest.raises(LoraError) as caught:
@@ -552,7 +552,7 @@ def test_two_labels_are_a_question(init: Init, tmp_path: Path) -> None:
     assert init("rows.csv", content, label="size").task.label_column == "size"
 
 
-def test_two_texts_are_a_question(init: Init, tmp_path: Path) -> None:
+def test_two_text_candidates_are_ambiguous(init: Init, tmp_path: Path) -> None:
     rows = list(zip(texts(40), texts(40, 1), strict=True))
     content = table(["left side", "right side"], rows)
     with pytest.raises(LoraError, match="which column is the text"):
@@ -582,7 +582,7 @@ def test_a_long_text_and_its_answer_are_a_prompt_and_a_completion(
     assert (task.prompt_column, task.completion_column) == (prompt, completion)
 
 
-def test_a_system_prompt_beside_two_texts_is_kept(init: Init) -> None:
+def test_a_system_prompt_next_to_two_texts_is_kept(init: Init) -> None:
     rows = list(zip(["Be kind."] * 40, texts(40), texts(40, 1), strict=True))
     recipe = init("rows.csv", table(["system_prompt", "Context", "Response"], rows), "llama")
     assert recipe.task.format == "alpaca"
@@ -607,13 +607,13 @@ def test_a_text_that_may_be_an_answer_is_not_left_out(names: tuple[str, str], in
     assert init("rows.csv", content, "llama", text=names[0]).task.text_column == names[0]
 
 
-def test_a_title_beside_a_text_is_left_out(init: Init) -> None:
+def test_a_title_next_to_a_text_is_left_out(init: Init) -> None:
     long = [" ".join([text] * 8) for text in texts(40)]
     content = table(["heading", "material"], list(zip(texts(40, 1), long, strict=True)))
     assert init("rows.csv", content, "llama").task.text_column == "material"
 
 
-def test_no_label_is_wanted(init: Init) -> None:
+def test_label_none(init: Init) -> None:
     content = table(["text", "label"], labelled(40, ["a", "b"]))
     assert said(init("rows.csv", content, "llama", label="none"))["type"] == "causal_lm"
 
@@ -648,13 +648,13 @@ def test_a_recipe_is_never_overwritten(tmp_path: Path) -> None:
     assert "-o FILE" in (caught.value.problems[0].hint or "")
 
 
-def test_a_model_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_model(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text(table(["text", "label"], labelled(40, ["a", "b"])))
     with pytest.raises(LoraError, match="there is no folder"):
         draft_recipe(tmp_path / "rows.csv", "./nothing", tmp_path / "recipe.yaml")
 
 
-def test_a_model_that_is_not_at_hand_is_measured_by_a_guess(tmp_path: Path) -> None:
+def test_lengths_are_estimated_for_an_unavailable_model(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text(table(["text", "label"], labelled(40, ["a", "b"])))
     draft = draft_recipe(tmp_path / "rows.csv", "someone/model", tmp_path / "recipe.yaml")
     assert draft.values["model"] == {"name": "someone/model"}
@@ -662,7 +662,7 @@ def test_a_model_that_is_not_at_hand_is_measured_by_a_guess(tmp_path: Path) -> N
     assert "could not be fetched" in draft.why["task.max_length"]
 
 
-def test_the_recipe_says_why(init: Init, tmp_path: Path) -> None:
+def test_the_recipe_has_reasons(init: Init, tmp_path: Path) -> None:
     init("rows.csv", table(["text", "label"], labelled(40, ["a", "b"]), ";"))
     text = (tmp_path / "recipe.yaml").read_text()
     assert "text_column: text  # the longest text (mean" in text
@@ -691,12 +691,12 @@ def thinned(file: Path, folder: Path) -> Path:
         if other.is_file() and other.suffix in (file.suffix, ".zip"):
             opener: Any = gzip.open if other.suffix == ".gz" else open
             with opener(other, "rb") as content:
-                found = content.readlines()
+                result = content.readlines()
             target = folder / other.name
             most, step = (2_000, 5) if other.suffix == ".jsonl" else (20_000, 20)
-            if len(found) > most and other.name.startswith("train"):
+            if len(result) > most and other.name.startswith("train"):
                 with opener(target, "wb") as out:
-                    out.writelines([found[0], *found[1::step]])
+                    out.writelines([result[0], *result[1::step]])
             else:
                 shutil.copyfile(other, target)
     return folder / file.name
@@ -730,12 +730,12 @@ def test_real_files(
     init: Init, tmp_path: Path,
 ) -> None:  # fmt: skip
     recipe = init("", thinned(SHARED / file, tmp_path), model)
-    found = said(recipe)
-    found.pop("chat_template", None)
+    result = said(recipe)
+    result.pop("chat_template", None)
     if "category" in expected.values():
         assert (recipe.task.label_column, len(recipe.task.labels)) == ("category", 77)
     else:
-        assert found == expected
+        assert result == expected
     for wanted, held in ((validation, recipe.data.validation), (test, recipe.data.test)):
         if wanted is DRAWN:
             assert isinstance(held, HeldOutSpec)
@@ -754,12 +754,12 @@ def test_real_files(
         ("gsm8k/train.jsonl", "the model is an encoder"),
     ],
 )
-def test_real_files_that_an_encoder_cannot_learn(file: str, what: str, init: Init) -> None:
+def test_real_files_for_generative_models_only(file: str, what: str, init: Init) -> None:
     with pytest.raises(LoraError, match=what):
         init("", SHARED / file)
 
 
-def test_the_recipe_trains(init: Init, tmp_path: Path) -> None:
+def test_the_recipe_can_be_trained(init: Init, tmp_path: Path) -> None:
     from lora_cli.training import train
 
     init("rows.csv", table(None, labelled(40, ["bon", "mauvais"]), ";"))

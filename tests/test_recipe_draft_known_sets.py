@@ -1,4 +1,4 @@
-"""What `lora init` makes of well-known data sets as they are published, made small."""
+"""Recipes that `lora init` drafts for small copies of well-known data sets."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ NLI = numbered(["entailment", "neutral", "contradiction"])
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "wanted"),
+    ("name", "content", "expected"),
     [
         ("ag_news.csv", quoted([[n, t, f"{t} {u} {t} {u}"] for n, t, u in
                                 zip(numbered([3, 4, 2, 1]), T, U, strict=True)]),
@@ -104,25 +104,25 @@ NLI = numbered(["entailment", "neutral", "contradiction"])
 )  # fmt: skip
 @pytest.mark.slow_after(2)
 def test_a_published_layout_needs_no_option(
-    name: str, content: str, wanted: dict[str, Any], init: Init
+    name: str, content: str, expected: dict[str, Any], init: Init
 ) -> None:
     found = said(init(name, content))
-    assert found.pop("skip_labels", []) == wanted.pop("skip_labels", [])
-    assert found == wanted
+    assert found.pop("skip_labels", []) == expected.pop("skip_labels", [])
+    assert found == expected
 
 
-def test_many_numbers_that_count_up_are_labels(init: Init) -> None:
+def test_consecutive_integers_are_labels(init: Init) -> None:
     content = table(["text", "label"], [[f"{t} {u}", i % 25] for i, (t, u) in
                                         enumerate(zip(T * 2, U * 2, strict=True))])  # fmt: skip
     assert said(init("banking.csv", content)) == classification("text", "label", range(25))
 
 
-def test_many_numbers_that_measure_are_a_regression(init: Init) -> None:
+def test_measured_values_are_a_regression(init: Init) -> None:
     content = table(["text", "score"], [[t, i % 25 * 3] for i, t in enumerate(T)])
     assert said(init("scores.csv", content))["problem"] == "regression"
 
 
-def test_a_pair_without_telling_names(init: Init) -> None:
+def test_a_pair_without_typical_names(init: Init) -> None:
     content = table(["before", "after", "same"], [[t, u, i % 2] for i, (t, u) in
                                                   enumerate(zip(T, U, strict=True))])  # fmt: skip
     with pytest.raises(LoraError, match="--text A --pair B"):
@@ -163,7 +163,7 @@ def test_a_context_can_be_left_out(init: Init) -> None:
     assert said(without)["prompt_column"] == "instruction"
 
 
-def test_of_two_contexts_none_is_left_out(init: Init) -> None:
+def test_neither_of_two_contexts_is_left_out(init: Init) -> None:
     rows = [row | {"passage": f"of {row['instruction']}"} for row in DOLLY]
     with pytest.raises(LoraError, match="`context` belongs to the prompt in 40 rows") as caught:
         init("dolly.jsonl", lines(rows), "llama")
@@ -171,7 +171,7 @@ def test_of_two_contexts_none_is_left_out(init: Init) -> None:
     assert "{instruction: .instruction, input: .context, output: .response}" in hint
 
 
-def test_lists_of_answers_are_for_models_that_translate(init: Init) -> None:
+def test_lists_of_answers_are_for_encoder_decoders(init: Init) -> None:
     rows = [{"question": t, "answer": [u, f"{u} too"][: 1 + i % 2]}
             for i, (t, u) in enumerate(zip(T, U, strict=True))]  # fmt: skip
     with pytest.raises(LoraError, match="`answer` holds lists of answers") as caught:
@@ -179,7 +179,7 @@ def test_lists_of_answers_are_for_models_that_translate(init: Init) -> None:
     assert "jq -c '.answer |= .[0]'" in str(caught.value.problems[0].hint)
 
 
-def test_lists_of_few_answers_are_labels(init: Init) -> None:
+def test_lists_of_few_different_answers_are_labels(init: Init) -> None:
     few = [{"question": t, "answer": ["yes", "no"][: 1 + i % 2]} for i, t in enumerate(T)]
     assert init("labels.jsonl", lines(few), "llama").task.type == "sequence_classification"
 
@@ -197,18 +197,18 @@ def test_questions_and_answers_with_a_label_are_pairs(
 
 
 @pytest.mark.parametrize("answers", [("Yes<|endoftext|>", "No<|endoftext|>"), ("a;b", "b", "a")])
-def test_completions_are_not_divided_into_labels(init: Init, answers: tuple[str, ...]) -> None:
+def test_completions_are_not_split_into_labels(init: Init, answers: tuple[str, ...]) -> None:
     rows = [{"prompt": t, "completion": answers[i % len(answers)]} for i, t in enumerate(T)]
     recipe = init("t0.jsonl", lines(rows), "llama")
     assert (recipe.task.prompt_column, recipe.task.completion_column) == ("prompt", "completion")
 
 
-def test_labels_that_hold_a_token_are_not_divided(init: Init) -> None:
+def test_labels_with_a_special_token_are_not_split(init: Init) -> None:
     rows = [{"text": t, "label": ["Yes<|end|>", "No<|end|>"][i % 2]} for i, t in enumerate(T)]
     assert init("marked.jsonl", lines(rows)).task.labels == ["No<|end|>", "Yes<|end|>"]
 
 
-def test_an_object_that_holds_all_rows_is_named(init: Init) -> None:
+def test_an_object_with_all_rows_is_an_error(init: Init) -> None:
     whole = json.dumps({"version": "1.1", "data": [{"title": t, "n": 1} for t in T]})
     with pytest.raises(LoraError, match="stand inside `data`") as caught:
         init("squad.json", whole, "llama")
@@ -249,7 +249,7 @@ def test_prose_has_no_labels(seed: int) -> None:
         ("alone", "first_word", "alone", ""),
     ],
 )
-def test_a_line_is_divided(line: str, how: str, label: str, text: str) -> None:
+def test_a_line_is_split_into_label_and_text(line: str, how: str, label: str, text: str) -> None:
     assert split_label(line, how) == (label, text)
 
 
@@ -274,7 +274,7 @@ def imdb(folder: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_a_folder_for_each_label(init: Init, tmp_path: Path) -> None:
+def test_one_folder_per_label(init: Init, tmp_path: Path) -> None:
     recipe = init("", imdb(tmp_path / "aclImdb"))
     assert said(recipe) == classification("text", "label", ["neg", "pos"], skip_labels=["unsup"])
     assert recipe.data.format.model_dump(exclude_defaults=True) == {"label_from": "folder"}
@@ -291,7 +291,7 @@ def test_a_folder_for_each_label(init: Init, tmp_path: Path) -> None:
     assert task.labels == ["neg", "pos"]
 
 
-def test_a_file_that_moves_to_another_label_is_read_anew(init: Init, tmp_path: Path) -> None:
+def test_a_file_that_moves_to_another_label_is_read_again(init: Init, tmp_path: Path) -> None:
     recipe = init("", imdb(tmp_path / "aclImdb"))
     before = [row["label"] for row in load_rows(recipe)["test"]]
     (tmp_path / "aclImdb/test/neg/1_7.txt").rename(tmp_path / "aclImdb/test/pos/1_7.txt")
@@ -331,7 +331,7 @@ def test_a_folder_of_texts_is_one_text(init: Init, tmp_path: Path) -> None:
     assert sum(map(len, load_rows(recipe).values())) == 60
 
 
-# ---------------------------------------------------------------------------- what a draft says
+# ---------------------------------------------------------------------------- contents of a draft
 
 
 def test_a_draft_names_its_schema_and_its_folder(tmp_path: Path, bases: dict[str, Path]) -> None:
@@ -346,12 +346,12 @@ def test_a_draft_names_its_schema_and_its_folder(tmp_path: Path, bases: dict[str
     assert first == "# yaml-language-server: $schema=recipe.schema.json"
     assert load_recipe(target).output_dir == "out/messages"
     schema = tmp_path / "recipe.schema.json"
-    wanted = schema.read_text()
-    assert set(yaml.safe_load(target.read_text())) <= set(json.loads(wanted)["properties"])
-    # another version's is renewed, and anybody else's file stays
+    expected = schema.read_text()
+    assert set(yaml.safe_load(target.read_text())) <= set(json.loads(expected)["properties"])
+    # the schema of another version is updated, but any other file stays
     schema.write_text('{"title": "lora recipe", "$defs": {}}')
     runner.invoke(app, ["init", source, "--model", model, "-o", str(tmp_path / "queues.yaml")])
-    assert schema.read_text() == wanted
+    assert schema.read_text() == expected
     assert load_recipe(tmp_path / "queues.yaml").output_dir == "out/queues"
     schema.write_text('{"title": "mine"}')
     runner.invoke(app, ["init", source, "--model", model, "-o", str(tmp_path / "b.yaml")])
@@ -359,7 +359,7 @@ def test_a_draft_names_its_schema_and_its_folder(tmp_path: Path, bases: dict[str
 
 
 @pytest.mark.parametrize(
-    ("source", "target", "wanted"),
+    ("source", "target", "expected"),
     [
         ("ag_news/train.csv", "recipe.yaml", "out/ag_news"),
         ("reviews.jsonl.gz", "recipe.yaml", "out/reviews"),
@@ -368,8 +368,8 @@ def test_a_draft_names_its_schema_and_its_folder(tmp_path: Path, bases: dict[str
         ("reviews.csv", "spam.yaml", "out/spam"),
     ],
 )
-def test_results_are_called_as_the_recipe_or_the_data(
-    source: str, target: str, wanted: str, tmp_path: Path, bases: dict[str, Path]
+def test_the_output_folder_is_named_after_the_recipe_or_the_data(
+    source: str, target: str, expected: str, tmp_path: Path, bases: dict[str, Path]
 ) -> None:
     import gzip
 
@@ -380,4 +380,4 @@ def test_results_are_called_as_the_recipe_or_the_data(
     raw = content.encode()
     (tmp_path / source).write_bytes(gzip.compress(raw) if source.endswith(".gz") else raw)
     draft = draft_recipe(tmp_path / source, str(bases["encoder"]), tmp_path / target)
-    assert draft.values["output_dir"] == wanted
+    assert draft.values["output_dir"] == expected

@@ -1,4 +1,4 @@
-"""Files as an adversary would write them, or an office: what `lora init` makes of each."""
+"""Recipes and errors of `lora init` for adversarial and unusual files."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ TABLE = table(["text", "label"], ROWS)
 SEMICOLONS = table(["text", "label"], ROWS, ";")
 FRENCH = [[f"très réussi, à voir {text}", label] for text, label in ROWS]
 
-# a name, the file, what the task is to be, what the format is to say
+# name: file, expected task, expected format
 ODD: list[tuple[str, str | bytes, dict[str, Any], dict[str, Any]]] = [
     ("a mark of UTF-8 before Latin-1, with semicolons",
      b"\xef\xbb\xbf" + table(["Texte", "Note"], FRENCH, ";").encode("latin-1"),
@@ -141,13 +141,13 @@ def test_decimal_commas_are_numbers(init: Init) -> None:
     assert [task.reader.number(row) for row in train] == [i / 8 for i in range(40)]  # type: ignore[attr-defined]
 
 
-def test_a_comma_may_stand_between_labels(init: Init) -> None:
+def test_a_comma_may_separate_labels(init: Init) -> None:
     sets = ["1,2", "2", "1", "2,3", "3"]
     rows = [[t, sets[i % 5]] for i, t in enumerate(TEXTS)]
     assert init("rows.csv", table(["text", "label"], rows, "\t")).task.problem == "multi_label"
 
 
-def test_labels_that_differ_in_case_are_told(
+def test_labels_that_differ_in_case_are_mentioned(
     init: Init, tmp_path: Path, bases: dict[str, Path]
 ) -> None:
     recipe = init("rows.csv", table(["text", "relevant"], labelled(40, ["Yes", "no", "yes", "NO"])))
@@ -161,7 +161,7 @@ def test_labels_that_differ_in_case_are_told(
 # ----------------------------------------------------------------------------- JSON and parquet
 
 
-def test_objects_beside_the_columns(init: Init) -> None:
+def test_objects_next_to_columns(init: Init) -> None:
     rows = [{"id": i, "text": t, "label": b, "meta": {"of": [1]}} for i, (t, b) in enumerate(ROWS)]
     assert said(init("rows.jsonl", lines(rows))) == PLAIN
 
@@ -185,7 +185,7 @@ NESTED = [
 
 
 @pytest.mark.parametrize(("row", "what", "command"), NESTED)
-def test_columns_inside_objects_come_out_by_a_command(
+def test_a_command_flattens_columns_inside_objects(
     row: dict[str, Any], what: str, command: str, init: Init
 ) -> None:
     with pytest.raises(LoraError, match=what) as caught:
@@ -223,7 +223,7 @@ def test_a_compressed_table_without_its_suffix(init: Init) -> None:
     assert said(init("rows.tsv.gz", gzip.compress(TABLE.replace(",", "\t").encode()))) == PLAIN
 
 
-# ------------------------------------------------------------------------------ no rows of text
+# ------------------------------------------------------------------------- files without text rows
 
 TMX = (
     '<?xml version="1.0"?>\n<!-- made here -->\n<tmx version="1.4"><body>'
@@ -250,7 +250,7 @@ FOREIGN = [
 
 @pytest.mark.parametrize(("name", "content", "what", "hint"), FOREIGN)
 @pytest.mark.parametrize("model", ["encoder", "llama"])
-def test_what_is_something_else_is_named(
+def test_files_of_other_kinds_are_named(
     name: str, content: bytes, what: str, hint: str, model: str, init: Init, tmp_path: Path
 ) -> None:
     with pytest.raises(LoraError, match=what) as caught:
@@ -292,23 +292,23 @@ def test_the_hint_for_a_table_of_another_kind_writes_one_that_is_read(
     assert [tuple(row) for row in rows[1:]] == OPINIONS
 
 
-def test_names_with_two_colons_are_no_columns(init: Init) -> None:
+def test_names_with_two_colons_are_not_columns(init: Init) -> None:
     rows = [{"text": f"std::{text}", "label": ["bad", "good"][i % 2]}
             for i, text in enumerate(texts(40))]  # fmt: skip
     assert said(init("rows.jsonl", lines(rows))) == PLAIN
 
 
-def test_fields_divided_by_a_control_character_are_a_table(init: Init) -> None:
+def test_fields_separated_by_a_control_character_are_a_table(init: Init) -> None:
     content = "".join(f"{i}\x01{text}\x01{label}\n" for i, (text, label) in enumerate(OPINIONS))
     recipe = init("rows.txt", content)
     assert (recipe.data.format.delimiter, recipe.task.labels) == ("\x01", ["bad", "good"])
 
 
-# ------------------------------------------------------------------------------------- too little
+# ---------------------------------------------------------------------------------- too little data
 
 
 @pytest.mark.parametrize("model", ["encoder", "llama"])
-def test_one_class_only(init: Init, model: str) -> None:
+def test_a_single_class(init: Init, model: str) -> None:
     content = table(["text", "label"], labelled(40, ["a"]))
     if model == "llama":
         assert said(init("rows.csv", content, model)) == {
@@ -336,22 +336,22 @@ def test_a_base_that_cannot_be_built_gets_no_recipe(
 
 
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
-def test_a_header_that_stands_again_is_no_row(mark: str, init: Init, tmp_path: Path) -> None:
+def test_a_repeated_header_is_not_a_row(mark: str, init: Init, tmp_path: Path) -> None:
     half = table(["text", "label"], ROWS[:20]), table(["text", "label"], ROWS[20:])
     recipe = init("joined.csv", half[0] + mark + half[1])
     assert said(recipe) == PLAIN
     assert recipe.data.on_bad_row == "skip"
     recipe = recipe.with_values({"data.validation": None, "data.test": None})
     rows = load_rows(recipe)["train"]
-    wanted = pandas.read_csv(tmp_path / "joined.csv")
-    wanted = wanted[~wanted["text"].str.strip("\ufeff").eq("text")]
-    assert [[row["text"], row["label"]] for row in rows] == wanted.values.tolist()
+    expected = pandas.read_csv(tmp_path / "joined.csv")
+    expected = expected[~expected["text"].str.strip("\ufeff").eq("text")]
+    assert [[row["text"], row["label"]] for row in rows] == expected.values.tolist()
     (skipped,) = rows.skipped
     assert "it is the header again" in skipped
 
 
 @pytest.mark.parametrize("index", [True, False])
-def test_a_header_of_numbers_as_pandas_writes_it(index: bool, init: Init, tmp_path: Path) -> None:
+def test_a_header_of_numbers_written_by_pandas(index: bool, init: Init, tmp_path: Path) -> None:
     frame = pandas.DataFrame([[text, label] for text, label in ROWS])
     frame.to_csv(tmp_path / "rows.csv", index=index)
     recipe = init("", tmp_path / "rows.csv")
@@ -361,13 +361,13 @@ def test_a_header_of_numbers_as_pandas_writes_it(index: bool, init: Init, tmp_pa
     assert read == frame.values.tolist()
 
 
-def test_nulls_of_mysql_are_no_label(init: Init) -> None:
+def test_nulls_of_mysql_are_not_a_label(init: Init) -> None:
     rows = [[text, "\\N" if i % 5 == 0 else label] for i, (text, label) in enumerate(ROWS)]
-    found = init("dump.csv", table(["text", "label"], rows)).task
-    assert (found.labels, found.skip_labels) == (["bad", "good"], ["\\N"])
+    result = init("dump.csv", table(["text", "label"], rows)).task
+    assert (result.labels, result.skip_labels) == (["bad", "good"], ["\\N"])
 
 
-def test_a_table_of_texts_with_tags_is_no_file_of_words(init: Init) -> None:
+def test_a_table_of_texts_with_tags_is_not_conll(init: Init) -> None:
     rows = [["Ann is here", "B-PER O O"], ["see Ann Lee", "O B-PER I-PER"]] * 20
     with pytest.raises(LoraError, match="each word of the text `text` has a tag in `labels`"):
         init("ner.csv", table(["text", "labels"], rows))
@@ -406,8 +406,8 @@ EAST = [
 )
 def test_two_encodings_of_the_same_bytes(text: str, encoding: str) -> None:
     raw = "".join(f"good film, number {i};bad\n{text};good\n" for i in range(12)).encode(encoding)
-    found, why = encoding_of(raw)
-    assert raw.decode(found) == raw.decode(encoding)
+    result, why = encoding_of(raw)
+    assert raw.decode(result) == raw.decode(encoding)
     assert why.split("`")[1] in text.replace(",", "")
 
 
@@ -425,7 +425,7 @@ def test_control_characters_of_a_wrong_encoding(own: str, tmp_path: Path) -> Non
     text = {"cp932": "商品を返品したいです", "cp1252": "“well” – he said…"}.get(own, RUSSIAN[0])
     file = tmp_path / "rows.txt"
     file.write_bytes(f"{text}\n{text}\n".encode(own))
-    if own == "koi8_r":  # has letters there only, which in latin-1 are letters too
+    if own == "koi8_r":  # all of its letters beyond ASCII are also letters in latin-1
         assert len(list(read_lines(file, "latin-1"))) == 2
         return
     with pytest.raises(LoraError, match="read as iso8859-1, the text has") as caught:
@@ -443,7 +443,7 @@ def test_a_rare_control_character_is_a_warning(
     assert "the text has 1 control character" in capsys.readouterr().err
 
 
-def test_bytes_that_are_no_text_are_counted_not_tokenized(init: Init, tmp_path: Path) -> None:
+def test_undecodable_bytes_are_counted_not_tokenized(init: Init, tmp_path: Path) -> None:
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet as pq
 
@@ -455,7 +455,7 @@ def test_bytes_that_are_no_text_are_counted_not_tokenized(init: Init, tmp_path: 
     assert recipe.data.on_bad_row == "skip"
 
 
-def test_names_too_rare_for_what_validation_leaves_are_no_labels(init: Init) -> None:
+def test_names_too_rare_for_validation_are_not_labels(init: Init) -> None:
     rows = [[text, f"name {i % 120}"] for i, text in enumerate(texts(240))]
     with pytest.raises(LoraError, match="has 120 values in 240 rows: no label"):
         init("rows.csv", table(["text", "label"], rows))
@@ -464,9 +464,7 @@ def test_names_too_rare_for_what_validation_leaves_are_no_labels(init: Init) -> 
     check_data(build_task(recipe), ("train", "validation", "test"))
 
 
-def test_a_command_never_writes_over_the_file_that_it_reads(
-    tmp_path: Path, bases: dict[str, Path]
-) -> None:
+def test_a_command_never_overwrites_its_input(tmp_path: Path, bases: dict[str, Path]) -> None:
     (tmp_path / "flat.jsonl").write_text(lines([{"data": {"text": "a", "label": "b"}}] * 3))
     with pytest.raises(LoraError, match=r"flat\.jsonl > flatter\.jsonl`"):
         draft_recipe(tmp_path / "flat.jsonl", str(bases["encoder"]), tmp_path / "recipe.yaml")

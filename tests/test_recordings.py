@@ -1,4 +1,4 @@
-"""Recordings of every format, and those that are silent, empty, cut off or no recordings at all."""
+"""Decoding of recordings in every format, and errors for silent, empty and truncated files."""
 
 from __future__ import annotations
 
@@ -37,26 +37,28 @@ def media(data: bytes) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("format", "subtype"), LOSSLESS)
-def test_what_is_heard_is_what_was_written(format: str, subtype: str) -> None:
-    found = read_recording(media(encoded(SOUND, RATE, format, subtype)), RATE)
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, SOUND, atol=1 / 2**15)
+def test_lossless_formats_decode_to_the_written_samples(format: str, subtype: str) -> None:
+    result = read_recording(media(encoded(SOUND, RATE, format, subtype)), RATE)
+    assert result.dtype == np.float32
+    np.testing.assert_allclose(result, SOUND, atol=1 / 2**15)
 
 
 @pytest.mark.parametrize(("format", "subtype"), LOSSY)
-def test_a_lossy_recording_is_nearly_what_was_written(format: str, subtype: str | None) -> None:
+def test_lossy_formats_decode_to_nearly_the_written_samples(
+    format: str, subtype: str | None
+) -> None:
     data = encoded(SOUND, RATE, format, subtype)
-    found = read_recording(media(data), RATE)
-    wanted, _ = soundfile.read(io.BytesIO(data), dtype="float32")
-    np.testing.assert_allclose(found, wanted, atol=1e-6)
-    assert np.corrcoef(found, SOUND[: len(found)])[0, 1] > 0.7
+    result = read_recording(media(data), RATE)
+    expected, _ = soundfile.read(io.BytesIO(data), dtype="float32")
+    np.testing.assert_allclose(result, expected, atol=1e-6)
+    assert np.corrcoef(result, SOUND[: len(result)])[0, 1] > 0.7
 
 
 @pytest.mark.parametrize("rate", [8_000, 11_025, 44_100, 48_000])
-def test_another_rate_is_converted_as_soxr_does_it(rate: int) -> None:
+def test_another_sampling_rate_is_converted_like_soxr(rate: int) -> None:
     samples = sound(2, 0.5, rate)
-    found = read_recording(media(encoded(samples, rate, "WAV", "FLOAT")), RATE)
-    np.testing.assert_allclose(found, soxr.resample(samples, rate, RATE), atol=1e-6)
+    result = read_recording(media(encoded(samples, rate, "WAV", "FLOAT")), RATE)
+    np.testing.assert_allclose(result, soxr.resample(samples, rate, RATE), atol=1e-6)
     assert recording_facts(media(encoded(samples, rate))).rate == rate
 
 
@@ -69,10 +71,10 @@ def test_a_long_file_is_converted_block_by_block(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("channels", [2, 6])
-def test_several_channels_become_their_mean(channels: int) -> None:
+def test_channels_are_averaged(channels: int) -> None:
     samples = sound(4, 0.3, channels=channels)
-    found = read_recording(media(encoded(samples, RATE, "WAV", "FLOAT")), RATE)
-    np.testing.assert_allclose(found, samples.mean(axis=1), atol=1e-6)
+    result = read_recording(media(encoded(samples, RATE, "WAV", "FLOAT")), RATE)
+    np.testing.assert_allclose(result, samples.mean(axis=1), atol=1e-6)
     assert recording_facts(media(encoded(samples))).channels == channels
 
 
@@ -81,7 +83,7 @@ ALL = [*LOSSLESS, *LOSSY]
 
 @pytest.mark.parametrize("share", [0.9, 0.5, 0.2])
 @pytest.mark.parametrize(("format", "subtype"), ALL)
-def test_a_file_that_is_cut_off_is_never_heard_half(
+def test_a_truncated_file_is_never_read_partly(
     format: str, subtype: str | None, share: float
 ) -> None:
     data = encoded(sound(5, 2.0), RATE, format, subtype)
@@ -89,7 +91,7 @@ def test_a_file_that_is_cut_off_is_never_heard_half(
         read_recording(media(data[: int(share * len(data))]), RATE)
 
 
-def test_sizes_that_programs_write_into_a_pipe_are_no_lengths() -> None:
+def test_placeholder_sizes_written_to_pipes_are_ignored() -> None:
     data = bytearray(encoded(SOUND, RATE, "WAV", "PCM_16"))
     place = data.index(b"data") + 4
     for size in (0xFFFFFFFF, 0x7FFFFFFF):
@@ -97,7 +99,7 @@ def test_sizes_that_programs_write_into_a_pipe_are_no_lengths() -> None:
         assert recording_facts(media(bytes(data))).error == ""
 
 
-def test_a_wav_file_with_the_largest_byte_first_is_never_heard_half() -> None:
+def test_a_truncated_big_endian_wav_file_is_never_read_partly() -> None:
     file = io.BytesIO()
     soundfile.write(file, SOUND, RATE, format="WAV", subtype="PCM_16", endian="BIG")
     data = file.getvalue()
@@ -134,17 +136,17 @@ UNUSABLE = {
 
 
 @pytest.mark.parametrize("name", UNUSABLE)
-def test_what_is_said_of(name: str) -> None:
-    data, wanted = UNUSABLE[name]
-    with pytest.raises(RecordingError, match=wanted):
+def test_the_error_of(name: str) -> None:
+    data, expected = UNUSABLE[name]
+    with pytest.raises(RecordingError, match=expected):
         read_recording(media(data), RATE)
     facts = recording_facts(media(data))
-    assert re.search(wanted, facts.error)
+    assert re.search(expected, facts.error)
     assert (facts.seconds, facts.rate, facts.channels) == (0, 0, 0)
     assert (facts.is_clipped, facts.is_too_loud) == (False, False)
 
 
-def test_a_file_of_days_is_rejected_by_its_header(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_of_days_is_rejected_because_of_its_header(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lora_cli.data.recordings.MAX_HOURS", 0.0001)
     with pytest.raises(RecordingError, match="hours long, and at most"):
         read_recording(media(encoded(SOUND)), RATE)
@@ -160,7 +162,7 @@ def test_a_file_that_cannot_be_opened(tmp_path: Path) -> None:
     [
         (SOUND, False, False),
         (np.clip(20 * SOUND, -1, 1), True, False),
-        (SOUND / np.abs(SOUND).max(), False, False),  # as loud as can be, which is no clipping
+        (SOUND / np.abs(SOUND).max(), False, False),  # the maximum level, without clipping
         (30_000 * SOUND, False, True),
     ],
 )
@@ -173,7 +175,7 @@ def test_clipped_and_unscaled_samples_are_noted(
 
 @pytest.mark.parametrize("how", ["silence", "windows"])
 @pytest.mark.parametrize("seconds", [0.2, 1.0, 1.001, 1.7, 2.0, 2.01, 5.9, 31.0])
-def test_parts_are_the_whole_and_fit_the_model(how: Any, seconds: float) -> None:
+def test_parts_cover_the_recording_and_fit_the_model(how: Any, seconds: float) -> None:
     samples = sound(6, seconds)
     parts = split_recording(samples, RATE, 1.0, how)
     assert [start for start, _ in parts] == [0, *(stop for _, stop in parts[:-1])]
@@ -181,12 +183,12 @@ def test_parts_are_the_whole_and_fit_the_model(how: Any, seconds: float) -> None
     lengths = [stop - start for start, stop in parts]
     assert max(lengths) <= RATE
     if len(parts) > 1:
-        assert min(lengths) > RATE // 4  # of a short rest, models write what nobody said
+        assert min(lengths) > RATE // 4  # from a short remainder, models hallucinate text
     if how == "windows":
         assert len(parts) == -(-len(samples) // RATE)
 
 
-def test_a_cut_is_where_it_is_quietest() -> None:
+def test_a_recording_is_split_where_it_is_quietest() -> None:
     samples = sound(7, 1.6)
     samples[12_000:12_200] *= 0.001
     ((_, cut), _) = split_recording(samples, RATE, 1.0, "silence")
@@ -201,13 +203,13 @@ def test_a_cut_is_where_it_is_quietest() -> None:
         (encoded(SOUND, RATE, "WAV", "PCM_16"), "wav"),
         (encoded(SOUND, RATE, "FLAC"), "flac"),
         (encoded(SOUND, RATE, "MP3"), "mpeg"),
-        (floats(SOUND), "mpeg"),  # which browsers do not play everywhere
+        (floats(SOUND), "mpeg"),  # a format that not all browsers can play
         (encoded(SOUND, RATE, "OGG", "VORBIS"), "mpeg"),
-        (encoded(sound(8, 20.0), RATE, "WAV", "PCM_16"), "mpeg"),  # too large as it is
+        (encoded(sound(8, 20.0), RATE, "WAV", "PCM_16"), "mpeg"),  # too large to embed unchanged
     ],
     ids=["wav", "flac", "mp3", "floats", "ogg", "long wav"],
 )
-def test_a_page_gets_a_small_recording_that_it_can_play(data: bytes, kind: str) -> None:
+def test_pages_embed_small_playable_recordings(data: bytes, kind: str) -> None:
     address = playable(media(data), 10.0)
     assert address is not None
     head, _, body = address.partition(",")
@@ -218,11 +220,11 @@ def test_a_page_gets_a_small_recording_that_it_can_play(data: bytes, kind: str) 
     assert len(body) < 140_000
 
 
-def test_a_page_gets_nothing_of_what_cannot_be_read() -> None:
+def test_unreadable_recordings_are_not_embedded() -> None:
     assert playable(media(b"no recording"), 10.0) is None
 
 
-def test_packages_are_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
     monkeypatch.setitem(sys.modules, "soxr", None)
@@ -234,7 +236,7 @@ def test_packages_are_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def chunk(name: bytes, body: bytes, size: int | None = None) -> bytes:
-    """Return a part of a RIFF file, padded to an even size."""
+    """Return a chunk of a RIFF file, padded to an even size."""
     told = len(body) if size is None else size
     return name + told.to_bytes(4, "little") + body + b"\0" * (len(body) % 2)
 
@@ -245,21 +247,21 @@ def wave(*chunks: bytes, kind: bytes = b"WAVE") -> bytes:
 
 @pytest.mark.parametrize("first", [[], [chunk(b"LIST", b"abc")], [chunk(b"fmt ", b"abcd")] * 3])
 @pytest.mark.parametrize(("size", "there", "cut"), [(9, 9, False), (9, 8, False), (9, 7, True)])
-def test_the_samples_of_a_wave_file_are_as_many_as_its_header_says(
+def test_a_wav_file_has_as_many_samples_as_its_header_says(
     first: list[bytes], size: int, there: int, cut: bool
 ) -> None:
-    """One byte less may be the one that fills an odd size."""
+    """One missing byte may be the padding of an odd size."""
     raw = wave(*first, b"data" + size.to_bytes(4, "little") + b"x" * there)
     assert recordings._is_cut_off(raw) == cut
 
 
-def test_a_wave_file_without_samples_or_of_another_kind_lacks_none() -> None:
+def test_wav_files_without_samples_or_of_unknown_size_are_complete() -> None:
     assert not recordings._is_cut_off(wave(chunk(b"LIST", b"abcd")))
     assert not recordings._is_cut_off(wave(b"data" + (99).to_bytes(4, "little"), kind=b"AVI "))
     assert recordings._is_cut_off(wave(b"data" + (99).to_bytes(4, "little")))
     other = b"XXXX" + wave(b"data" + (99).to_bytes(4, "little"))[4:]
     assert not recordings._is_cut_off(other)
-    # a size that a program wrote because it did not know it
+    # a placeholder for an unknown size
     unknown = recordings.UNKNOWN_SIZE
     for size, cut in ((unknown - 1, True), (unknown, False), (2**32 - 1, False)):
         assert recordings._is_cut_off(wave(b"data" + size.to_bytes(4, "little"))) == cut
@@ -276,13 +278,13 @@ def test_sizes_in_the_headers_of_aiff_and_au(missing: int, cut: bool) -> None:
 
 
 def page(lengths: list[int], missing: int = 0) -> bytes:
-    """Return a page of an Ogg file, whose parts have these lengths."""
+    """Return a page of an Ogg file with segments of the given lengths."""
     raw = b"OggS" + b"\0" * 22 + bytes([len(lengths), *lengths]) + b"x" * sum(lengths)
     return raw[: len(raw) - missing]
 
 
 @pytest.mark.parametrize("lengths", [[5], [255, 7], [3] * 40, [0]])
-def test_the_last_page_of_an_ogg_file_is_all_there(lengths: list[int]) -> None:
+def test_the_last_page_of_an_ogg_file_must_be_complete(lengths: list[int]) -> None:
     before = page([9, 9, 9])
     assert not recordings._is_cut_off(before + page(lengths))
     body = sum(lengths)
@@ -292,14 +294,14 @@ def test_the_last_page_of_an_ogg_file_is_all_there(lengths: list[int]) -> None:
 
 
 def tagged(frames: bytes, size: int | None = None) -> bytes:
-    """Return an mp3 file that begins with a tag of ID3, whose size is in bytes of seven bits."""
+    """Return an mp3 file with an ID3 tag, whose size has seven bits per byte."""
     text = b"t" * (300 if size is None else size)
     told = bytes((len(text) >> shift) & 127 for shift in (21, 14, 7, 0))
     return b"ID3\x04\x00\x00" + told + text + frames
 
 
 def frames(claimed: int | None, length: int, kind: bytes, flags: int, at: int) -> bytes:
-    """Return mp3 frames of so many bytes, with a table that says how many there are."""
+    """Return mp3 frames with the given number of bytes, and a header that states a number."""
     head = b"\xff\xfb" + b"\0" * (at - 2) + kind + flags.to_bytes(4, "big")
     head += (1234).to_bytes(4, "big") if flags & 1 else b""
     head += claimed.to_bytes(4, "big") if claimed is not None else b""
@@ -309,7 +311,7 @@ def frames(claimed: int | None, length: int, kind: bytes, flags: int, at: int) -
 @pytest.mark.parametrize("at", [13, 36])
 @pytest.mark.parametrize("kind", [b"Xing", b"Info"])
 @pytest.mark.parametrize("tag", [None, 1, 300])
-def test_an_mp3_file_is_nearly_as_long_as_its_table_says(
+def test_an_mp3_file_must_be_nearly_as_long_as_its_header_says(
     tag: int | None, kind: bytes, at: int
 ) -> None:
     def is_cut(raw: bytes) -> bool:
@@ -318,21 +320,21 @@ def test_an_mp3_file_is_nearly_as_long_as_its_table_says(
     for flags in (2, 3, 15):
         assert not is_cut(frames(10_000, 9_900, kind, flags, at))
         assert is_cut(frames(10_000, 9_899, kind, flags, at))
-    for flags in (0, 1, 4, 13):  # the table does not say how many bytes
+    for flags in (0, 1, 4, 13):  # the header does not state a number of bytes
         assert not is_cut(frames(10_000, 500, kind, flags, at))
     assert not is_cut(frames(10_000, 500, b"LAME", 3, at))
-    assert not is_cut(b"\0" + frames(10_000, 500, kind, 3, at))  # no frame begins there
+    assert not is_cut(b"\0" + frames(10_000, 500, kind, 3, at))  # no frame starts there
 
 
-def test_only_a_table_in_the_first_frame_counts() -> None:
-    # it has to end within the first 200 bytes
+def test_only_a_header_in_the_first_frame_counts() -> None:
+    # the header must end within the first 200 bytes
     assert recordings._is_cut_off(frames(10_000, 500, b"Xing", 2, 188))
     assert not recordings._is_cut_off(frames(10_000, 500, b"Xing", 2, 189))
     assert not recordings._is_cut_off(b"")
     assert not recordings._is_cut_off(b"ID3\x04\x00\x00\x00")
 
 
-# ---------------------------------------------------------------------------- what is learnt
+# -------------------------------------------------------------------------------- statistics
 
 
 def surveyed(*blocks: Any, rate: int = 100) -> Any:
@@ -342,22 +344,22 @@ def surveyed(*blocks: Any, rate: int = 100) -> Any:
     return survey.facts(), np.concatenate(heard)
 
 
-def test_samples_are_surveyed_over_all_blocks() -> None:
+def test_statistics_cover_all_blocks() -> None:
     first, second = [[0.5, 0.1]] * 30 + [[1.0, 0.0]], [[-0.5, 0.3]] * 19
     facts, heard = surveyed(first, second)
     assert (facts.seconds, facts.rate, facts.channels) == (0.5, 100, 2)
     assert heard.tolist() == pytest.approx([0.3] * 30 + [0.5] + [-0.1] * 19)
-    assert facts.is_clipped  # one of fifty is at full scale
+    assert facts.is_clipped  # one sample in fifty is at full scale
     assert not facts.is_too_loud
 
 
-def test_the_first_sample_that_is_no_number_is_named_by_its_time() -> None:
+def test_the_first_sample_that_is_not_finite_is_reported_with_its_time() -> None:
     bad = [[0.0, 0.1], [0.2, np.nan], [np.inf, 0.0]]
     with pytest.raises(RecordingError, match=r"the first at 0\.51 s"):
         surveyed([[0.0, 0.5]] * 50, bad)
 
 
-def test_silence_of_one_channel_or_of_several_that_cancel_out() -> None:
+def test_silence_and_channels_that_cancel_out() -> None:
     with pytest.raises(RecordingError, match="holds no samples"):
         recordings._Statistics(100, 1).facts()
     for block, said in (
@@ -383,7 +385,7 @@ def test_silence_of_one_channel_or_of_several_that_cancel_out() -> None:
     [(10, [(0, 10)]), (11, [(0, 6), (6, 11)]), (20, [(0, 10), (10, 20)]),
      (25, [(0, 9), (9, 17), (17, 25)])],
 )  # fmt: skip
-def test_a_recording_is_divided_into_as_few_equal_parts_as_fit(
+def test_a_recording_is_split_into_as_few_equal_parts_as_fit(
     n: int, parts: list[tuple[int, int]]
 ) -> None:
     samples = np.ones(n, dtype=np.float32)
@@ -391,9 +393,9 @@ def test_a_recording_is_divided_into_as_few_equal_parts_as_fit(
 
 
 @pytest.mark.parametrize("quiet", [1800, 2250, 2700])
-def test_a_recording_is_cut_in_the_middle_of_what_is_quietest(quiet: int) -> None:
+def test_a_recording_is_split_in_the_middle_of_the_quietest_window(quiet: int) -> None:
     samples = np.random.default_rng(0).choice([-1.0, 1.0], 4500).astype(np.float32)
-    samples[quiet : quiet + 20] = 0.0  # 0.2 s of 30: as long as what is compared
+    samples[quiet : quiet + 20] = 0.0  # 0.2 s of 30 s, the length of the compared window
     first, second = split_recording(samples, 100, 30.0, "silence")
     cut = first[1]
     assert (first, second) == ((0, cut), (cut, 4500))
@@ -401,12 +403,12 @@ def test_a_recording_is_cut_in_the_middle_of_what_is_quietest(quiet: int) -> Non
 
 
 @pytest.mark.parametrize(("n", "parts"), [(1900, 2), (1933, 2), (1934, 3), (1960, 3), (2000, 3)])
-def test_with_little_room_for_a_cut_there_is_one_part_more(n: int, parts: int) -> None:
+def test_a_small_search_range_adds_a_part(n: int, parts: int) -> None:
     samples = np.random.default_rng(0).normal(size=n).astype(np.float32)
-    found = split_recording(samples, 100, 10.0, "silence")
-    assert len(found) == parts
-    assert all(0 < stop - start <= 1000 for start, stop in found)
+    result = split_recording(samples, 100, 10.0, "silence")
+    assert len(result) == parts
+    assert all(0 < stop - start <= 1000 for start, stop in result)
 
 
-def test_a_recording_of_few_samples_is_cut_in_the_middle_of_where_it_may_be() -> None:
+def test_a_recording_of_few_samples_is_split_in_the_middle_of_the_search_range() -> None:
     assert split_recording(np.ones(4, dtype=np.float32), 1, 3.0, "silence") == [(0, 1), (1, 4)]

@@ -25,7 +25,7 @@ PAIRS = [(f"{a} {b}", f"{b} {a} and {a} {b}") for a in WORDS for b in WORDS]
 
 
 class PairsSpec(TaskSection):
-    """A task with two columns of text, each with a length of its own."""
+    """A task with two text columns, each with its own maximum length."""
 
     type: Literal["pairs"] = "pairs"
     source_column: str = "source"
@@ -39,7 +39,7 @@ class PairsSpec(TaskSection):
 
 
 class RecordingsSpec(TaskSection):
-    """A task that reads folders of sound."""
+    """A task that reads folders of audio."""
 
     type: Literal["recordings"] = "recordings"
     audio_column: str = "audio"
@@ -74,7 +74,7 @@ class Recordings(Task):
 
 @pytest.fixture
 def two_more_types(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Add both tasks as their spec and their arm of the `match` would."""
+    """Register both tasks like their specs and their cases in the `match` would."""
 
     class WithMore(Recipe):
         task: TaskSpec | PairsSpec | RecordingsSpec  # type: ignore[assignment]
@@ -102,26 +102,26 @@ def drafted(base: Path, folder: Path, content: str, **given: Any) -> Any:
 def test_a_new_task_is_drafted_with_its_columns_and_lengths(
     header: tuple[str, str] | None, base: Path, tmp_path: Path
 ) -> None:
-    found = drafted(base, tmp_path, table(header, PAIRS))
+    result = drafted(base, tmp_path, table(header, PAIRS))
     names = header or ("source", "target")
-    assert found.values["task"] == {
+    assert result.values["task"] == {
         "type": "pairs",
         "source_column": names[0],
         "target_column": names[1],
         "max_source_length": 32,
         "max_target_length": 32,
     }
-    said = dict(found.findings)
+    said = dict(result.findings)
     assert said["task"] == f"pairs: `{names[0]}` and `{names[1]}`"
     assert said["source"] == f"`{names[0]}`, the first column"
     assert said["max target length"].startswith("32, ")
     if header is None:
-        assert found.values["data"]["format"]["columns"] == ["source", "target"]
-    assert found.values["data"]["validation"] == {"from": "train", "fraction": 0.2}
+        assert result.values["data"]["format"]["columns"] == ["source", "target"]
+    assert result.values["data"]["validation"] == {"from": "train", "fraction": 0.2}
 
 
 @pytest.mark.usefixtures("two_more_types")
-def test_lengths_of_a_new_task_shrink_with_the_memory(
+def test_lengths_of_a_new_task_are_reduced_to_fit_into_memory(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [("word " * 400 + str(i), "word " * 100 + str(i)) for i in range(20)]
@@ -140,22 +140,22 @@ def test_lengths_of_a_new_task_shrink_with_the_memory(
 
 
 @pytest.mark.usefixtures("two_more_types")
-def test_a_folder_of_sound_is_drafted_by_the_task_that_reads_it(base: Path, tmp_path: Path) -> None:
+def test_a_folder_of_audio_is_drafted_by_the_task_that_reads_it(base: Path, tmp_path: Path) -> None:
     for i in range(10):
         (tmp_path / "sound").mkdir(exist_ok=True)
         (tmp_path / "sound" / f"{i}.wav").write_bytes(b"RIFF")
-    found = draft_recipe(tmp_path / "sound", str(base), tmp_path / "recipe.yaml")
-    assert found.values["task"] == {"type": "recordings", "audio_column": "audio"}
-    assert found.values["data"]["path"] == "sound"
-    assert found.values["data"]["validation"] == {"from": "train", "fraction": 0.2}
-    assert "10 recordings" in dict(found.findings)["file"]
+    result = draft_recipe(tmp_path / "sound", str(base), tmp_path / "recipe.yaml")
+    assert result.values["task"] == {"type": "recordings", "audio_column": "audio"}
+    assert result.values["data"]["path"] == "sound"
+    assert result.values["data"]["validation"] == {"from": "train", "fraction": 0.2}
+    assert "10 recordings" in dict(result.findings)["file"]
 
 
 @pytest.mark.usefixtures("two_more_types")
 def test_a_new_task_changes_no_other_draft(base: Path, tmp_path: Path) -> None:
     rows = [(i, *row) for i, row in enumerate(labelled(40, ["good", "bad"]))]
-    found = drafted(base, tmp_path, table(("id", "text", "label"), rows))
-    assert found.values["task"]["type"] == "sequence_classification"
+    result = drafted(base, tmp_path, table(("id", "text", "label"), rows))
+    assert result.values["task"]["type"] == "sequence_classification"
 
 
 def table_of(rows: list[dict[str, Any]], **given: Any) -> Table:
@@ -163,14 +163,14 @@ def table_of(rows: list[dict[str, Any]], **given: Any) -> Table:
 
 
 @pytest.mark.parametrize("seen", [(0, 1), (1, 0)])
-def test_the_most_certain_proposal_is_taken(
+def test_the_most_certain_proposal_is_chosen(
     seen: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of equally certain ones, that without an error; then the first."""
+    """Of equally certain proposals, choose one without an error, otherwise the first."""
 
     def kind(name: str, certainty: Certainty, error: LoraError | None = None) -> type[Task]:
-        found = Proposal({"type": name}, {}, ["text"], certainty=certainty, error=error)
-        return type(name, (Task,), {"propose": staticmethod(lambda table, base: found)})
+        result = Proposal({"type": name}, {}, ["text"], certainty=certainty, error=error)
+        return type(name, (Task,), {"propose": staticmethod(lambda table, base: result)})
 
     def choose(*kinds: type[Task]) -> str:
         ordered = [kinds[i] for i in seen]
@@ -188,14 +188,14 @@ def test_the_most_certain_proposal_is_taken(
     assert same == ("a", "b")[seen[0]]
 
 
-def test_every_type_says_whether_a_table_is_for_it(base: Path) -> None:
+def test_every_task_type_proposes_itself_for_its_tables(base: Path) -> None:
     assert all(kind.propose is not Task.propose for kind in task_types())
     for name, kind in zip(TASKS, task_types(), strict=True):
         values = {"model": {"name": str(base)}, "task": {"type": name}, "data": {"path": "a.csv"}}
         assert type(build_task(Recipe.model_validate(values))) is kind
 
 
-def test_a_base_of_several_parts_is_known_by_its_pipeline(tmp_path: Path) -> None:
+def test_a_diffusion_model_is_recognised_by_its_pipeline(tmp_path: Path) -> None:
     folder = tmp_path / "pipeline"
     tiny_diffusion.save(folder)
     assert describe_base(str(folder)).model_type == "StableDiffusionPipeline"
@@ -205,7 +205,7 @@ def test_a_base_of_several_parts_is_known_by_its_pipeline(tmp_path: Path) -> Non
             describe_base(str(folder))
 
 
-def test_rows_that_no_task_reads_are_rejected(
+def test_rows_that_no_task_supports_are_rejected(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(choose_task, "task_types", lambda: [Task])
@@ -214,9 +214,9 @@ def test_rows_that_no_task_reads_are_rejected(
 
 
 def test_words_and_tags_without_a_header_keep_their_rows(base: Path, tmp_path: Path) -> None:
-    """The columns are named anew; what is wrong with a row is still found by its old names."""
+    """The columns get new names, but errors in rows are still found by their old names."""
     rows = [('["the", "film"]', '["O", "B-ART"]') for _ in range(12)]
-    found = drafted(base, tmp_path, table(None, rows), label="column_2")
-    assert found.values["task"]["type"] == "token_classification"
-    assert found.values["data"].get("on_bad_row") is None
+    result = drafted(base, tmp_path, table(None, rows), label="column_2")
+    assert result.values["task"]["type"] == "token_classification"
+    assert result.values["data"].get("on_bad_row") is None
     assert media_rows.UNITS.keys() == {"image", "audio"}

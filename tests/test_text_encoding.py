@@ -1,4 +1,4 @@
-"""Which encoding a file has, found from its bytes, and what is said where it is another."""
+"""Detection of encodings from bytes, and errors for files in another encoding."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def table(texts: list[str], between: str = ",") -> str:
 
 
 @pytest.mark.parametrize(("encoding", "texts"), [*CODED, *BYTES])
-def test_the_encoding_is_found_and_the_rows_are_read(
+def test_the_encoding_is_detected_and_the_rows_are_read(
     encoding: str, texts: list[str], tmp_path: Path
 ) -> None:
     raw = table(texts).encode(encoding)
@@ -50,10 +50,10 @@ def test_the_encoding_is_found_and_the_rows_are_read(
     ("encoding", "texts", "above"),
     [*((*coded, 0) for coded in CODED), (*CODED[0], 500), (*CODED[1], 500)],
 )
-def test_codes_of_letters_are_never_read_as_text(
+def test_escape_sequences_are_never_read_as_text(
     encoding: str, texts: list[str], above: int, tmp_path: Path
 ) -> None:
-    """ISO 2022 is found however many lines of ASCII stand above its first code."""
+    """ISO 2022 is detected even after many lines of plain ASCII."""
     text = table(["a plain text"] * above + texts)
     (tmp_path / "x.csv").write_bytes(text.encode(encoding))
     with pytest.raises(LoraError, match=rf"this is {encoding} text[\s\S]*encoding={encoding}`"):
@@ -64,7 +64,7 @@ def test_codes_of_letters_are_never_read_as_text(
 
 @pytest.mark.parametrize("given", ["utf-8", "cp932"])
 @pytest.mark.parametrize(("encoding", "texts"), [*CODED[:1], ("utf-16-le", ["abc", "def"])])
-def test_codes_are_read_whatever_the_recipe_says_of_its_own_files(
+def test_escape_sequences_are_decoded_whatever_the_encoding_in_the_recipe(
     encoding: str, texts: list[str], given: str, tmp_path: Path
 ) -> None:
     (tmp_path / "x.csv").write_bytes(table(texts * 4).encode(encoding))
@@ -81,7 +81,7 @@ def test_codes_are_read_whatever_the_recipe_says_of_its_own_files(
     ["a+b", "1 + 2 = 3", "C++ and C++-", "+81-3-1234", "x+-y", "~{ ~}", "~{abc~}", "a\x1b[31mred",
      "\x1b(B\x1b[m", "\x1b", "+ABC-", "me+you@x.org", "", "+/+/"],
 )  # fmt: skip
-def test_plain_text_is_not_taken_for_codes(text: str) -> None:
+def test_plain_text_is_not_read_as_escape_sequences(text: str) -> None:
     assert seven_bit_encoding(table([text, "plain"]).encode()) is None
 
 
@@ -93,21 +93,21 @@ def test_the_hint_names_the_encoding_of_the_file(
     path.write_bytes(table(texts).encode(encoding))
     for wrong in ("utf-8", "cp1252" if encoding != "cp1252" else "ascii"):
         assert f"`--set data.format.encoding={encoding}`" in encoding_hint(path, wrong)
-    assert "--set" not in encoding_hint(path, encoding)  # the same hint again would lead nowhere
+    assert "--set" not in encoding_hint(path, encoding)  # repeating the same hint would not help
 
 
 @pytest.mark.parametrize(
-    ("name", "wanted"),
+    ("name", "expected"),
     [("windows-31j", "cp932"), ("Windows_31J", "cp932"), ("x-sjis", "cp932"), ("MS932", "MS932"),
      ("cp51932", "euc_jp"), ("cp50221", "iso2022_jp_ext"), ("utf8mb4", "utf-8"),
      ("UTF-8-BOM", "utf-8"), ("UCS-2", "utf-16"), ("windows-949", "cp949"),
      ("shift_jis", "shift_jis")],
 )  # fmt: skip
-def test_names_that_other_programs_use(name: str, wanted: str) -> None:
-    assert FormatSpec(encoding=name).encoding == wanted
+def test_names_that_other_programs_use(name: str, expected: str) -> None:
+    assert FormatSpec(encoding=name).encoding == expected
 
 
-def test_a_file_with_a_zero_is_not_utf_16() -> None:
+def test_a_file_with_a_zero_byte_is_not_utf_16() -> None:
     assert encoding_of(b"text,label\na\0b,1\nc,2\n")[0] == "utf-8"
     assert encoding_of("text,label\nab,1\n".encode("utf-16-le"))[0] == "utf-16-le"
     assert encoding_of("文,本\n日本,語\n".encode("utf-16-be"))[0] == "utf-16-be"
@@ -130,7 +130,7 @@ def test_only_line_ends_end_a_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-8-sig"])
 def test_a_text_file_of_columns_is_a_table(encoding: str, tmp_path: Path) -> None:
-    """As Excel's "Unicode text" is: quoted where a cell holds a mark or a line end."""
+    """Like Excel's "Unicode text", with quotes around cells with quotation marks or line ends."""
     texts = [*JAPANESE, 'say ""hi"", twice', "two\nlines"] * 3
     content = "text\tlabel\r\n" + "".join(f'"{t}"\t{"ab"[i % 2]}\r\n' for i, t in enumerate(texts))
     (tmp_path / "x.txt").write_bytes(content.encode(encoding))
