@@ -1,4 +1,4 @@
-"""Products in fp8 are those of the rounded rows in float64. A CPU can compute them too."""
+"""Tests that fp8 products equal those of the rounded rows in float64, also on a CPU."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def _products_in_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
 def layer_of(n_in: int, n_out: int, bias: bool = False) -> QuantizedLinear:
     generator = torch.Generator().manual_seed(n_in)
     numbers = torch.randn(n_out, n_in, generator=generator)
-    sizes = torch.rand(n_out, 1, generator=generator)  # rows of very different sizes
+    sizes = torch.rand(n_out, 1, generator=generator)  # rows of very different magnitudes
     layer = QuantizedLinear(n_in, n_out, nn.Parameter(torch.randn(n_out)) if bias else None, "fp8")
     layer.set_weight(numbers * sizes)
     return layer
 
 
 def rounded_rows(x: torch.Tensor) -> torch.Tensor:
-    """Return what rows of 8 bits stand for, in float64: scaled to 448, and rounded by torch."""
+    """Return the dequantised fp8 rows in float64: scaled to 448, and rounded by torch."""
     scales = x.double().abs().amax(dim=1, keepdim=True) / 448
     return (x.double() / scales).float().to(FP8).double() * scales
 
@@ -56,7 +56,7 @@ def test_products_and_gradients_are_those_of_rounded_rows(
     assert float((x.grad.double() - wanted).norm() / wanted.norm()) < 3e-3
 
 
-def test_inputs_of_any_dimensions_get_the_bias_and_each_row_is_computed_alone() -> None:
+def test_inputs_may_have_any_dimensions_and_rows_are_independent() -> None:
     layer = layer_of(32, 48, bias=True)
     x = torch.randn(2, 3, 32).bfloat16()
     y = layer(x)
@@ -79,14 +79,14 @@ def test_under_autocast_the_result_has_its_dtype_and_the_gradient_that_of_the_in
     assert x.grad.dtype == torch.float32
 
 
-def test_in_float32_nothing_is_rounded_but_the_weight() -> None:
+def test_in_float32_only_the_weight_is_rounded() -> None:
     layer = layer_of(32, 48)
     x = torch.randn(4, 32)
     torch.testing.assert_close(layer(x), x @ layer.dequantized().T)
 
 
 @pytest.mark.parametrize("sizes", [(24, 32), (32, 24)])
-def test_sizes_that_gpus_do_not_multiply_in_fp8_are_multiplied_as_numbers(
+def test_weights_of_unsupported_sizes_are_dequantised(
     sizes: tuple[int, int],
 ) -> None:
     layer = layer_of(*sizes)
@@ -94,7 +94,7 @@ def test_sizes_that_gpus_do_not_multiply_in_fp8_are_multiplied_as_numbers(
     torch.testing.assert_close(layer(x), x @ layer.dequantized(torch.bfloat16).T)
 
 
-def test_a_compiled_layer_has_the_gradient_of_the_layer_as_it_is() -> None:
+def test_a_compiled_layer_has_the_same_gradient() -> None:
     up, down = layer_of(32, 64), layer_of(64, 32)
 
     def compute(x: torch.Tensor) -> torch.Tensor:
@@ -109,7 +109,7 @@ def test_a_compiled_layer_has_the_gradient_of_the_layer_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_row_with_a_bad_number_stays_bad(bad: float) -> None:
+def test_a_row_with_nan_or_infinity_gives_nan(bad: float) -> None:
     x = torch.ones(2, 4)
     x[0, 1] = bad
     numbers, scales = fp8_rows(x, None)

@@ -1,4 +1,4 @@
-"""A model in 16 bits computes as its float32 copy does, inside `full_precision`."""
+"""Tests that a 16-bit model computes like its float32 copy within `full_precision`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lora_cli.models.full_precision import _all_widened, _widened, full_precisio
 Pair = namedtuple("Pair", "one other")
 
 
-def test_tensors_in_arguments_of_any_form_are_widened() -> None:
+def test_tensors_in_nested_arguments_are_converted_to_float32() -> None:
     half, whole = torch.ones(2, dtype=torch.bfloat16), torch.ones(2)
     value = (
         half, [whole, {"a": half.half(), "b": 1, "c": None}], Pair(half, "x"), (), [],
@@ -46,7 +46,7 @@ def test_outputs_are_those_of_the_same_weights_in_float32(dtype: torch.dtype) ->
     torch.testing.assert_close(found, wanted, atol=1e-5 * float(wanted.abs().max()), rtol=0)
 
 
-def test_rows_of_an_embedding_are_widened_also_where_it_is_given_by_name() -> None:
+def test_embedding_rows_are_converted_also_with_keyword_arguments() -> None:
     table, ids = torch.randn(5, 4).bfloat16(), torch.tensor([[4, 0], [1, 4]])
     with full_precision(nn.Linear(1, 1).bfloat16()):
         found = torch.embedding(weight=table, indices=ids)

@@ -1,4 +1,4 @@
-"""What a run says of its GPUs, with a stand-in for NVIDIA's library, and no GPU."""
+"""Tests of the GPU statistics of a run, with a stand-in for NVIDIA's library, without a GPU."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class NotSupported(Exception):
 
 
 class Card(SimpleNamespace):
-    """What the stand-in answers of a GPU; `whole` is the card of a part (MIG)."""
+    """The stand-in's values for a GPU; `whole` is the card of a MIG partition."""
 
     busy: int | None = 40
     used: int = 3 * GIB
@@ -39,7 +39,7 @@ class Card(SimpleNamespace):
 
 
 class Nvml(ModuleType):
-    """Stands in for `pynvml`: GPUs by UUID."""
+    """A stand-in for `pynvml`, with GPUs by UUID."""
 
     NVMLError = NotSupported
 
@@ -85,7 +85,7 @@ class Nvml(ModuleType):
 
 @pytest.fixture
 def install(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Return a function that puts the stand-in in place, with GPUs as torch counts them."""
+    """Return a function that installs the stand-in, with GPUs in torch's order."""
 
     def put(cards: dict[str, Card], uuids: tuple[str, ...] = ("a", "b")) -> Nvml:
         nvml = Nvml(cards)

@@ -1,4 +1,4 @@
-"""Learning rates, parameter groups and optimizers are what the recipe says, as torch has them."""
+"""Tests of learning rates, parameter groups and optimizers, against torch's optimizers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Json = dict[str, Any]
 def assert_same_steps(
     model: nn.Module, ours: Any, copies: dict[str, nn.Parameter], theirs: Any
 ) -> None:
-    """Check that two optimizers move a model and the copies of its parameters alike."""
+    """Check that two optimizers update a model and the copies of its parameters equally."""
     for _ in range(3):
         for name, parameter in model.named_parameters():
             parameter.grad = torch.randn_like(parameter)
@@ -72,12 +72,12 @@ def test_groups_of_parameters_have_their_own_settings() -> None:
     assert found["classifier.bias"] == (0.01, 0.0)  # biases do not decay
     assert found[layer.format(0, "lora_A")] == (0.02, 0.25)
     assert found[layer.format(0, "lora_B")] == (pytest.approx(0.32), 0.25)
-    assert found[layer.format(0, "base.bias")] == (0.1, 0.0)  # neither head nor matrix
+    assert found[layer.format(0, "base.bias")] == (0.1, 0.0)  # neither the head nor a matrix
     assert found[layer.format(1, "lora_A")] == (0.03, 0.5)
     assert found[layer.format(1, "lora_B")] == (pytest.approx(0.48), 0.5)
 
 
-def test_with_full_fine_tuning_only_the_head_is_the_head() -> None:
+def test_the_head_group_of_full_fine_tuning_is_only_the_head() -> None:
     model = tiny.encoder(2)
     recipe = with_optimizer("full", groups={"head": {"learning_rate": 0.01}})
     attach(model, recipe, ["classifier"])
@@ -89,7 +89,7 @@ def test_with_full_fine_tuning_only_the_head_is_the_head() -> None:
     assert all(found[name] == (0.1, 0.0) for name in norms)
 
 
-def test_layers_decay_as_plain_torch_groups_with_the_rates_written_out() -> None:
+def test_layer_decay_equals_torch_groups_with_explicit_rates() -> None:
     model = tiny.encoder(2, layers=3)
     recipe = with_optimizer("full", learning_rate=0.01, weight_decay=0.3, layer_decay=0.5)
     attach(model, recipe, ["classifier"])
@@ -120,7 +120,7 @@ def test_layers_decay_as_plain_torch_groups_with_the_rates_written_out() -> None
     }
 
 
-def test_adapters_decay_by_layer_and_a_named_rate_is_taken_as_it_is() -> None:
+def test_adapters_decay_by_layer_and_explicit_rates_do_not() -> None:
     model = tiny.encoder(2)
     recipe = with_optimizer(
         layer_decay=0.5,
@@ -141,9 +141,9 @@ def test_adapters_decay_by_layer_and_a_named_rate_is_taken_as_it_is() -> None:
     assert found["classifier.weight"] == (0.01, 0.5)
     assert found[layer.format(0, "query.lora_A")] == (pytest.approx(0.05), 0.5)
     assert found[layer.format(0, "query.lora_B")] == (pytest.approx(0.2), 0.5)
-    # the group of the layer comes before that of adapters, and has no rate of its own
+    # the group of the layer comes before the group of adapters, and sets no rate
     assert found[layer.format(1, "query.lora_A")] == (pytest.approx(0.05), 0.25)
-    assert found[layer.format(0, "value.lora_A")] == (0.03, 0.5)  # the first name that fits
+    assert found[layer.format(0, "value.lora_A")] == (0.03, 0.5)  # the first matching name
     assert found[layer.format(1, "value.lora_A")] == (7.0, 0.75)
     assert found[layer.format(1, "value.lora_B")] == (28.0, 0.75)
 
@@ -166,7 +166,7 @@ def test_adapters_decay_by_layer_and_a_named_rate_is_taken_as_it_is() -> None:
         ({"layer_decay": 0.9}, "none", "nothing is trained in a numbered layer", "leave"),
     ],
 )
-def test_a_rate_for_what_is_not_trained_is_an_error(
+def test_a_rate_for_frozen_parameters_is_an_error(
     settings: Json, kind: str, what: str, hint: str
 ) -> None:
     model = tiny.encoder(2)
@@ -185,7 +185,7 @@ def test_a_rate_for_what_is_not_trained_is_an_error(
         (["4", "4-4"], "`4` and `4-4`"), (["0-2", "3", "4-10"], ""),
     ],
 )  # fmt: skip
-def test_a_layer_is_in_one_range_alone(ranges: list[str], which: str) -> None:
+def test_ranges_of_layers_must_not_overlap(ranges: list[str], which: str) -> None:
     layers = {name: {"learning_rate": 0.1} for name in ranges}
     if not which:
         with_optimizer(groups={"layers": layers})
@@ -194,7 +194,7 @@ def test_a_layer_is_in_one_range_alone(ranges: list[str], which: str) -> None:
         with_optimizer(groups={"layers": layers})
 
 
-def test_a_group_of_layers_in_which_nothing_is_trained_is_refused() -> None:
+def test_a_group_of_frozen_layers_is_rejected() -> None:
     model = tiny.encoder(2)
     recipe = with_optimizer(groups={"layers": {"2-5": {"learning_rate": 0.03}}})
     attach(model, recipe, ["classifier"])
@@ -202,12 +202,12 @@ def test_a_group_of_layers_in_which_nothing_is_trained_is_refused() -> None:
         build_optimizer(model, recipe, ["classifier"])
 
 
-def test_a_ratio_for_an_adapter_without_b_is_refused() -> None:
+def test_a_ratio_for_an_adapter_without_b_is_rejected() -> None:
     model = tiny.encoder(2)
     attach(model, with_optimizer(), ["classifier"])
     parameter_groups(model, with_optimizer(lora_plus_ratio=4.0), ["classifier"])
     parameter_groups(tiny.encoder(2), with_optimizer("none", lora_plus_ratio=4.0))  # a baseline
-    for module in model.modules():  # as of an adapter that `adapter.from` names
+    for module in model.modules():  # as in an adapter from `adapter.from`
         if isinstance(module, LoRALayer):
             del module.lora_B
     with pytest.raises(LoraError, match="nothing that is trained has a `lora_B`"):
@@ -216,7 +216,7 @@ def test_a_ratio_for_an_adapter_without_b_is_refused() -> None:
 
 
 @pytest.mark.parametrize("kind", ["loha", "lokr"])
-def test_a_ratio_for_factors_of_other_names_is_refused_in_the_recipe(kind: str) -> None:
+def test_a_ratio_for_adapters_with_other_factors_is_rejected(kind: str) -> None:
     values = {
         "model": {"name": "m"},
         "task": {"type": "sequence_classification"},
@@ -229,7 +229,7 @@ def test_a_ratio_for_factors_of_other_names_is_refused_in_the_recipe(kind: str) 
     Recipe.model_validate({**values, "adapter": {"type": "dora"}})
 
 
-def test_adamw_is_fused_on_a_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adamw_is_only_fused_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Any] = []
     monkeypatch.setattr(torch.optim, "AdamW", lambda _, **options: given.append(options["fused"]))
     model = tiny.encoder(2)
@@ -250,9 +250,7 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize(("optimizer", "plain"), SETTINGS)
-def test_steps_are_those_of_torch_s_optimizer_with_these_settings(
-    optimizer: Json, plain: Any
-) -> None:
+def test_steps_equal_those_of_torch_s_optimizer(optimizer: Json, plain: Any) -> None:
     model = tiny.encoder(2)
     recipe = with_optimizer("full", learning_rate=0.01, weight_decay=0.3, **optimizer)
     attach(model, recipe, ["classifier"])

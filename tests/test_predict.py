@@ -93,7 +93,7 @@ def run(
 @pytest.mark.parametrize("chunk", [1, 2, 1000])
 @pytest.mark.parametrize("target", ["out.csv", "out.tsv", "out.jsonl"])
 @pytest.mark.parametrize("source", ["in.csv", "in.tsv", "in.jsonl"])
-def test_rows_order_and_columns_are_kept(
+def test_rows_order_and_columns_are_preserved(
     opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     source: str, target: str, chunk: int,
 ) -> None:  # fmt: skip
@@ -122,7 +122,7 @@ def test_without_any_answer_nothing_is_written(opened: Opened, tmp_path: Path) -
     assert [file.name for file in tmp_path.iterdir()] == ["in.jsonl"]
 
 
-def test_what_a_killed_process_left_is_deleted_and_nothing_is_replaced_unasked(
+def test_leftovers_are_deleted_and_existing_files_are_not_replaced(
     opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dead = subprocess.Popen([sys.executable, "-c", ""])
@@ -146,8 +146,8 @@ def test_what_a_killed_process_left_is_deleted_and_nothing_is_replaced_unasked(
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
 @pytest.mark.slow_after(1)
-def test_of_many_labels_the_best_are_written(suffix: str, tmp_path: Path) -> None:
-    """3,000 labels had 3,000 columns, and each row 70 kB."""
+def test_only_the_best_of_many_labels_are_written(suffix: str, tmp_path: Path) -> None:
+    """Otherwise 3,000 labels give 3,000 columns, and rows of 70 kB."""
     names = [f"label {i}" for i in range(3000)]
     given = {"task": {"labels": names}, "data": {"path": "rows.csv"}}
     opened = open_task(tiny.save_encoder(tmp_path / "base"), tmp_path, **given)
@@ -156,7 +156,7 @@ def test_of_many_labels_the_best_are_written(suffix: str, tmp_path: Path) -> Non
     task, model, _ = opened
     assert isinstance(task, SequenceClassification)
     with torch.no_grad():
-        task.first_position = None  # padded, as plain transformers reads it
+        task.first_position = None  # padded, as in plain transformers
         batch = task.input_tensors(task._encode_texts(ROWS))
         wanted = torch.softmax(model(**batch).logits, -1)
     rows = pq.read_table(target).to_pylist() if suffix == ".parquet" else read(target)
@@ -170,7 +170,7 @@ def test_of_many_labels_the_best_are_written(suffix: str, tmp_path: Path) -> Non
         assert list(best.values()) == pytest.approx(top.values.tolist(), abs=1e-5)
 
 
-def test_of_many_labels_predictions_keep_the_best_and_the_rows_own(tmp_path: Path) -> None:
+def test_predictions_contain_the_best_of_many_labels_and_the_row_s_own(tmp_path: Path) -> None:
     names = [f"label {i}" for i in range(3000)]
     rows = [{"text": row["text"], "label": names[-1 - i]} for i, row in enumerate(ROWS)]
     write(tmp_path / "rows.jsonl", rows)
@@ -201,7 +201,7 @@ def test_the_answers_are_those_of_evaluate(tmp_path: Path) -> None:
     assert len({row["p_bad"] for row in found}) == 5
 
 
-def test_bad_rows_stay_without_answer_and_are_reported(opened: Opened, tmp_path: Path) -> None:
+def test_bad_rows_get_no_answer_and_are_reported(opened: Opened, tmp_path: Path) -> None:
     source = tmp_path / "in.jsonl"
     source.write_text('{"text": "a"}\n{"text": " "}\n{broken\n{"id": 3}\n{"text": "b"}\n')
     written, problems = run(opened, source, tmp_path / "out.jsonl")
@@ -222,10 +222,10 @@ def test_bad_rows_stay_without_answer_and_are_reported(opened: Opened, tmp_path:
     assert [bool(row["prediction"]) for row in rows] == [True, False, True]
 
 
-def test_new_columns_take_no_others_name(opened: Opened, tmp_path: Path) -> None:
+def test_new_columns_do_not_reuse_existing_names(opened: Opened, tmp_path: Path) -> None:
     rows = [
         {"text": "a", "prediction": "old", "p_bad": 1},
-        {"text": "b", "prediction_2": "older"},  # a column that only a later row has
+        {"text": "b", "prediction_2": "older"},  # a column that only exists in a later row
     ]
     for name in ("out.jsonl", "out.csv"):
         run(opened, write(tmp_path / "in.jsonl", rows), tmp_path / name)
@@ -236,7 +236,7 @@ def test_new_columns_take_no_others_name(opened: Opened, tmp_path: Path) -> None
         assert 0 <= float(first["p_bad_2"]) <= 1
 
 
-def test_later_columns_reach_a_table(
+def test_columns_of_later_rows_are_written_to_a_table(
     opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(prediction, "CHUNK", 1)
@@ -246,7 +246,7 @@ def test_later_columns_reach_a_table(
     assert (first["tags"], second["tags"]) == ("", '["x", "é"]')
 
 
-def test_a_file_of_an_unknown_name_is_read_as_the_recipe_says(tmp_path: Path) -> None:
+def test_a_file_with_an_unknown_suffix_is_read_in_the_recipe_s_format(tmp_path: Path) -> None:
     data = {"path": "rows.jsonl", "format": {"type": "json"}}
     write(tmp_path / "rows.jsonl", [{"text": "a", "label": 0}])
     opened = open_task(tiny.save_encoder(tmp_path / "base"), tmp_path, data=data)
@@ -255,7 +255,7 @@ def test_a_file_of_an_unknown_name_is_read_as_the_recipe_says(tmp_path: Path) ->
     assert run(opened, write(tmp_path / "in.csv", ROWS), tmp_path / "more.jsonl") == (5, [])
 
 
-def test_a_model_of_texts_answers_files_too(tmp_path: Path) -> None:
+def test_a_language_model_answers_files_too(tmp_path: Path) -> None:
     generation = {"generation": {"max_new_tokens": 3}}
     opened = open_task(tiny.save_gpt2(tmp_path / "base"), tmp_path, evaluate=generation)
     run(opened, write(tmp_path / "in.csv", ROWS), tmp_path / "out.csv")
@@ -284,7 +284,7 @@ def test_a_model_of_texts_answers_files_too(tmp_path: Path) -> None:
         ("in.jsonl", "out.csv", "no row can be read"),
     ],
 )
-def test_what_cannot_be_done_leaves_nothing_behind(
+def test_an_error_leaves_no_files_behind(
     opened: Opened, tmp_path: Path, source: str, target: str, message: str
 ) -> None:
     write(tmp_path / "in.csv", ROWS)
@@ -302,7 +302,7 @@ def test_what_cannot_be_done_leaves_nothing_behind(
     assert {f: f.read_bytes() for f in tmp_path.iterdir() if f.is_file()} == before
 
 
-def test_a_failure_on_the_way_leaves_the_old_output(
+def test_a_failure_during_writing_keeps_the_old_output(
     opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(prediction, "CHUNK", 2)
@@ -339,7 +339,7 @@ def raw_rows(encoding: str = "utf-8", delimiter: str = ",", end: str = "\n") -> 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 @pytest.mark.parametrize("delimiter", [";", "|", ",", "\t"])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "cp1252", "utf-16"])
-def test_a_table_is_written_as_it_was(
+def test_a_table_is_written_in_its_own_format(
     opened: Opened, tmp_path: Path, encoding: str, delimiter: str, end: str
 ) -> None:
     source, target = tmp_path / "in.csv", tmp_path / "out.csv"
@@ -391,7 +391,9 @@ def test_parquet_keeps_its_types(opened: Opened, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_parquet_keeps_what_python_cannot_hold(opened: Opened, tmp_path: Path) -> None:
+def test_parquet_preserves_values_that_python_cannot_represent(
+    opened: Opened, tmp_path: Path
+) -> None:
     text = pa.array(["great fun"] * 2500)
     offsets = np.arange(2501, dtype=np.int32) * 2
     broken = pa.Array.from_buffers(
@@ -407,7 +409,7 @@ def test_parquet_keeps_what_python_cannot_hold(opened: Opened, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("name", ["in.tsv", "in.tsv.gz", "in.txt"])
-def test_a_table_without_quoting_is_written_without(
+def test_a_table_without_quoting_is_written_without_quoting(
     opened: Opened, tmp_path: Path, name: str
 ) -> None:
     lines = ["id\ttext", '1\t"Open quote', "2\trow in the middle", '3\tlast row"', '4\t5" "x" pipe']
@@ -442,7 +444,7 @@ def test_an_answer_with_a_tab_in_a_table_without_quoting(
     assert lines[1:] == ['"x\t1\ta b c\t0.5\t0.5', "y\t2\tbad\t1.0\t0.0"]
 
 
-def test_a_table_without_a_header_stays_without(tmp_path: Path) -> None:
+def test_a_table_without_a_header_is_written_without_one(tmp_path: Path) -> None:
     form = {"header": False, "columns": ["text", "label"]}
     (tmp_path / "rows.csv").write_text("a;0\nb;1\n".replace(";", ","))
     data = {"path": "rows.csv", "format": form}
@@ -484,7 +486,9 @@ def test_a_header_alone_has_no_rows_to_answer(opened: Opened, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("name", ["in.txt", "in.csv", "in.txt.gz"])
-def test_a_text_a_line_needs_no_header(opened: Opened, tmp_path: Path, name: str) -> None:
+def test_a_file_with_one_text_per_line_needs_no_header(
+    opened: Opened, tmp_path: Path, name: str
+) -> None:
     raw = b"great fun, all of it\nslow and dull\na long bore of a film\n"
     (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
     assert run(opened, tmp_path / name, tmp_path / "out.jsonl") == (3, [])
@@ -492,7 +496,7 @@ def test_a_text_a_line_needs_no_header(opened: Opened, tmp_path: Path, name: str
     assert found == raw.decode().splitlines()
 
 
-def test_a_file_is_read_by_its_own_form_and_not_by_the_recipe_s(tmp_path: Path) -> None:
+def test_a_file_is_read_in_its_own_format_not_the_recipe_s(tmp_path: Path) -> None:
     form = {"encoding": "cp1252", "delimiter": ";", "header": False, "columns": ["text", "label"]}
     data = {"path": "rows.csv", "format": form}
     (tmp_path / "rows.csv").write_text("a;0\nb;1\n")
@@ -529,7 +533,9 @@ def test_broken_rows_do_not_hide_a_table(opened: Opened, tmp_path: Path, delimit
         run(opened, tmp_path / "other.csv", tmp_path / "out2.csv")
 
 
-def test_a_column_of_the_wanted_name_alone_has_a_header(opened: Opened, tmp_path: Path) -> None:
+def test_a_single_column_with_the_expected_name_has_a_header(
+    opened: Opened, tmp_path: Path
+) -> None:
     (tmp_path / "in.csv").write_text('text\nslow, dull\na warm; "good" film\n')
     assert run(opened, tmp_path / "in.csv", tmp_path / "out.jsonl") == (2, [])
     found = [row["text"] for row in read(tmp_path / "out.jsonl")]
@@ -537,7 +543,7 @@ def test_a_column_of_the_wanted_name_alone_has_a_header(opened: Opened, tmp_path
 
 
 @pytest.mark.parametrize(("name", "delimiter"), [("csv", ","), ("tsv", "\t")])
-def test_what_is_added_to_a_column_alone_stands_behind_the_usual_delimiter(
+def test_columns_added_to_a_single_column_use_the_usual_delimiter(
     opened: Opened, tmp_path: Path, name: str, delimiter: str
 ) -> None:
     texts = ["slow, dull", "a warm film", "long; and\tdull", 'a "good" one, too']
@@ -550,7 +556,7 @@ def test_what_is_added_to_a_column_alone_stands_behind_the_usual_delimiter(
     assert [row[0] for row in rows] == texts
 
 
-def test_letters_that_an_old_encoding_lacks_are_told(
+def test_characters_missing_in_the_encoding_are_reported(
     opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(prediction, "answer", lambda *_: [["良い é", 1, 0], ["ok", 1, 0]])
@@ -563,10 +569,10 @@ def test_letters_that_an_old_encoding_lacks_are_told(
 
 @pytest.mark.parametrize("name", ["in.jsonl", "in.csv"])
 @pytest.mark.slow
-def test_a_file_of_any_size_takes_the_memory_of_a_chunk(
+def test_the_memory_for_a_file_is_bounded_by_a_chunk(
     opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    # the length is in a column that is only copied: to tokenize all of it would take a minute
+    # the long text is in a column that is only copied, as tokenizing it would take a minute
     note, count = "and so on " * 2400, 1000
     row = {"text": "great fun", "note": note}
     line = json.dumps(row) + "\n" if name == "in.jsonl" else f"great fun,{note}\n"
@@ -583,7 +589,7 @@ def test_a_file_of_any_size_takes_the_memory_of_a_chunk(
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert peak < size / 8  # 10 rows of 1,000, and what is read to see how a csv is written
+    assert peak < size / 8  # 10 of 1,000 rows, and the part that is read to detect the format
     with (tmp_path / "out.jsonl").open() as file:
         assert sum(json.loads(row)["note"].strip() == note.strip() for row in file) == count
 

@@ -1,4 +1,4 @@
-"""The probe tells an adapter at work from its base, here and at a server."""
+"""Tests that the probe distinguishes an adapted model from its base, locally and on a server."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from lora_cli.training import train
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Return a base and a trained adapter of it."""
+    """Return a base and an adapter that was trained on it."""
     top = tmp_path_factory.mktemp("probe")
     base = tiny.save_llama(top / "base", tied=False)
     optimizer = {"learning_rate": 0.05}
@@ -54,7 +54,7 @@ def check(*arguments: str) -> str:
 
 
 def changed(folder: Path, top: Path, change: Any) -> Path:
-    """Copy an adapter, with other tensors."""
+    """Copy an adapter, with changed tensors."""
     copy = Path(shutil.copytree(folder, top / "copy"))
     file = copy / "adapter_model.safetensors"
     tensors = load_file(file)
@@ -86,12 +86,12 @@ SMALL = {
         ),
         (
             CanineForSequenceClassification,
-            "vocab_size",  # it reads the numbers of letters
+            "vocab_size",  # its inputs are codes of characters
             CanineConfig(num_hash_buckets=tiny.POSITIONS, **SMALL),
         ),
     ],
 )  # fmt: skip
-def test_a_base_whose_configuration_lacks_a_number_is_probed(
+def test_a_base_whose_configuration_lacks_a_size_is_probed(
     build: Any, absent: str, config: PretrainedConfig, tmp_path: Path
 ) -> None:
     assert not hasattr(config, absent)
@@ -103,7 +103,7 @@ def test_a_base_whose_configuration_lacks_a_number_is_probed(
     assert "the adapter is applied" in check("--adapter", str(tmp_path / "out"))
 
 
-def test_training_leaves_a_probe_that_is_what_peft_computes(trained: tuple[Path, Path]) -> None:
+def test_training_writes_a_probe_with_the_outputs_of_peft(trained: tuple[Path, Path]) -> None:
     base, out = trained
     assert "probe.json" in json.loads((out / "manifest.json").read_text())["files"]
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -120,7 +120,7 @@ def test_training_leaves_a_probe_that_is_what_peft_computes(trained: tuple[Path,
     for i, (_, base_side, adapted_side) in enumerate(prompts):
         for top, side in ((found[i], base_side), (found[len(prompts) + i], adapted_side)):
             texts = [tokenizer.decode([t]) for t in top.indices]
-            words = [text.strip(" ") for text in texts]  # two that differ by a space are left out
+            words = [text.strip(" ") for text in texts]  # tokens that differ by a space are omitted
             wanted = {
                 text: lp
                 for text, lp in zip(texts, top.values.tolist(), strict=True)
@@ -134,7 +134,9 @@ def test_the_adapter_is_applied(trained: tuple[Path, Path]) -> None:
     assert "the adapter is applied" in check("--adapter", str(trained[1]))
 
 
-def test_without_its_update_it_is_the_base(trained: tuple[Path, Path], tmp_path: Path) -> None:
+def test_an_adapter_without_its_update_is_reported_as_the_base(
+    trained: tuple[Path, Path], tmp_path: Path
+) -> None:
     def idle(tensors: dict[str, torch.Tensor]) -> None:
         for name in tensors:
             tensors[name] *= 0.0 if "lora_B" in name else 1.0
@@ -145,7 +147,9 @@ def test_without_its_update_it_is_the_base(trained: tuple[Path, Path], tmp_path:
     assert "these are the base's outputs" in str(caught.value)
 
 
-def test_another_scale_is_neither(trained: tuple[Path, Path], tmp_path: Path) -> None:
+def test_an_adapter_with_another_scale_matches_neither(
+    trained: tuple[Path, Path], tmp_path: Path
+) -> None:
     def halved(tensors: dict[str, torch.Tensor]) -> None:
         for name in tensors:
             tensors[name] *= 0.5 if "lora_B" in name else 1.0
@@ -198,7 +202,7 @@ def serving(models: dict[str, Any], tokenizer: Any, form: str = "openai") -> Ite
             top = logits.log_softmax(-1).topk(asked["logprobs"])
             pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
             tokens = [(tokenizer.decode([i]), lp) for i, lp in pairs]
-            if form == "with spaces":  # as llama.cpp writes SentencePiece's tokens
+            if form == "with spaces":  # like llama.cpp for SentencePiece
                 words = tokenizer.convert_ids_to_tokens(top.indices.tolist())
                 tokens = [(words[n].replace("▁", " "), lp) for n, (_, lp) in enumerate(tokens)]
             if form in ("openai", "with spaces"):
@@ -244,7 +248,7 @@ def test_a_server_with_the_adapter(
 
 @pytest.fixture(scope="module")
 def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], Any]:
-    """Return an adapter of a base with such a tokenizer, the models, and the tokenizer."""
+    """Return an adapter of a base with a SentencePiece tokenizer, its models, and the tokenizer."""
     top = tmp_path_factory.mktemp("sentencepiece")
     tokenizer = tiny_translators.tokenizer("marian")
     model = tiny.llama(tied=False)
@@ -261,11 +265,11 @@ def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[
 
 @pytest.mark.parametrize("form", ["openai", "with spaces"])
 @pytest.mark.parametrize("probe", ["new", "old"])
-def test_the_space_before_a_token_is_no_difference(
+def test_the_leading_space_of_a_token_is_ignored(
     sentencepiece: tuple[Path, dict[str, Any], Any], form: str, probe: str, tmp_path: Path
 ) -> None:
     out, models, tokenizer = sentencepiece
-    if probe == "old":  # whose tokens had no space before them
+    if probe == "old":  # its tokens have no leading space
         out = Path(shutil.copytree(out, tmp_path / "out"))
         value = json.loads((out / "probe.json").read_text())
         for prompt in value["next_tokens"]:
@@ -295,7 +299,7 @@ def test_a_server_without_the_adapter(
         check("--adapter", str(trained[1]), "--url", url)
 
 
-def test_the_name_says_which_of_several_models(
+def test_the_name_selects_one_of_several_models(
     trained: tuple[Path, Path], models: dict[str, Any]
 ) -> None:
     out, both = str(trained[1]), {"m": models["base"], "a": models["adapted"]}

@@ -1,4 +1,4 @@
-"""A base that is quantised while it is read is what transformers, bitsandbytes and PEFT make."""
+"""Tests of quantising a base while it is loaded, against transformers, bitsandbytes and PEFT."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ LANGUAGE = {"type": "causal_lm", "pad_token": "<pad>"}
 
 
 def opened(base: Path, tmp_path: Path, kind: str | None, **sections: Any) -> tuple[Task, Any]:
-    """Return the task of a recipe and its base, kept as `kind`."""
+    """Return the task of a recipe and its base, quantised to `kind`."""
     model = {"name": str(base), **({} if kind is None else {"quantization": kind})}
     task = build_task(load_recipe(tiny.recipe(base, tmp_path, model=model, **sections)))
     task.load_processor()
@@ -50,7 +50,7 @@ def opened(base: Path, tmp_path: Path, kind: str | None, **sections: Any) -> tup
 
 
 def wide(model: Any) -> Any:
-    """Return a model like a tiny one, with 64 and 128 inputs to each layer.
+    """Return a model like a tiny one, with 64 or 128 inputs to each layer.
 
     On CPUs with AVX-512, bitsandbytes 0.50 gives wrong weights for other numbers than multiples
     of its block.
@@ -64,7 +64,7 @@ def wide(model: Any) -> Any:
 
 @pytest.fixture
 def plain_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let bitsandbytes multiply by the weights themselves.
+    """Let bitsandbytes multiply by the dequantised weights.
 
     On CPUs with AVX-512 for bfloat16 it rounds the scales to bfloat16 instead.
     """
@@ -78,7 +78,7 @@ def quantized_names(model: nn.Module) -> list[str]:
 @pytest.mark.parametrize("kind", ["llama-tied", "llama-untied", "gpt2"])
 @pytest.mark.usefixtures("plain_products")
 @torch.no_grad()
-def test_a_language_model_in_nf4_is_that_of_transformers(kind: str, tmp_path: Path) -> None:
+def test_a_language_model_in_nf4_equals_that_of_transformers(kind: str, tmp_path: Path) -> None:
     base = tmp_path / "base"
     if kind == "gpt2":
         tiny.save_gpt2(base)
@@ -98,12 +98,12 @@ def test_a_language_model_in_nf4_is_that_of_transformers(kind: str, tmp_path: Pa
     ids = torch.randint(5, 20, (2, 12))
     ours, wanted = model(input_ids=ids).logits, theirs(input_ids=ids).logits
     torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
-    # and they are not those of the base that it was made from
+    # and they differ from those of the original base
     _, plain = opened(base, tmp_path, None, task=task)
     assert float((plain(input_ids=ids).logits - ours).abs().max()) > 1e-3
 
 
-def test_a_head_that_the_task_creates_keeps_its_numbers(tmp_path: Path) -> None:
+def test_the_task_s_new_head_is_not_quantised(tmp_path: Path) -> None:
     base = tiny.save_encoder(tmp_path / "base")
     _, model = opened(base, tmp_path, "nf4")
     names = quantized_names(model)
@@ -112,7 +112,7 @@ def test_a_head_that_the_task_creates_keeps_its_numbers(tmp_path: Path) -> None:
     assert all(p.dtype == torch.float32 for p in model.classifier.parameters())
 
 
-def test_what_is_trained_in_full_keeps_its_numbers(tmp_path: Path) -> None:
+def test_modules_trained_in_full_are_not_quantised(tmp_path: Path) -> None:
     base = tiny.save_llama(tmp_path / "base")
     adapter = {"target_modules": ["q_proj"], "train_modules": ["o_proj"]}
     _, model = opened(base, tmp_path, "int8", task=LANGUAGE, adapter=adapter)
@@ -122,7 +122,7 @@ def test_what_is_trained_in_full_keeps_its_numbers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["nf4", "int8", "fp8"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_every_weight_is_near_that_of_the_checkpoint(
+def test_every_weight_is_close_to_that_of_the_checkpoint(
     kind: str, precision: str, tmp_path: Path
 ) -> None:
     base = tiny.save_gpt2(tmp_path / "base")
@@ -142,7 +142,7 @@ def test_every_weight_is_near_that_of_the_checkpoint(
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8", "fp8"])
-def test_the_base_is_recognised_and_counted_as_what_it_was_made_from(
+def test_a_quantised_base_has_the_fingerprint_and_count_of_the_original(
     kind: str, tmp_path: Path
 ) -> None:
     base = tiny.save_llama(tmp_path / "base", tied=False)
@@ -162,9 +162,7 @@ def test_the_base_is_recognised_and_counted_as_what_it_was_made_from(
 )
 @pytest.mark.parametrize("variant", ["lora", "dora"])
 @pytest.mark.usefixtures("plain_products")
-def test_twenty_steps_are_those_of_peft_on_the_base_of_bitsandbytes(
-    variant: str, tmp_path: Path
-) -> None:
+def test_twenty_steps_equal_those_of_peft_and_bitsandbytes(variant: str, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     base = tiny.save_llama(tmp_path / "base")
     wide(tiny.llama()).save_pretrained(base)
@@ -229,7 +227,7 @@ def test_a_run_on_a_quantised_base(kind: str, precision: str, tmp_path: Path) ->
         (True, "bf16", ""),
     ],
 )
-def test_where_fp8_is_not_multiplied_in_a_warning_says_so(
+def test_a_warning_reports_that_fp8_products_are_not_supported(
     on_a_gpu: bool,
     precision: str,
     why: str,
@@ -246,7 +244,7 @@ def test_where_fp8_is_not_multiplied_in_a_warning_says_so(
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8", "fp8"])
-def test_a_gpu_sets_aside_the_memory_of_the_codes_alone(kind: Any, tmp_path: Path) -> None:
+def test_only_the_memory_of_the_codes_is_preallocated(kind: Any, tmp_path: Path) -> None:
     base, gpu = tiny.save_llama(tmp_path / "base"), torch.device("cuda", 0)
     model = wide(tiny.llama())
     model.save_pretrained(base)
@@ -287,7 +285,7 @@ def test_without_bitsandbytes_nf4_says_what_to_install(
 
 
 @pytest.mark.usefixtures("plain_products")
-def test_an_encoder_answers_as_transformers_does(tmp_path: Path) -> None:
+def test_an_encoder_has_the_outputs_of_transformers(tmp_path: Path) -> None:
     base = tiny.save_encoder(tmp_path / "base")
     wide(AutoModelForMaskedLM.from_pretrained(base)).save_pretrained(base)
     _, model = opened(base, tmp_path, "nf4")

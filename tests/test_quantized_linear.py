@@ -1,4 +1,4 @@
-"""A quantised layer computes what bitsandbytes and plain autograd compute of the same codes."""
+"""Tests of quantised layers, against bitsandbytes and plain autograd with the same codes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def layer(kind: Format, dtype: torch.dtype = torch.float32) -> tuple[QuantizedLi
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_nf4_is_that_of_bitsandbytes(dtype: torch.dtype) -> None:
+def test_nf4_equals_that_of_bitsandbytes(dtype: torch.dtype) -> None:
     made, weight = layer("nf4", dtype)
     codes, state = functional.quantize_4bit(
         weight, blocksize=64, quant_type="nf4", compress_statistics=True
@@ -35,7 +35,7 @@ def test_nf4_is_that_of_bitsandbytes(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("shape", [(96, 32), (64, 64), (48, 160), (33, 65), (5, 13), (1, 1)])
-def test_a_number_is_its_code_times_the_scale_of_its_block(shape: tuple[int, int]) -> None:
+def test_a_weight_is_its_code_times_the_scale_of_its_block(shape: tuple[int, int]) -> None:
     made = QuantizedLinear(shape[1], shape[0], None, "nf4")
     made.set_weight(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
     codes = torch.stack([made.weight >> 4, made.weight & 15], -1).flatten().long()
@@ -46,7 +46,7 @@ def test_a_number_is_its_code_times_the_scale_of_its_block(shape: tuple[int, int
     torch.testing.assert_close(made.dequantized(), wanted, rtol=1e-6, atol=1e-7)
 
 
-def test_int8_is_that_of_bitsandbytes() -> None:
+def test_int8_equals_that_of_bitsandbytes() -> None:
     made, weight = layer("int8", torch.float16)
     codes, scales, _ = functional.int8_vectorwise_quant(weight)
     assert torch.equal(made.weight, codes)
@@ -56,7 +56,7 @@ def test_int8_is_that_of_bitsandbytes() -> None:
 
 
 @pytest.mark.parametrize(("kind", "error"), [("nf4", 0.1), ("int8", 0.006), ("fp8", 0.03)])
-def test_a_weight_is_near_what_it_was(kind: Format, error: float) -> None:
+def test_a_weight_is_close_to_the_original(kind: Format, error: float) -> None:
     made, weight = layer(kind)
     assert float((made.dequantized() - weight).norm() / weight.norm()) < error
 
@@ -69,8 +69,8 @@ def test_fp8_rounds_as_torch_does_and_scales_each_row_to_448(size: float) -> Non
     made.set_weight(weight)
     numbers = made.weight.view(torch.float8_e4m3fn).float()
     assert torch.equal(numbers.abs().amax(dim=1), torch.full((SHAPE[0],), 448.0))
-    # e4m3 has 3 bits behind the point: a number is at most a 16th of itself, and below the
-    # smallest normal number 2^-6 half a step of 2^-9, away from one that can be written
+    # e4m3 has 3 mantissa bits: the error is at most a 16th of the value, and below the
+    # smallest normal value 2^-6 at most half a step of 2^-9
     scales = weight.abs().amax(dim=1, keepdim=True) / 448
     limit = (weight.abs() / 16).maximum(scales * 2.0**-10) * 1.001
     assert bool(((made.dequantized() - weight).abs() <= limit).all())
@@ -94,7 +94,7 @@ def test_rows_of_zeros_stay_zero(kind: Format) -> None:
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_outputs_and_gradients_are_those_of_a_plain_layer(kind: Format) -> None:
+def test_outputs_and_gradients_equal_those_of_a_plain_layer(kind: Format) -> None:
     made, _ = layer(kind)
     x = torch.randn(3, 5, SHAPE[1], requires_grad=True)
     other = x.detach().clone().requires_grad_()
@@ -116,7 +116,7 @@ def test_outputs_and_gradients_are_those_of_a_plain_layer(kind: Format) -> None:
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_nothing_but_codes_waits_for_the_backward_pass(kind: Format) -> None:
+def test_only_codes_are_saved_for_the_backward_pass(kind: Format) -> None:
     made, _ = layer(kind)
     kept: list[torch.Size] = []
 
@@ -130,7 +130,7 @@ def test_nothing_but_codes_waits_for_the_backward_pass(kind: Format) -> None:
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_under_autocast_the_product_is_made_in_16_bits(kind: Format) -> None:
+def test_under_autocast_the_product_is_computed_in_16_bits(kind: Format) -> None:
     made, _ = layer(kind)
     x = torch.randn(3, SHAPE[1], requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -144,7 +144,7 @@ def test_under_autocast_the_product_is_made_in_16_bits(kind: Format) -> None:
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_a_state_dict_holds_all_of_it(kind: Format) -> None:
+def test_a_state_dict_restores_the_layer(kind: Format) -> None:
     made, _ = layer(kind)
     other = QuantizedLinear(SHAPE[1], SHAPE[0], nn.Parameter(torch.zeros(SHAPE[0])), kind)
     other.load_state_dict(made.state_dict())
@@ -154,7 +154,7 @@ def test_a_state_dict_holds_all_of_it(kind: Format) -> None:
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_what_a_layer_needs_is_what_the_readme_says(kind: Format) -> None:
+def test_the_memory_of_a_layer_is_as_documented(kind: Format) -> None:
     stored = QuantizedLinear(4096, 4096, None, kind, device="meta").state_dict().values()
     bits = 8 * sum(t.numel() * t.element_size() for t in stored) / 4096**2
     assert bits == pytest.approx({"nf4": 4.13, "int8": 8.0, "fp8": 8.0}[kind], abs=0.01)

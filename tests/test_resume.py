@@ -1,4 +1,4 @@
-"""`--resume`: what a complete run does with more steps, and what it makes of damaged files."""
+"""Tests of `--resume`: complete runs with more steps, mirrors, and damaged files."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def write_rows(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the recipe of all runs; the rows lie beside it."""
+    """Return the recipe of all runs; its rows are next to it."""
     folder = tmp_path_factory.mktemp("recipe")
     return tiny.recipe(
         tiny.save_encoder(folder / "base"),
@@ -52,8 +52,8 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(recipe: Path, tmp_path: Path) -> Run:
-    """Return a function that trains, or goes on with `resume`, and returns the report."""
-    write_rows(recipe.parent)  # which a test may have changed
+    """Return a function that trains, or resumes, and returns the report."""
+    write_rows(recipe.parent)  # a test may have changed them
 
     def go(*sets: str, resume: bool = False) -> Json:
         placed = [s.replace("output_dir=", f"output_dir={tmp_path}/") for s in sets]
@@ -66,7 +66,7 @@ def run(recipe: Path, tmp_path: Path) -> Run:
 # ------------------------------------------------------------------------ complete, and then more
 
 
-def test_a_complete_run_goes_on_with_more_steps(
+def test_a_complete_run_continues_with_more_steps(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     constant = "train.scheduler.type=constant"
@@ -85,11 +85,11 @@ def test_a_complete_run_goes_on_with_more_steps(
     )
     assert ours.read_bytes() == theirs.read_bytes()
     capsys.readouterr()
-    assert run(*more, resume=True)["training"]["steps"] == 6  # and is then complete
+    assert run(*more, resume=True)["training"]["steps"] == 6  # it is complete again
     assert "trained" not in capsys.readouterr().err
 
 
-def test_what_a_complete_run_may_not_change_is_named(run: Run, tmp_path: Path) -> None:
+def test_forbidden_changes_of_a_complete_run_are_named(run: Run, tmp_path: Path) -> None:
     run()
     with pytest.raises(LoraError, match=r"`train.max_steps: 4`, the recipe now says `6`") as caught:
         run("train.max_steps=6", resume=True)
@@ -101,7 +101,7 @@ def test_what_a_complete_run_may_not_change_is_named(run: Run, tmp_path: Path) -
     assert run(resume=True)["training"]["steps"] == 4
 
 
-def test_a_complete_run_is_measured_anew_by_other_metrics(run: Run) -> None:
+def test_a_complete_run_is_measured_again_with_other_metrics(run: Run) -> None:
     first = run()
     report = run("evaluate.metrics=[f1]", ALLOWED, resume=True)
     assert "f1" in report["metrics"]["after"]["validation"]
@@ -111,7 +111,7 @@ def test_a_complete_run_is_measured_anew_by_other_metrics(run: Run) -> None:
 
 
 @pytest.mark.parametrize("more", [[], ["train.max_steps=6"]], ids=["complete", "more steps"])
-def test_the_best_adapter_is_chosen_anew_by_another_metric(
+def test_the_best_adapter_is_selected_again_by_another_metric(
     run: Run, tmp_path: Path, more: list[str]
 ) -> None:
     first = run("evaluate.best.metric=loss", "train.optimizer.learning_rate=0.02")
@@ -130,7 +130,7 @@ def test_the_best_adapter_is_chosen_anew_by_another_metric(
     assert report["metrics"]["after"]["validation"] == measured[report["best"]["step"]]
 
 
-def test_the_best_adapter_is_measured_anew_on_other_rows(run: Run, recipe: Path) -> None:
+def test_the_best_adapter_is_measured_again_on_other_rows(run: Run, recipe: Path) -> None:
     by_loss = ("evaluate.best.metric=loss", "train.optimizer.learning_rate=0.02")
     first = run(*by_loss)
     file = recipe.parent / "validation.jsonl"
@@ -142,7 +142,7 @@ def test_the_best_adapter_is_measured_anew_on_other_rows(run: Run, recipe: Path)
     assert report["best"]["value"] == after != first["best"]["value"]
 
 
-def test_the_results_of_other_rows_are_not_given(run: Run, recipe: Path) -> None:
+def test_results_for_other_rows_are_not_returned(run: Run, recipe: Path) -> None:
     run()
     with (recipe.parent / "train.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"text": "one more", "label": 1}\n')
@@ -150,7 +150,7 @@ def test_the_results_of_other_rows_are_not_given(run: Run, recipe: Path) -> None
         run(resume=True)
 
 
-def test_other_versions_since_a_complete_run_are_said(
+def test_changed_versions_since_a_complete_run_are_reported(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = run()
@@ -185,7 +185,7 @@ def test_early_stopping_says_why_there_are_no_more_steps(
 
 
 @pytest.mark.slow
-def test_a_killed_continuation_is_not_taken_for_complete(
+def test_a_killed_continuation_does_not_count_as_complete(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run()
@@ -225,10 +225,10 @@ def test_a_mirror_belongs_to_one_run(run: Run, tmp_path: Path, change: str) -> N
     with pytest.raises(LoraError, match="holds a run already, and a mirror belongs to one"):
         run(*new, change)
     with pytest.raises(LoraError, match="holds a run already, and a mirror belongs to one"):
-        run(*new)  # the same recipe anew is another run too
+        run(*new)  # a new run of the same recipe is another run too
     run("output_dir=new", change)
     with pytest.raises(LoraError, match="is the mirror of another run"):
-        run(*new, change, resume=True)  # a complete run, into the mirror of another
+        run(*new, change, resume=True)  # a complete run, with the mirror of another
     assert contents(tmp_path / "mirror") == before
 
 
@@ -248,7 +248,9 @@ def test_a_mirror_of_other_rows_is_left_alone(run: Run, recipe: Path, tmp_path: 
 
 
 @pytest.mark.slow
-def test_an_empty_machine_gives_a_complete_run_more_steps(run: Run, tmp_path: Path) -> None:
+def test_a_complete_run_continues_from_the_mirror_on_a_new_machine(
+    run: Run, tmp_path: Path
+) -> None:
     mirror = f"checkpoint.mirror={tmp_path / 'mirror'}"
     run(mirror)
     more = ("output_dir=new", mirror, ALLOWED, "train.max_steps=6")
@@ -261,7 +263,7 @@ def test_an_empty_machine_gives_a_complete_run_more_steps(run: Run, tmp_path: Pa
     assert run("output_dir=third", *more[1:], resume=True)["training"]["steps"] == 6
 
 
-def test_a_mirror_that_does_not_say_whose_it_is(run: Run, tmp_path: Path) -> None:
+def test_a_mirror_without_a_readable_owner_is_an_error(run: Run, tmp_path: Path) -> None:
     mirror = f"checkpoint.mirror={tmp_path / 'mirror'}"
     run(mirror)
     (tmp_path / "mirror" / "run.json").write_text("{")
@@ -273,7 +275,7 @@ def test_a_mirror_that_does_not_say_whose_it_is(run: Run, tmp_path: Path) -> Non
 
 
 class Plug(Exception):
-    """What ends a run without warning."""
+    """Kills a run."""
 
 
 @pytest.fixture(scope="module")
@@ -297,7 +299,7 @@ def died(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def cut(died: Path, tmp_path: Path) -> Path:
-    """Return a copy of that folder, from which a run goes on."""
+    """Return a copy of that folder, to resume from."""
     return Path(shutil.copytree(died, tmp_path / "out"))
 
 
@@ -326,7 +328,7 @@ def _in_the_middle(path: Path) -> None:
     ],
 )
 @pytest.mark.slow_after(2)
-def test_a_damaged_log_is_mended_and_named(
+def test_a_damaged_log_is_repaired_and_reported(
     run: Run,
     cut: Path,
     name: str,
@@ -345,8 +347,8 @@ def test_a_damaged_log_is_mended_and_named(
     assert steps[-1] == 4
 
 
-def test_a_line_that_was_cut_is_made_again(run: Run, cut: Path) -> None:
-    """What stands beyond the checkpoint belongs to steps that are made again: nothing is lost."""
+def test_a_truncated_line_is_written_again(run: Run, cut: Path) -> None:
+    """Lines beyond the checkpoint belong to steps that are repeated, so nothing is lost."""
     _half_a_line(cut / "metrics.jsonl")
     report = run(resume=True)
     assert report["training"]["changes"] == []
@@ -376,7 +378,10 @@ def _without(part: str) -> Any:
 OPTIMIZER = {
     "missing": (_without("query.lora_A/exp_avg_sq"), "is missing"),
     "none": (lambda _: {"x/exp_avg": torch.zeros(1)}, "is missing"),
-    "transposed": (_changed(lambda t: t.T), "is not the file that was written with"),  # a square
+    "transposed": (
+        _changed(lambda t: t.T),
+        "is not the file that was written with",
+    ),  # a square matrix
     "transposed, of another shape": (
         lambda t: {n: x.T.contiguous() if "lora_B/exp_avg" in n else x for n, x in t.items()},
         "was written",
@@ -398,7 +403,7 @@ OPTIMIZER = {
 
 @pytest.mark.parametrize("kind", OPTIMIZER)
 @pytest.mark.slow_after(4)
-def test_optimizer_tensors_are_checked_whatever_the_manifest_says(
+def test_optimizer_tensors_are_checked_even_if_the_manifest_matches(
     run: Run, cut: Path, kind: str
 ) -> None:
     change, said = OPTIMIZER[kind]
@@ -421,7 +426,7 @@ def test_optimizer_tensors_are_checked_whatever_the_manifest_says(
         (lambda t: t | {"base_model.model.x.weight": torch.zeros(2)}, "is of shape [2], and"),
     ],
 )
-def test_weights_of_a_checkpoint_are_checked_whatever_the_manifest_says(
+def test_weights_of_a_checkpoint_are_checked_even_if_the_manifest_matches(
     run: Run, cut: Path, change: Callable[[Tensors], Tensors], said: str
 ) -> None:
     folder = cut / "checkpoints" / "step-000002"
@@ -438,7 +443,7 @@ def test_weights_of_a_checkpoint_are_checked_whatever_the_manifest_says(
     [{"step": "two"}, {"step": None}, {"best": 7}, {"logs": [1]}, {"tokens": -4}, {"machine": 3},
      {"before": {"validation": {"loss": "low"}}}, {"pace": 3}],
 )  # fmt: skip
-def test_a_state_of_other_types_is_no_state(run: Run, cut: Path, values: Json) -> None:
+def test_a_state_with_other_types_is_invalid(run: Run, cut: Path, values: Json) -> None:
     folder = cut / "checkpoints" / "step-000002"
     file = folder / "trainer.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
@@ -448,7 +453,7 @@ def test_a_state_of_other_types_is_no_state(run: Run, cut: Path, values: Json) -
 
 
 @pytest.mark.parametrize("name", ["torch", "transformers"])
-def test_another_version_of_a_library_is_named(run: Run, cut: Path, name: str) -> None:
+def test_another_version_of_a_library_is_reported(run: Run, cut: Path, name: str) -> None:
     folder = cut / "checkpoints" / "step-000002"
     file = folder / "trainer.json"
     state = json.loads(file.read_text())
@@ -462,7 +467,7 @@ def test_another_version_of_a_library_is_named(run: Run, cut: Path, name: str) -
     assert any(f"{name}: 1.0" in change for change in report["training"]["changes"])
 
 
-def test_keys_that_an_earlier_version_did_not_know_are_no_change(run: Run, cut: Path) -> None:
+def test_keys_that_an_earlier_version_did_not_have_are_no_change(run: Run, cut: Path) -> None:
     file = cut / "checkpoints" / "step-000002" / "trainer.json"
     state = json.loads(file.read_text())
     known = state["recipe"]
@@ -472,14 +477,14 @@ def test_keys_that_an_earlier_version_did_not_know_are_no_change(run: Run, cut: 
     write_manifest(file.parent)
     for key, value in (("adapter.dropout", 0.1), ("evaluate.generation.max_new_tokens", 7)):
         with pytest.raises(LoraError, match=f"`{key}: None`, the recipe now says `{value}`"):
-            run(f"{key}={value}", resume=True)  # which that version could not have meant
+            run(f"{key}={value}", resume=True)  # a value that the earlier version did not have
     report = run(resume=True)
     assert report["training"]["steps"] == 4
     assert report["training"]["changes"] == []
 
 
-def test_a_section_that_was_left_out_is_a_change(recipe: Path) -> None:
-    """`best: {}` has defaults only, but `best: null` chose by another metric."""
+def test_an_omitted_section_is_a_change(recipe: Path) -> None:
+    """`best: {}` only has defaults, but `best: null` selects by another metric."""
     then = TrainState(recipe=recipe_facts(load_recipe(recipe)))
     assert reject_changes(then, load_recipe(recipe)) == []
     with pytest.raises(

@@ -56,7 +56,7 @@ TRAINING: Json = {
 
 
 class PulledPlug(Exception):
-    """What ends a run without warning."""
+    """Kills a run."""
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 class Bench:
-    """Runs recipes on eleven rows to train, five to validate and four to test."""
+    """Runs recipes on eleven train, five validation and four test rows."""
 
     def __init__(self, folder: Path, base: Callable[[str], Path]) -> None:
         self.folder, self.base = folder, base
@@ -97,7 +97,7 @@ class Bench:
         self.data = {name: f"{name}.jsonl" for name in ("train", "validation", "test")}
 
     def recipe(self, kind: str = "encoder", **sections: Any) -> Path:
-        """Write a recipe; four examples a step, so three steps an epoch."""
+        """Write a recipe with four examples per step, so three steps per epoch."""
         train = {"max_steps": 10, "micro_batch_size": 2, "gradient_accumulation_steps": 2}
         sections = {"data": self.data, **sections}
         sections["train"] = {**train, **sections.get("train", {})}
@@ -110,7 +110,7 @@ class Bench:
         return train(load_recipe(path, [f"output_dir={self.folder / name}", *sets]), resume)
 
     def cut(self, path: Path, name: str, steps: int, *sets: str) -> None:
-        """Start a run and end it without warning after some steps."""
+        """Start a run, and kill it after some steps."""
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(training_run, "train_step", only(steps))
             with pytest.raises(PulledPlug):
@@ -186,13 +186,13 @@ RUNS: dict[str, tuple[str, Json]] = {
 
 @pytest.mark.parametrize("name", RUNS)
 @pytest.mark.slow_after(1)
-def test_four_steps_resumed_are_as_ten(bench: Bench, name: str) -> None:
+def test_a_run_resumed_after_four_steps_equals_one_of_ten(bench: Bench, name: str) -> None:
     kind, sections = RUNS[name]
     often = {"evaluate": {"every_steps": 3}, "checkpoint": {"every_steps": 4}}
     path = bench.recipe(kind, **(often | sections))
     path.write_text(path.read_text().replace("train:\n", "train:\n  log_every_steps: 3\n", 1))
     bench.run(path, "whole")
-    bench.cut(path, "cut", 5)  # the checkpoint is of step 4, and the logs go on to step 5
+    bench.cut(path, "cut", 5)  # the checkpoint is of step 4, and the logs continue to step 5
     assert steps_of(bench.folder / "cut") == [4]
     bench.run(path, "cut", resume=True)
     assert_same_run(bench.folder / "whole", bench.folder / "cut")
@@ -204,7 +204,7 @@ def test_four_steps_resumed_are_as_ten(bench: Bench, name: str) -> None:
 def test_resuming_in_another_epoch_and_twice(bench: Bench) -> None:
     path = bench.recipe(adapter={"dropout": 0.3}, checkpoint={"every_steps": 1, "keep": 3})
     bench.run(path, "whole")
-    bench.cut(path, "cut", 3)  # the edge of an epoch
+    bench.cut(path, "cut", 3)  # the end of an epoch
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training_run, "train_step", only(4))
         with pytest.raises(PulledPlug):
@@ -267,9 +267,8 @@ def test_a_checkpoint_is_not_deleted_for_a_damaged_newer_one(bench: Bench) -> No
     newest = checkpoints(bench.folder / "cut")[-1][1]
     (newest / "manifest.json").write_text("{")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            training_run, "train_step", only(1)
-        )  # step 7 of the second run: none is saved
+        # the second run dies in step 7, before it saved anything
+        patch.setattr(training_run, "train_step", only(1))
         with pytest.raises(PulledPlug):
             bench.run(path, "cut", "checkpoint.every_steps=1", "checkpoint.keep=1", resume=True)
     found = load_checkpoint(bench.folder / "cut")
@@ -305,7 +304,7 @@ def test_resuming_a_complete_run_changes_nothing(bench: Bench) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("weights", ["balanced", {"0": 2.0}])
-def test_a_complete_run_is_resumed_whose_labels_and_weights_the_data_gave(
+def test_resuming_a_complete_run_with_labels_and_weights_from_the_data(
     bench: Bench, weights: Any
 ) -> None:
     task = {"type": "sequence_classification", "labels": None, "class_weights": weights}
@@ -315,17 +314,19 @@ def test_a_complete_run_is_resumed_whose_labels_and_weights_the_data_gave(
     for change in ("task.labels=[good, bad]", "task.class_weights={'0': 3.0}"):
         with pytest.raises(LoraError, match="was started with"):
             bench.run(path, "out", change, resume=True)
-    bench.run(bench.folder / "out" / "recipe.yaml", resume=True)  # which names what was found
+    bench.run(
+        bench.folder / "out" / "recipe.yaml", resume=True
+    )  # this recipe names the learned values
 
 
-def test_balancing_is_a_change_of_a_complete_run(bench: Bench) -> None:
+def test_adding_class_weights_is_a_change_of_a_complete_run(bench: Bench) -> None:
     path = bench.recipe(train={"max_steps": 1})
     bench.run(path)
     with pytest.raises(LoraError, match=r"class_weights: None.*now says `balanced`"):
         bench.run(path, "out", "task.class_weights=balanced", resume=True)
 
 
-def test_folders_that_are_not_empty_are_refused(bench: Bench) -> None:
+def test_folders_that_are_not_empty_are_rejected(bench: Bench) -> None:
     path = bench.recipe()
     other = bench.folder / "other"
     other.mkdir()
@@ -339,14 +340,14 @@ def test_folders_that_are_not_empty_are_refused(bench: Bench) -> None:
         bench.run(path, "other/thesis.tex")
 
 
-def test_a_data_error_leaves_a_folder_that_can_be_used(bench: Bench) -> None:
+def test_the_folder_can_be_used_again_after_a_data_error(bench: Bench) -> None:
     with pytest.raises(LoraError, match="no column"):
         bench.run(bench.recipe(task={"text_column": "review"}))
     bench.run(bench.recipe(train={"max_steps": 1}))
 
 
 @pytest.mark.slow
-def test_changes_are_refused_on_resuming_and_each_is_listed(bench: Bench) -> None:
+def test_changes_are_rejected_on_resuming_and_each_is_listed(bench: Bench) -> None:
     path = bench.recipe(checkpoint={"every_steps": 2}, train={"max_steps": 4})
     bench.cut(path, "cut", 3)
     resolved = (bench.folder / "cut/recipe.yaml").read_bytes()
@@ -383,7 +384,7 @@ def test_leftovers_of_a_killed_save_are_cleared(bench: Bench) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.slow
-def test_a_signal_saves_the_step_and_leaves(bench: Bench, number: int) -> None:
+def test_a_signal_saves_a_checkpoint_and_ends_the_run(bench: Bench, number: int) -> None:
     path, before = bench.recipe(train={"max_steps": 6}), signal.getsignal(number)
     bench.run(path, "whole")
     with pytest.MonkeyPatch.context() as patch:
@@ -397,11 +398,13 @@ def test_a_signal_saves_the_step_and_leaves(bench: Bench, number: int) -> None:
     assert_same_run(bench.folder / "whole", bench.folder / "cut")
 
 
-def test_a_second_interruption_ends_at_once(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_interruption_ends_immediately(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     accelerator = start_accelerator(load_recipe(bench.recipe()))
     with StopRequest(load_recipe(bench.recipe()), accelerator, 0.0) as signals:
         os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)  # a launcher that passes Ctrl-C on
+        os.kill(os.getpid(), signal.SIGINT)  # a launcher that forwards Ctrl-C
         assert signals.received == signal.SIGINT
         monkeypatch.setattr(StopRequest, "MOMENT_S", 0.0)
         with pytest.raises(SystemExit) as caught:
@@ -409,7 +412,7 @@ def test_a_second_interruption_ends_at_once(bench: Bench, monkeypatch: pytest.Mo
     assert caught.value.code == 130
 
 
-def test_the_command_returns_at_once_from_a_complete_run(bench: Bench) -> None:
+def test_the_command_returns_immediately_from_a_complete_run(bench: Bench) -> None:
     path = bench.recipe(train={"max_steps": 1})
     bench.run(path)
     done = CliRunner().invoke(app, ["train", str(path), "--resume"])
@@ -460,7 +463,7 @@ def test_the_best_adapter_is_published_and_reported(bench: Bench) -> None:
     assert loaded == report["metrics"]["after"]
 
 
-def test_validation_is_not_measured_again_where_the_last_adapter_is_the_best(
+def test_validation_is_not_measured_again_if_the_last_adapter_is_the_best(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, measured = run_evaluations.evaluate, []
@@ -485,7 +488,7 @@ def test_validation_is_not_measured_again_where_the_last_adapter_is_the_best(
     assert loaded == report["metrics"]["after"]
 
 
-def test_a_gain_below_min_delta_is_published_but_does_not_hold_off_stopping(bench: Bench) -> None:
+def test_a_gain_below_min_delta_is_published_but_does_not_delay_stopping(bench: Bench) -> None:
     path = bench.recipe(
         train={"optimizer": {"type": "sgd", "learning_rate": 1e-3}},
         evaluate={
@@ -501,14 +504,14 @@ def test_a_gain_below_min_delta_is_published_but_does_not_hold_off_stopping(benc
     assert report["best"]["step"] > 1
 
 
-def test_an_unknown_best_metric_is_found_before_training(bench: Bench) -> None:
+def test_an_unknown_best_metric_is_an_error_before_training(bench: Bench) -> None:
     path = bench.recipe(evaluate={"best": {"metric": "acuracy", "mode": "max"}})
     with pytest.raises(LoraError, match=r"`acuracy`(?s:.*)accuracy"):
         bench.run(path)
     assert list((bench.folder / "out").iterdir()) == []
 
 
-def test_a_best_metric_that_is_never_measured_is_found_at_step_0(
+def test_a_best_metric_that_is_not_measured_is_an_error_at_step_0(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(early_stopping, "best_by", lambda *_: ("unheard", "max"))
@@ -560,7 +563,7 @@ def test_streaming_reads_the_rows_in_order(bench: Bench) -> None:
 
 @pytest.mark.parametrize("kind", ["labelled", "llama"])
 def test_metrics_of_step_0_are_those_of_the_base(bench: Bench, kind: str) -> None:
-    task = {"max_length": 128} if kind == "llama" else {}  # no text is divided
+    task = {"max_length": 128} if kind == "llama" else {}  # no text is split
     report = bench.run(bench.recipe(kind, task=task, train={"max_steps": 1}))
     tokenizer = AutoTokenizer.from_pretrained(bench.base(kind))
     auto = AutoModelForCausalLM if kind == "llama" else AutoModelForSequenceClassification
@@ -575,7 +578,7 @@ def test_metrics_of_step_0_are_those_of_the_base(bench: Bench, kind: str) -> Non
             )
         else:
             ids = torch.tensor([[*tokenizer(row["text"])["input_ids"], tokenizer.eos_token_id]])
-            labels, items = ids, ids.shape[1] - 1  # nothing predicts the first
+            labels, items = ids, ids.shape[1] - 1  # the first token is not predicted
         with torch.no_grad():
             loss = model(input_ids=ids, labels=torch.as_tensor(labels)).loss
         total, count = total + float(loss) * items, count + items
@@ -584,7 +587,7 @@ def test_metrics_of_step_0_are_those_of_the_base(bench: Bench, kind: str) -> Non
 
 
 class Spy:
-    """Keeps the model of a run, and what it was before and after its adapter was attached."""
+    """Records the model of a run, and its weights before and after the adapter was attached."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         real = load_trainable_model.make_trainable
@@ -615,7 +618,7 @@ def test_the_frozen_base_is_not_changed(
     assert len(frozen) > 20
     assert all(torch.equal(spy.base[name], tensor) for name, tensor in frozen.items())
     assert all(not torch.equal(spy.start[n], p) for n, p in trainable_parameters(spy.model).items())
-    if kind != "encoder":  # which has a head that is trained in full
+    if kind != "encoder":  # its head is trained in full
         base = AutoModelForCausalLM.from_pretrained(bench.base(kind)).eval()
         ids = torch.arange(4, 24).reshape(2, 10)
         with torch.no_grad(), disabled(spy.model.eval()):
@@ -624,14 +627,14 @@ def test_the_frozen_base_is_not_changed(
 
 @pytest.mark.parametrize("kind", ["full", "none", "bitfit", "lora"])
 @pytest.mark.slow_after(1)
-def test_every_type_trains_saves_and_is_loaded_again(bench: Bench, kind: str) -> None:
+def test_every_adapter_type_is_trained_saved_and_loaded(bench: Bench, kind: str) -> None:
     every_row = {"max_steps": 10, "micro_batch_size": 11, "gradient_accumulation_steps": 1}
     rate = {"optimizer": {"type": "adamw", "learning_rate": 1e-3}}
     report = bench.run(bench.recipe("encoder", adapter={"type": kind}, train=every_row | rate))
     out = bench.folder / "out"
     assert losses(out)[-1] < losses(out)[0]
     loaded = evaluate_adapter(out, load_recipe(out / "recipe.yaml"))
-    # a head alone is measured on stored outputs of the layers below it, which round otherwise
+    # a head alone is measured on cached states of the layers below, with other rounding
     rounding = 1e-6 if kind == "none" else 0.0
     for split, metrics in report["metrics"]["after"].items():
         assert loaded[split] == pytest.approx(metrics, rel=rounding, abs=0.0)
@@ -666,7 +669,7 @@ def test_gradient_checkpointing_gives_the_same_losses(bench: Bench, kind: str) -
 
 
 @pytest.mark.parametrize("how", [False, True, "offload"])
-def test_whether_activations_are_computed_again_is_chosen_once(
+def test_automatic_gradient_checkpointing_is_chosen_once(
     how: bool | str, bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = bench.recipe("llama", adapter={"dropout": 0.2}, **TRAINING)
@@ -688,7 +691,7 @@ def test_whether_activations_are_computed_again_is_chosen_once(
     assert found is not None
     assert found[1].memory["gradient_checkpointing"] == how
     assert len(enabled) == (1 if how else 0)
-    # a run that is resumed goes on as it was, whatever fits now
+    # a resumed run keeps its choice, even if more memory is available now
     monkeypatch.setattr(fit_into_memory, "choose_checkpointing", lambda *_: not how)
     shutil.rmtree(found[0])
     (bench.folder / "chosen/report.json").unlink()
@@ -710,7 +713,7 @@ def test_workers_do_not_change_the_run(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("kind", ["encoder", "llama"])
-def test_the_cut_into_micro_batches_does_not_change_the_run(bench: Bench, kind: str) -> None:
+def test_the_split_into_micro_batches_does_not_change_the_run(bench: Bench, kind: str) -> None:
     path = bench.recipe(kind, **TRAINING)
     bench.run(path, "cut")
     bench.run(path, "whole", "train.micro_batch_size=4", "train.gradient_accumulation_steps=1")
@@ -730,7 +733,7 @@ def test_tokens_and_examples_are_counted(bench: Bench) -> None:
     assert found[1].tokens == wanted
 
 
-def test_parameters_without_a_part_in_the_forward_are_named(
+def test_parameters_that_the_forward_pass_does_not_use_are_named(
     bench: Bench, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = load_trainable_model.make_trainable
@@ -744,7 +747,7 @@ def test_parameters_without_a_part_in_the_forward_are_named(
     assert "warning: 2 trained parameters take no part" in capsys.readouterr().err
 
 
-def test_frozen_batch_normalisation_is_not_touched() -> None:
+def test_frozen_batch_normalisation_is_not_updated() -> None:
     model = tiny.ConvNet()
     recipe = tiny.recipe_of(rank=2, target_modules=["point", "line"])
     attach(model, recipe, ["classifier"])
@@ -763,7 +766,7 @@ def test_frozen_batch_normalisation_is_not_touched() -> None:
 # ------------------------------------------------------------------------------------------- PEFT
 
 
-def test_losses_are_those_of_peft_in_a_plain_loop(
+def test_losses_equal_those_of_peft_in_a_plain_loop(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from peft import LoraConfig, get_peft_model
@@ -818,7 +821,7 @@ def test_losses_are_those_of_peft_in_a_plain_loop(
 
 
 @pytest.mark.slow
-def test_tensorboard_gets_what_the_log_gets(bench: Bench) -> None:
+def test_tensorboard_gets_the_records_of_the_log(bench: Bench) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     sections = {"train": {"trackers": ["tensorboard"], "log_every_steps": 5}}
@@ -831,7 +834,7 @@ def test_tensorboard_gets_what_the_log_gets(bench: Bench) -> None:
         r["step"]: r["loss"] for r in lines(bench.folder / "out/metrics.jsonl") if "loss" in r
     }
     assert shown == pytest.approx(logged, rel=1e-6)
-    assert len(events.Scalars("train/loss")) == 3  # step 5 of the run that was cut is not twice
+    assert len(events.Scalars("train/loss")) == 3  # step 5 of the killed run is not there twice
     assert "validation/accuracy" in events.Tags()["scalars"]
 
 
@@ -856,6 +859,6 @@ def test_the_log_is_strict_json(tmp_path: Path) -> None:
     assert lines(tmp_path / "metrics.jsonl") == [{"step": 1, "grad_norm": None}]
 
 
-def test_a_state_survives_being_written(tmp_path: Path) -> None:
+def test_a_state_is_read_back_as_written(tmp_path: Path) -> None:
     state = TrainState(step=3, unlogged_steps=2, unlogged_loss=float(torch.tensor(1.1) + 0.3))
     assert TrainState(**json.loads(json.dumps(vars(state)))) == state

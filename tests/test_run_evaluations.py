@@ -1,4 +1,4 @@
-"""What a run measures is asked of the evaluation with the run's own model, rows and folder."""
+"""Tests that the evaluations of a run get its own model, rows and folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def evaluations(folder: Path) -> Evaluations:
     return Evaluations(task, model, data, accelerator, stop)  # type: ignore[arg-type]
 
 
-def test_predictions_are_written_where_they_are_asked_for(
+def test_predictions_are_only_written_on_request(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Any] = []
@@ -45,7 +45,7 @@ def test_predictions_are_written_where_they_are_asked_for(
     assert asked[1] == asked[2] == (*start, "more rows", "accelerator", file, strict)
 
 
-def test_samples_and_pictures_are_of_the_state_and_the_step(
+def test_samples_and_images_get_the_state_and_the_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Any] = []

@@ -1,4 +1,4 @@
-"""Any split of a step into micro-batches gives the same step: sums, not means."""
+"""Tests that a step does not depend on its split into micro-batches: sums, not means."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Case:
         return [self.task.collate(self.examples[a:b]) for a, b in itertools.pairwise(parts)]
 
     def step(self, sizes: list[int], **options: Any) -> tuple[dict[str, Tensor], float]:
-        """Return how one step of SGD moves each parameter, in units of -1 / rate, and its loss."""
+        """Return the update of each parameter by one SGD step, divided by -rate, and the loss."""
         parameters = trainable_parameters(self.model)
         before = {name: p.detach().clone() for name, p in parameters.items()}
         accelerator = Accelerator()
@@ -65,8 +65,8 @@ class Case:
     def gradients(self, sizes: list[int], of_means: bool = False) -> dict[str, Tensor]:
         """Return the gradients of the summed losses over the items, or of the mean of means.
 
-        In double precision, but for the losses' own arithmetic: what is left then is the law, and
-        not the order of additions, which differs between processors.
+        They are computed in float64 (except the losses), so that the result does not depend on the
+        order of additions, which differs between processors.
         """
         batches, model = self.batches(sizes), copy.deepcopy(self.model)
         total = sum(batch.n_items for batch in batches)
@@ -116,7 +116,7 @@ def ragged(request: pytest.FixtureRequest) -> Case:
 
 
 def splits(count: int = 7) -> st.SearchStrategy[list[int]]:
-    """Every way to cut `count` examples in order into micro-batches."""
+    """All splits of `count` examples, in order, into micro-batches."""
     return st.sets(st.integers(1, count - 1)).map(
         lambda cuts: [b - a for a, b in itertools.pairwise([0, *sorted(cuts), count])]
     )
@@ -159,7 +159,7 @@ def scales(ragged: Case) -> dict[str, float]:
 
 @pytest.fixture
 def in_one(ragged: Case) -> tuple[dict[str, Tensor], float]:
-    """What a step of all seven together moves, and its loss."""
+    """The update and the loss of a step with all seven examples in one micro-batch."""
     return ragged.step([7])
 
 
@@ -181,7 +181,7 @@ def test_a_step_does_not_depend_on_the_split(
 
 
 @pytest.mark.parametrize("sizes", [[1] * 7, [1, 6], [2, 2, 3], [5, 1, 1]])
-def test_the_split_is_exact_but_for_rounding(
+def test_splits_agree_exactly_in_float64(
     ragged: Case, sizes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     to_float32 = torch.Tensor.float
@@ -189,7 +189,7 @@ def test_the_split_is_exact_but_for_rounding(
     def keep_double(tensor: Tensor) -> Tensor:
         return tensor if tensor.dtype == torch.float64 else to_float32(tensor)
 
-    monkeypatch.setattr(torch.Tensor, "float", keep_double)  # the losses' own arithmetic
+    monkeypatch.setattr(torch.Tensor, "float", keep_double)  # keep the losses in float64 too
     reader = getattr(ragged.task, "reader", None)
     if reader is not None and reader.weights is not None:
         monkeypatch.setattr(reader, "weights", reader.weights.double())
@@ -200,13 +200,13 @@ def test_the_split_is_exact_but_for_rounding(
 def test_a_step_follows_the_gradient_of_the_mean_over_all_items(ragged: Case) -> None:
     moved, _ = ragged.step([3, 4])
     wanted = ragged.gradients([7])
-    # (the bias of a key moves nothing: its gradient is what rounding leaves of zero)
+    # (except the bias of a key, whose gradient is zero up to rounding)
     largest = max(float(gradient.abs().max()) for gradient in wanted.values())
     scales = {name: float(g.abs().max()) + largest / 10 for name, g in wanted.items()}
     assert_close(moved, wanted, 1e-5, scales)
 
 
-def test_the_mean_of_means_differs_on_these_examples(ragged: Case) -> None:
+def test_the_mean_of_means_is_different_for_these_examples(ragged: Case) -> None:
     with pytest.raises(AssertionError):
         assert_close(ragged.gradients([1, 6], of_means=True), ragged.gradients([7]), 1e-2)
 
@@ -218,7 +218,7 @@ def test_reported_loss_is_the_mean_over_items(ragged: Case) -> None:
     assert ragged.step([2, 5])[1] == pytest.approx(wanted, rel=1e-6)
 
 
-def test_a_long_gradient_is_shortened_as_a_whole(ragged: Case) -> None:
+def test_gradients_are_clipped_by_their_total_norm(ragged: Case) -> None:
     free, _ = ragged.step([3, 4])
     length = float(torch.cat([t.flatten() for t in free.values()]).norm())
     clipped, _ = ragged.step([3, 4], max_grad_norm=length / 10)
@@ -238,10 +238,12 @@ def test_the_gradient_norm_is_that_before_clipping(ragged: Case) -> None:
     wanted = torch.cat([t.flatten() for t in gradients.values()]).norm()
     torch.testing.assert_close(result.grad_norm, wanted, rtol=1e-5, atol=0.0)
     assert result.idle == []
-    assert all(p.grad is None for p in parameters.values())  # nothing is carried to the next step
+    assert all(
+        p.grad is None for p in parameters.values()
+    )  # nothing is carried over to the next step
 
 
-def test_a_parameter_that_the_forward_does_not_use_is_named() -> None:
+def test_a_parameter_that_the_forward_pass_does_not_use_is_reported() -> None:
     made = case(tiny.encoder(3), "encoder", CLASSIFICATION, [{"text": "a", "label": 0}] * 2)
     made.model.extra = nn.Linear(2, 2)
     accelerator = Accelerator()
@@ -253,7 +255,7 @@ def test_a_parameter_that_the_forward_does_not_use_is_named() -> None:
     assert torch.equal(made.model.extra.weight, before)
 
 
-def test_a_model_that_uses_nothing_of_what_is_trained_is_an_error() -> None:
+def test_a_model_that_uses_no_trained_parameter_is_an_error() -> None:
     made = case(tiny.encoder(3), "encoder", CLASSIFICATION, [{"text": "a", "label": 0}] * 2)
     made.model.requires_grad_(False)
     made.model.extra = nn.Linear(2, 2)
@@ -266,7 +268,7 @@ def test_a_model_that_uses_nothing_of_what_is_trained_is_an_error() -> None:
 
 
 class TwoProcesses:
-    """Stands for Accelerate in one of two processes; `other` is what the other one sends."""
+    """A stand-in for Accelerate in one of two processes; `other` are the other's tensors."""
 
     scaler = None
     num_processes, process_index, is_main_process = 2, 0, True
@@ -278,7 +280,10 @@ class TwoProcesses:
     def reduce(self, tensor: Tensor, reduction: str) -> Tensor:
         assert reduction == "sum"
         other = self.other[len(self.sent)]
-        assert (tensor.dtype, tensor.shape) == (other.dtype, other.shape)  # or they would hang
+        assert (tensor.dtype, tensor.shape) == (
+            other.dtype,
+            other.shape,
+        )  # otherwise they would hang
         self.sent.append(tensor.clone())
         return tensor + other
 
@@ -287,7 +292,7 @@ class TwoProcesses:
     clip_grad_norm_ = staticmethod(nn.utils.clip_grad_norm_)
 
 
-def test_a_process_without_examples_takes_the_step_of_the_others(ragged: Case) -> None:
+def test_a_process_without_examples_makes_the_step_of_the_others(ragged: Case) -> None:
     gradients = ragged.gradients([7])
     n_items = sum(batch.n_items for batch in ragged.batches([7]))
     present = torch.tensor([float(n in gradients) for n in trainable_parameters(ragged.model)])
@@ -306,7 +311,7 @@ def test_a_process_without_examples_takes_the_step_of_the_others(ragged: Case) -
             p.copy_(before[name])
 
 
-def test_gradients_that_no_process_has_stay_away() -> None:
+def test_gradients_that_no_process_has_stay_none() -> None:
     used, unused = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))
     used.grad = torch.tensor([1.0, 2.0])
     sum_gradients([used, unused], TwoProcesses([torch.tensor([1.0, 0.0, 10.0, 20.0, 0, 0, 0])]))
@@ -314,7 +319,7 @@ def test_gradients_that_no_process_has_stay_away() -> None:
     assert unused.grad is None
 
 
-def test_all_items_of_no_weight_move_nothing(ragged: Case) -> None:
+def test_items_without_weight_change_nothing(ragged: Case) -> None:
     class Weightless(type(ragged.task)):
         def losses(self, model: nn.Module, output: Any, batch: Batch) -> dict[str, Tensor]:
             found = super().losses(model, output, batch)
@@ -346,7 +351,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 
 
 class Spoiled:
-    """A task, but for a number in the place of some losses, or of what their gradients are."""
+    """A task with some losses, or their gradients, replaced by a number."""
 
     def __init__(self, task: Task, loss: float | None = None, gradient: float | None = None):
         self.task, self.factor, self.gradient = task, loss, gradient
@@ -363,7 +368,7 @@ class Spoiled:
 
 
 def copied(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """Return the parameters, and all that the optimizer keeps of them."""
+    """Return copies of the parameters and of the optimizer's state."""
     found = []
     for group in optimizer.param_groups:
         for p in group["params"]:
@@ -399,7 +404,7 @@ def test_a_bad_step_changes_nothing(kind: str, spoil: dict[str, float], first: b
     after = [p.detach() for p in parameters] if first else copied(optimizer)
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert all(p.grad is None for p in parameters)
-    # and the next is as if there had been none
+    # and the next step is as if there had been no bad one
     twin = case(tiny.encoder(3), "encoder", CLASSIFICATION, [{"text": "a", "label": 0}] * 2)
     others = list(trainable_parameters(twin.model).values())
     with torch.no_grad():
@@ -444,7 +449,7 @@ def test_a_micro_batch_without_trained_tokens_changes_nothing() -> None:
 
 
 class TwoTerms:
-    """A task whose loss has two terms, with weights and items of their own."""
+    """A task whose loss has two terms with different weights and items."""
 
     loss_weights = train_loss_weights = {"squares": 2.0, "sum": 0.5}
     couples_examples = False
@@ -458,7 +463,7 @@ class TwoTerms:
         return {"squares": output.square().sum(-1), "sum": output.sum(-1)}
 
 
-def test_each_term_is_divided_by_its_own_items_and_the_terms_are_added() -> None:
+def test_each_term_is_divided_by_its_items_and_the_terms_are_added() -> None:
     torch.manual_seed(0)
     layer, other = (nn.Linear(3, 2) for _ in range(2))
     other.load_state_dict(layer.state_dict())
@@ -486,7 +491,7 @@ def test_each_term_is_divided_by_its_own_items_and_the_terms_are_added() -> None
 
 
 @pytest.mark.parametrize("waits", [True, False])
-def test_the_report_says_how_steps_are_computed_and_whether_they_wait(waits: bool) -> None:
+def test_the_report_describes_how_steps_are_computed(waits: bool) -> None:
     frozen = {"latents": "computed once"}
     task: Any = SimpleNamespace(waits_for_device=waits, layout="padded", frozen_facts=frozen)
     pause = ", waiting once a micro-batch for what the host decides" if waits else ""

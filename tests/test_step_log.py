@@ -1,4 +1,4 @@
-"""What the log of training says, against sums by hand."""
+"""Tests of the log of training, against sums by hand."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_a_line_has_means_of_good_steps_and_speeds_since_the_last_line() -> None
     unlogged = UnloggedSteps(state, CPU)
     unlogged.add(planned(7), result(2.0, a=5.0, b=1.0))
     unlogged.add(planned(8), result(math.nan, bad=True, a=math.nan, b=math.nan))
-    assert [bad.number for bad in unlogged.bad_steps] == [8]  # on a CPU it is known at once
+    assert [bad.number for bad in unlogged.bad_steps] == [8]  # on a CPU it is known immediately
     unlogged.add(planned(9), result(3.0, skipped=True, a=6.0, b=4.0))
     state.step, state.seconds, state.examples, state.tokens = 9, 6.9, 17, 140
     assert unlogged.measurements(TASK) == {
@@ -57,7 +57,7 @@ def test_a_line_of_one_step_has_the_seconds_of_that_step() -> None:
     assert unlogged.measurements(TASK)["seconds_per_step"] == 0.5
 
 
-def test_of_bad_steps_alone_the_loss_is_not_a_number() -> None:
+def test_the_loss_of_only_bad_steps_is_nan() -> None:
     state = TrainState()
     unlogged = UnloggedSteps(state, CPU)
     for number in (1, 2):
@@ -91,7 +91,7 @@ def test_a_resumed_run_logs_the_same_line() -> None:
 
 
 class Log:
-    """Notes what is logged."""
+    """Records calls of a log."""
 
     def __init__(self) -> None:
         self.records: list[dict[str, Any]] = []
@@ -157,11 +157,11 @@ def test_lines_are_written_for_the_first_the_last_and_every_nth_step(
     assert log.shown == [1, 2, 3, 4, 5, 6, 7]
     assert log.sampled[1] == (2, [0, 1])
     assert log.idle == [["unused"]]
-    assert len(log.said) == 5  # the bad step, once, and what is new of the GPU
+    assert len(log.said) == 5  # the bad step, once, and the notes on the GPU
     assert "step 4" in " ".join(log.said)
 
 
-def test_a_scale_that_has_vanished_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_vanished_loss_scale_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     scaler = SimpleNamespace(get_scale=lambda: 0.0)
     steps, _ = step_log(monkeypatch, total=3, every=1, scaler=scaler)
     with pytest.raises(NumericsError, match="gradients overflow in fp16 at step 1"):
@@ -173,7 +173,7 @@ def test_a_scale_that_has_vanished_ends_the_run(monkeypatch: pytest.MonkeyPatch)
     [(8, 0, "trained 3 steps in 1:05"), (8, 5, "trained 3 steps on 3 of 8 rows in 1:05"),
      (None, 0, "trained 3 steps in 1:05")],
 )  # fmt: skip
-def test_how_long_a_run_trained_and_on_how_many_rows(
+def test_the_final_line_has_the_duration_and_the_rows(
     rows: int | None, without: int, wanted: str
 ) -> None:
     split: Any = rows and SimpleNamespace(rows=[0] * rows, rows_without_example=without)

@@ -1,4 +1,4 @@
-"""Streamed rows: a fault is said with its place, and a stream gives examples or ends."""
+"""Tests of streamed rows: errors have a location, and a stream yields examples or ends."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ def first(stream: Stream, count: int) -> list[Json]:
     return list(islice(stream, count))
 
 
-def test_a_stream_goes_round_and_counts_on(bases: dict[str, Path], tmp_path: Path) -> None:
-    rows = labelled(*["good", "bad"] * 75)  # more than are encoded together
+def test_a_stream_repeats_and_the_count_continues(bases: dict[str, Path], tmp_path: Path) -> None:
+    rows = labelled(*["good", "bad"] * 75)  # more than are encoded at once
     stream = Stream(task_of(recipe_file(bases["encoder"], tmp_path, rows)))
     found = first(stream, 320)
     assert [example["row"] for example in found] == list(range(320))
@@ -83,7 +83,7 @@ def test_a_stream_goes_round_and_counts_on(bases: dict[str, Path], tmp_path: Pat
     ("task", "label"),
     [({}, "godo"), ({}, -1), ({}, 2), ({"problem": "multi_label"}, ["good", "godo"])],
 )
-def test_a_label_that_is_none_stops_with_its_place(
+def test_an_invalid_label_is_an_error_with_its_location(
     bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: Json,
     label: Any, skip: bool,
 ) -> None:  # fmt: skip
@@ -93,7 +93,7 @@ def test_a_label_that_is_none_stops_with_its_place(
         bases["encoder"], tmp_path, labelled(fine, fine, label), task=section,
         data={"on_bad_row": "skip"} if skip else {},
     )  # fmt: skip
-    monkeypatch.setattr(Task, "load_model", None)  # it is not reached
+    monkeypatch.setattr(Task, "load_model", None)  # not reached
     for run in (train, check_recipe):
         with pytest.raises(LoraError, match="is not a label") as caught:
             run(load_recipe(path))
@@ -103,14 +103,14 @@ def test_a_label_that_is_none_stops_with_its_place(
         assert caught.value.exit_code == 2
 
 
-def test_a_label_that_is_none_stops_late_too(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_a_later_invalid_label_is_an_error_too(bases: dict[str, Path], tmp_path: Path) -> None:
     rows = labelled(*["good"] * 150, "godo")
     with pytest.raises(LoraError, match="is not a label") as caught:
         first(Stream(task_of(recipe_file(bases["encoder"], tmp_path, rows))), 151)
     assert caught.value.problems[0].at == "rows.jsonl:151"
 
 
-def test_rows_with_a_label_to_skip_are_left_out(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_rows_with_a_skipped_label_are_omitted(bases: dict[str, Path], tmp_path: Path) -> None:
     section = {"type": "sequence_classification", "labels": ["bad", "good"], "skip_labels": ["-"]}
     rows = labelled("good", "-", "bad", "-")
     stream = Stream(task_of(recipe_file(bases["encoder"], tmp_path, rows, task=section)))
@@ -140,7 +140,7 @@ def chats() -> list[Json]:
     ]
 
 
-def test_a_row_that_cannot_be_encoded_stops_or_is_skipped(
+def test_a_row_that_cannot_be_encoded_is_an_error_or_skipped(
     bases: dict[str, Path], tmp_path: Path
 ) -> None:
     path = recipe_file(bases["llama"], tmp_path, chats(), task=CHAT | {"max_length": 128})
@@ -226,10 +226,10 @@ def test_a_streamed_run_with_bad_rows_resumes_exactly(
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_what_does_not_depend_on_the_row_is_not_computed_again_for_each(
+def test_values_that_do_not_depend_on_the_row_are_computed_once(
     bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A row takes 80 µs; each of these took 5 to 50."""
+    """A row takes 80 µs; each of these would add 5 to 50 µs."""
     rows = labelled(*"ab" * 50)
     path = recipe_file(bases["encoder"], tmp_path, rows, task={"labels": ["a", "b"]})
     task = task_of(path)
@@ -244,7 +244,7 @@ def test_what_does_not_depend_on_the_row_is_not_computed_again_for_each(
 
         monkeypatch.setattr(owner, name, call)
 
-    counted(type(task.config), "get_text_config")  # type: ignore[attr-defined]  # of text tasks
+    counted(type(task.config), "get_text_config")  # type: ignore[attr-defined]  # for text tasks
     counted(type(task.recipe), "at")
     counted(json.JSONDecoder, "__init__")
     assert len(first(Stream(task), 200)) == 200
@@ -252,7 +252,7 @@ def test_what_does_not_depend_on_the_row_is_not_computed_again_for_each(
 
 
 @pytest.mark.parametrize("text", ["a half \\ud800 of one", "a half \\uDC01 of one"])
-def test_half_of_a_character_in_a_row_is_found(
+def test_half_a_surrogate_pair_in_a_row_is_an_error(
     text: str, bases: dict[str, Path], tmp_path: Path
 ) -> None:
     path = recipe_file(bases["encoder"], tmp_path, [], task={"labels": ["a", "b"]})

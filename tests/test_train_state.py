@@ -1,4 +1,4 @@
-"""What may change before a run goes on, and what is taken over from what it found."""
+"""Tests of what may change before a run is resumed, and which learned values are adopted."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MACHINE = {"device": "cpu", "processes": 1, "threads": 2, "torch": "2", "transfo
 
 
 def recipe(task: dict[str, Any] | None = None, **values: Any) -> Recipe:
-    """Return a recipe of a classification, with values of its task and others by `section__key`."""
+    """Return a classification recipe, with values of its task and others by `section__key`."""
     sections: dict[str, Any] = {
         "model": {"name": "base"},
         "task": {"type": "sequence_classification", **(task or {})},
@@ -48,12 +48,12 @@ def recipe(task: dict[str, Any] | None = None, **values: Any) -> Recipe:
 
 
 def saved(of: Recipe, **fields: Any) -> TrainState:
-    """Return the state of a run of a recipe, as it is read from the disk."""
+    """Return the state of a run of a recipe, as read from disk."""
     facts = json.loads(json.dumps(recipe_facts(of)))
     return TrainState(**{"recipe": facts, "data": {"train": "1"}, "machine": MACHINE, **fields})
 
 
-def test_where_a_run_is_written_is_no_part_of_what_it_computes() -> None:
+def test_the_output_folder_is_not_part_of_the_facts() -> None:
     facts = recipe_facts(recipe())
     assert "output_dir" not in facts
     assert "checkpoint" not in facts
@@ -63,7 +63,7 @@ def test_where_a_run_is_written_is_no_part_of_what_it_computes() -> None:
 # ---------------------------------------------------------------------------------- what it found
 
 
-def test_what_the_data_decided_is_no_change_where_the_recipe_leaves_it_open() -> None:
+def test_values_learned_from_the_data_are_no_change() -> None:
     ran = saved(recipe({"labels": ["bad", "good"], "class_weights": FOUND}))
     assert reject_changes(ran, recipe({"labels": None, "class_weights": "balanced"})) == []
     assert reject_changes(ran, recipe({"labels": ["bad", "good"], "class_weights": FOUND})) == []
@@ -78,23 +78,25 @@ def test_what_the_data_decided_is_no_change_where_the_recipe_leaves_it_open() ->
         ({"labels": ["a", "b"]}, {"labels": ["b", "a"]}, "labels"),
     ],
 )
-def test_what_the_recipe_says_otherwise_is_a_change(
+def test_a_recipe_that_contradicts_learned_values_is_a_change(
     ran: dict[str, Any], now: dict[str, Any], key: str
 ) -> None:
     before = saved(recipe(ran)).recipe
     assert any(f.startswith(f"task.{key}") for f in changed_keys(before, recipe(now), True))
     early = changed_keys(before, recipe(now), data_is_read=False)
-    assert bool(early) == (None not in now.values())  # what is left open is not known yet
+    assert bool(early) == (
+        None not in now.values()
+    )  # values that the recipe does not set are not known yet
 
 
-def test_where_the_data_are_read_nothing_is_taken_over() -> None:
+def test_nothing_is_adopted_once_the_data_is_read() -> None:
     ran = saved(recipe({"labels": ["bad", "good"]}))
     with pytest.raises(LoraError, match=r"`task\.labels: \['bad', 'good'\]`, .* says `None`"):
         reject_changes(ran, recipe({"labels": None}), saved(recipe()))
 
 
 @pytest.mark.parametrize("now", [None, ["f1"], ["f1", "accuracy"], ["accuracy", "f1", "mcc"]])
-def test_another_list_or_none_is_a_change(now: list[str] | None) -> None:
+def test_another_list_or_a_missing_one_is_a_change(now: list[str] | None) -> None:
     ran = saved(recipe(evaluate__metrics=["accuracy", "f1"]))
     assert reject_changes(ran, recipe(evaluate__metrics=["accuracy", "f1"])) == []
     with pytest.raises(LoraError, match=r"`evaluate\.metrics"):
@@ -105,7 +107,7 @@ def test_another_list_or_none_is_a_change(now: list[str] | None) -> None:
     ("ran", "now"),
     [({"a": 2}, {"a": 2, "b": 3}), ({"a": 2, "b": 3}, {"a": 2}), ({"a": 2}, {"a": 4})],
 )
-def test_patterns_that_come_or_go_are_changes(ran: dict[str, int], now: dict[str, int]) -> None:
+def test_added_or_removed_patterns_are_changes(ran: dict[str, int], now: dict[str, int]) -> None:
     assert reject_changes(saved(recipe(adapter__rank_pattern=ran)),
                           recipe(adapter__rank_pattern=ran)) == []  # fmt: skip
     with pytest.raises(LoraError) as caught:
@@ -131,7 +133,7 @@ def test_patterns_that_come_or_go_are_changes(ran: dict[str, int], now: dict[str
         {"model__allow_other_base": True},
     ],
 )
-def test_where_the_result_lies_and_how_memory_is_saved_may_change(values: dict[str, Any]) -> None:
+def test_the_output_folder_and_memory_settings_may_change(values: dict[str, Any]) -> None:
     assert reject_changes(saved(recipe()), recipe(**values), saved(recipe(**values))) == []
 
 
@@ -146,7 +148,7 @@ def test_micro_batches_may_change_but_not_the_examples_of_a_step() -> None:
         reject_changes(ran, recipe(**more))
 
 
-def test_how_memory_was_saved_is_reported_where_it_is_known() -> None:
+def test_changed_memory_settings_are_reported_if_known() -> None:
     ran = saved(recipe(), memory={"micro_batch_size": 8})
     now = saved(recipe(), memory={"micro_batch_size": 4, "gradient_checkpointing": True})
     said = "the run was started with `micro_batch_size: 8`, and now it is `4`"
@@ -186,7 +188,7 @@ def test_a_change_is_rejected_unless_changes_are_allowed(kind: str) -> None:
     ],
 )
 @pytest.mark.parametrize("allow", [True, False])
-def test_another_model_is_rejected_also_where_changes_are_allowed(
+def test_another_model_is_rejected_even_if_changes_are_allowed(
     values: dict[str, Any], allow: bool
 ) -> None:
     now = recipe(**values, checkpoint__allow_changes=allow)
@@ -203,7 +205,7 @@ def test_only_the_last_of_several_changes_has_the_hint() -> None:
     assert "start a new run" in str(last.hint)
 
 
-def test_what_was_not_known_of_the_machine_is_no_change() -> None:
+def test_unknown_facts_of_the_machine_are_no_change() -> None:
     ran = saved(recipe(), machine={"device": "cpu"})
     assert reject_changes(ran, recipe(), saved(recipe())) == []
 
@@ -211,7 +213,7 @@ def test_what_was_not_known_of_the_machine_is_no_change() -> None:
 # -------------------------------------------------------------------------------------- the facts
 
 
-def test_the_machine_s_facts_are_those_that_decide_the_last_bits(
+def test_the_machine_s_facts_are_those_that_affect_the_last_bits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     accelerator = Accelerator(cpu=True)
@@ -223,7 +225,7 @@ def test_the_machine_s_facts_are_those_that_decide_the_last_bits(
     assert machine_facts(accelerator) == wanted | {"device": "cuda"}
 
 
-def test_the_micro_batch_that_was_found_is_among_the_facts() -> None:
+def test_the_chosen_micro_batch_is_among_the_facts() -> None:
     facts = memory_facts(
         recipe(train__micro_batch_size="auto", train__examples_per_step=12), Learned(micro_batch=6)
     )
@@ -236,9 +238,7 @@ def test_the_micro_batch_that_was_found_is_among_the_facts() -> None:
 
 @pytest.mark.parametrize("found", [None, False, True, "offload"])
 @pytest.mark.parametrize("asked", [False, True, "offload", "auto"])
-def test_whether_activations_are_computed_again_is_among_the_facts(
-    asked: bool | str, found: Any
-) -> None:
+def test_gradient_checkpointing_is_among_the_facts(asked: bool | str, found: Any) -> None:
     facts = memory_facts(recipe(train__gradient_checkpointing=asked), Learned(checkpointing=found))
     assert facts["gradient_checkpointing"] == (found or False if asked == "auto" else asked)
 
@@ -247,7 +247,7 @@ def test_whether_activations_are_computed_again_is_among_the_facts(
 
 
 @pytest.mark.parametrize("steps", [4, 5])
-def test_as_many_steps_as_were_made_are_enough(steps: int) -> None:
+def test_a_recipe_may_have_as_many_steps_as_were_made(steps: int) -> None:
     reject_fewer_steps(TrainState(step=4), steps, recipe())
 
 
@@ -263,9 +263,7 @@ def test_fewer_steps_are_rejected_by_their_key(values: dict[str, Any], key: str)
 
 @pytest.mark.parametrize("stopped", [True, False])
 @pytest.mark.parametrize("same_rule", [True, False])
-def test_a_run_that_stopped_early_goes_on_by_another_rule_only(
-    stopped: bool, same_rule: bool
-) -> None:
+def test_an_early_stop_is_only_undone_by_other_settings(stopped: bool, same_rule: bool) -> None:
     rules = [
         recipe(data__validation="dev.csv", evaluate__early_stopping={"patience": patience})
         for patience in (2, 2 if same_rule else 3)
@@ -295,7 +293,7 @@ def test_a_run_that_stopped_early_goes_on_by_another_rule_only(
         ({"step": "two"}, False),
     ],
 )
-def test_only_a_state_is_read(values: dict[str, Any], is_state: bool, tmp_path: Path) -> None:
+def test_only_valid_states_are_read(values: dict[str, Any], is_state: bool, tmp_path: Path) -> None:
     file = tmp_path / "trainer.json"
     file.write_text(json.dumps({"step": 3, "best": {"step": 2}, **values}))
     if is_state:
@@ -310,14 +308,14 @@ def test_only_a_state_is_read(values: dict[str, Any], is_state: bool, tmp_path: 
 
 def test_a_state_is_read_as_it_was_written(tmp_path: Path) -> None:
     state = TrainState(step=3, examples=12, best={"step": 2}, logs={"metrics.jsonl": 7})
-    (tmp_path / "trainer.json").write_text(json.dumps(asdict(state)))  # every key of it
+    (tmp_path / "trainer.json").write_text(json.dumps(asdict(state)))  # all of its keys
     assert read_state(tmp_path / "trainer.json") == state
 
 
-def test_only_a_default_may_be_missing_from_what_an_earlier_version_saved() -> None:
+def test_only_defaults_may_be_missing_in_the_state_of_an_earlier_version() -> None:
     def changes(now: Recipe) -> list[str]:
         before = recipe_facts(recipe())
-        del before["train"]["max_grad_norm"]  # as of a version that did not know the key
+        del before["train"]["max_grad_norm"]  # as in a version without this key
         del before["adapter"]["dropout"]
         try:
             return reject_changes(saved(recipe(), recipe=before), now)
@@ -331,7 +329,7 @@ def test_only_a_default_may_be_missing_from_what_an_earlier_version_saved() -> N
     assert "`train.max_grad_norm: None`, the recipe now says `0.25`" in said
 
 
-def test_a_new_run_stands_at_nothing() -> None:
+def test_a_new_run_has_an_empty_state() -> None:
     state = TrainState()
     counts = (state.step, state.examples, state.tokens, state.skipped_steps, state.unlogged_steps)
     assert counts == (0, 0, 0, 0, 0)

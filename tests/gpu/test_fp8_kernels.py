@@ -56,7 +56,7 @@ def test_fp8_products_are_those_of_rounded_rows(
     assert 1e-3 < float((y.detach().double() - exact).norm() / exact.norm()) < most
 
 
-def test_a_compiled_layer_has_the_gradient_of_the_layer_as_it_is() -> None:
+def test_a_compiled_layer_has_the_same_gradient() -> None:
     torch.manual_seed(0)
     up, down = (
         QuantizedLinear(*sizes, None, "fp8", device="cuda") for sizes in ((64, 128), (128, 64))
@@ -98,7 +98,7 @@ def test_rows_are_rounded_as_on_a_cpu() -> None:
 
 
 @pytest.mark.parametrize("shape", [(8, 24), (24, 8)])
-def test_sizes_that_gpus_do_not_multiply_in_fp8_are_multiplied_as_numbers(
+def test_weights_of_unsupported_sizes_are_dequantised(
     shape: tuple[int, int],
 ) -> None:
     layer = QuantizedLinear(*shape, None, "fp8", device="cuda")
