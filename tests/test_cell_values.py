@@ -9,8 +9,8 @@ import pytest
 from lora_cli.data.cell_values import (
     PLAIN,
     NumberForm,
+    binary_value,
     currency_of,
-    flag,
     half_width,
     number_form,
     other_forms,
@@ -124,7 +124,7 @@ def test_labels_in_a_text(text: str, separator: str, expected: list[str]) -> Non
      (2, None), (None, None), ("", None), ("yes", None)],
 )  # fmt: skip
 def test_flags(value: Any, expected: int | None) -> None:
-    assert flag(value) == expected
+    assert binary_value(value) == expected
 
 
 def test_only_width_and_digits_change() -> None:

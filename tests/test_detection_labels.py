@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from lora_cli.data.column_kinds import describe
+from lora_cli.data.column_kinds import describe_column
 from lora_cli.errors import LoraError
 from lora_cli.recipe import Recipe
 from lora_cli.tasks.detection import detection_labels
@@ -243,7 +243,7 @@ def png_image(width: int, height: int) -> dict[str, Any]:
 
 def proposal(rows: list[dict[str, Any]], label: str | None = None, **base: Any) -> Proposal | None:
     names = list(rows[0])
-    table = Table([describe(name, rows) for name in names], rows, "rows.jsonl", label=label)
+    table = Table([describe_column(name, rows) for name in names], rows, "rows.jsonl", label=label)
     facts = {"name": "base", "model_type": "yolos", "draws": False, **base}
     return propose_objects(table, SimpleNamespace(**facts))
 

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lora_cli.data.column_kinds import describe
+from lora_cli.data.column_kinds import describe_column
 from lora_cli.data.label_lists import list_in_cell, listed_labels, texts_in_cell
 
 
@@ -55,6 +55,6 @@ def test_a_cell_has_one_text_or_a_list_of_texts() -> None:
 
 def test_a_column_of_lists_is_recognised() -> None:
     rows = [{"tags": "['a', 'b']"}, {"tags": "[]"}, {"tags": "['b']"}]
-    column = describe("tags", rows)
+    column = describe_column("tags", rows)
     assert (column.kind, dict(column.counts)) == ("list", {"a": 1, "b": 2})
-    assert describe("tags", [*rows, {"tags": "b"}]).kind != "list"
+    assert describe_column("tags", [*rows, {"tags": "b"}]).kind != "list"

@@ -18,7 +18,7 @@ from lora_cli.data import recordings
 from lora_cli.data.recordings import (
     RecordingError,
     is_silent,
-    playable,
+    playable_url,
     read_recording,
     recording_facts,
     require_audio_packages,
@@ -210,7 +210,7 @@ def test_a_recording_is_split_where_it_is_quietest() -> None:
     ids=["wav", "flac", "mp3", "floats", "ogg", "long wav"],
 )
 def test_pages_embed_small_playable_recordings(data: bytes, kind: str) -> None:
-    address = playable(media(data), 10.0)
+    address = playable_url(media(data), 10.0)
     assert address is not None
     head, _, body = address.partition(",")
     assert head == f"data:audio/{kind};base64"
@@ -221,7 +221,7 @@ def test_pages_embed_small_playable_recordings(data: bytes, kind: str) -> None:
 
 
 def test_unreadable_recordings_are_not_embedded() -> None:
-    assert playable(media(b"no recording"), 10.0) is None
+    assert playable_url(media(b"no recording"), 10.0) is None
 
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_cli.data.split_rows import containing, draw
+from lora_cli.data.split_rows import containing_texts, draw
 from lora_cli.errors import LoraError
 
 SEED = (0, 1)
@@ -112,7 +112,7 @@ def test_scripts_without_spaces_are_compared_by_characters(texts: list[str], alo
 
 def test_words_next_to_scripts_without_spaces_stay_words() -> None:
     # `part` does not contain `art`, whatever script is next to it
-    assert containing(["art", "partを買う", "artを買う"]) == [[2], [1], [2]]
+    assert containing_texts(["art", "partを買う", "artを買う"]) == [[2], [1], [2]]
 
 
 def test_a_phrase_of_both_sides_is_in_neither() -> None:

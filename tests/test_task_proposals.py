@@ -10,7 +10,7 @@ import tiny
 import tiny_diffusion
 from drafting import labelled, lines, table
 
-from lora_cli.data.column_kinds import describe
+from lora_cli.data.column_kinds import describe_column
 from lora_cli.errors import LoraError
 from lora_cli.recipe import TASKS, Recipe, TaskSpec
 from lora_cli.recipe.spec.task_section import TaskSection
@@ -159,7 +159,7 @@ def test_a_new_task_changes_no_other_draft(base: Path, tmp_path: Path) -> None:
 
 
 def table_of(rows: list[dict[str, Any]], **given: Any) -> Table:
-    return Table([describe(name, rows) for name in rows[0]], rows, "rows.csv", **given)
+    return Table([describe_column(name, rows) for name in rows[0]], rows, "rows.csv", **given)
 
 
 @pytest.mark.parametrize("seen", [(0, 1), (1, 0)])

@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lora_cli.adapters.attach import attach, trainable_parameters
-from lora_cli.data.captions import shuffled
+from lora_cli.data.captions import shuffle_tags
 from lora_cli.data.find_files import files_of
 from lora_cli.data.load_rows import load_rows
 from lora_cli.data.picture_sizes import apply_crop, crop_to, nearest_size, sizes_for
@@ -693,7 +693,7 @@ def test_resized_images_cover_the_crop(width: int, height: int) -> None:
 
 def test_tags_are_shuffled_except_for_the_first() -> None:
     rng = np.random.default_rng(0)
-    captions = {shuffled("sks, a, b ,c", 1, rng) for _ in range(50)}
+    captions = {shuffle_tags("sks, a, b ,c", 1, rng) for _ in range(50)}
     assert len(captions) == 6
     assert all(sorted(caption.split(", ")) == ["a", "b", "c", "sks"] for caption in captions)
     assert all(caption.startswith("sks, ") for caption in captions)

@@ -10,7 +10,7 @@ def tags_of(caption: str) -> list[str]:
     return [tag.strip() for tag in caption.split(",") if tag.strip()]
 
 
-def shuffled(caption: str, keep: int, rng: np.random.Generator) -> str:
+def shuffle_tags(caption: str, keep: int, rng: np.random.Generator) -> str:
     """Return a caption with its tags in random order, except for the first `keep`."""
     tags = tags_of(caption)
     movable = tags[keep:]

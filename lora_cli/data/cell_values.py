@@ -157,7 +157,7 @@ def number_form(texts: Sequence[str], delimiter: str) -> NumberForm | None:
     return fitting[0]
 
 
-def flag(value: Any) -> int | None:
+def binary_value(value: Any) -> int | None:
     """Return a binary value as 0 or 1; None if it is not one."""
     if isinstance(value, int | float):
         value = str(float(value))

@@ -18,10 +18,10 @@ from lora_cli.data.cell_values import (
     read_number,
     split_labels,
 )
-from lora_cli.data.cell_values import flag as value_of_flag
+from lora_cli.data.cell_values import binary_value as parse_binary
 from lora_cli.data.chat_formats import is_pair
 from lora_cli.data.label_lists import listed_labels, read_nested
-from lora_cli.data.media import LEAST_ENCODED, decoded
+from lora_cli.data.media import LEAST_ENCODED, decode_base64_media
 
 URL = re.compile(r"(https?://|www\.)\S+$", re.IGNORECASE)
 DATE = re.compile(
@@ -110,11 +110,11 @@ def label_text(value: Any) -> str:
     return str(value).strip()
 
 
-def flag(value: Any) -> int | None:
+def binary_value(value: Any) -> int | None:
     """Return a value of a binary column as 0 or 1; None if it is blank or not binary."""
     if is_blank(value):
         return None
-    return value_of_flag(value)
+    return parse_binary(value)
 
 
 def is_blank(value: Any) -> bool:
@@ -122,7 +122,7 @@ def is_blank(value: Any) -> bool:
     return value is None or value != value or (isinstance(value, str) and not value.strip())
 
 
-def describe(name: str, rows: Sequence[dict[str, Any]], delimiter: str = ",") -> Column:
+def describe_column(name: str, rows: Sequence[dict[str, Any]], delimiter: str = ",") -> Column:
     """Detect the kind of a column, and collect statistics of its values.
 
     Args:
@@ -149,7 +149,9 @@ def describe(name: str, rows: Sequence[dict[str, Any]], delimiter: str = ",") ->
     numbers = number_form(strings, delimiter) if strings else PLAIN
     if numbers is None and (strays := _strays(name, rows, delimiter)):
         number_rows = set(range(1, len(rows) + 1)) - {number for number, _ in strays}
-        column = describe(name, [rows[number - 1] for number in sorted(number_rows)], delimiter)
+        column = describe_column(
+            name, [rows[number - 1] for number in sorted(number_rows)], delimiter
+        )
         return replace(column, strays=strays)
     kind = _kind(name, texts, counts, words, numbers)
     if kind == "number" and numbers != PLAIN and _are_class_id_lists(counts):
@@ -187,12 +189,14 @@ def _kind(
         return "url"
     if nearly_all(DATE.match):
         return "date"
-    if nearly_all(FILE_NAME.fullmatch) or (len(texts[0]) >= LEAST_ENCODED and nearly_all(decoded)):
+    if nearly_all(FILE_NAME.fullmatch) or (
+        len(texts[0]) >= LEAST_ENCODED and nearly_all(decode_base64_media)
+    ):
         return "file"
     splits = [SPLIT_NAMES.get(text.lower()) for text in counts]
     if None not in splits and "train" in splits and len(set(splits)) > 1:
         return "split"
-    if all(value_of_flag(text) is not None for text in counts):
+    if all(parse_binary(text) is not None for text in counts):
         return "binary"
     is_unique = len(counts) == len(texts) and len(texts) > 1
     repeats = len(counts) * 5 <= len(texts) and CLASS_ID.fullmatch(name) is not None

@@ -41,7 +41,7 @@ def split_slice(text: str, location: str) -> tuple[str, str]:
     return name, part
 
 
-def positions(part: str, count: int) -> slice:
+def parse_slice(part: str, count: int) -> slice:
     """Convert the text of a slice to a `slice` of `count` rows."""
 
     def bound(text: str) -> int | None:

@@ -20,7 +20,7 @@ import numpy as np
 
 from lora_cli.data.dataset_cache import damaged_files, forget_files
 from lora_cli.data.folder_files import reject_saved
-from lora_cli.data.media import undecoded
+from lora_cli.data.media import without_decoding
 from lora_cli.data.numbered_labels import label_names
 from lora_cli.data.renamed_columns import renamed_columns
 from lora_cli.data.rows import Rows
@@ -167,7 +167,7 @@ def hub_rows(recipe: Recipe, name: str) -> Rows:
     if _is_folder(recipe):  # the fingerprint depends only on names
         sha256 = hashlib.sha256(f"{_folder_sha256(recipe)} {sha256}".encode()).hexdigest()
     positions = np.arange(len(dataset))
-    return Rows(undecoded(dataset), source, sha256, positions, names, media=media)
+    return Rows(without_decoding(dataset), source, sha256, positions, names, media=media)
 
 
 def _renamed(recipe: Recipe, dataset: Any) -> Any:

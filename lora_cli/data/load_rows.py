@@ -13,13 +13,13 @@ from lora_cli.data.csv_quoting import announce_quoting
 from lora_cli.data.file_formats import is_blank, kind_of, require_columns
 from lora_cli.data.file_rows import file_rows, numbered_label_names, read_files
 from lora_cli.data.find_files import SPLITS as SPLITS
-from lora_cli.data.find_files import files_of, positions, split_slice
+from lora_cli.data.find_files import files_of, parse_slice, split_slice
 from lora_cli.data.hub_rows import hub_rows, load_hub
-from lora_cli.data.media import media_error, undecoded, with_media
+from lora_cli.data.media import media_error, with_media, without_decoding
 from lora_cli.data.media_folder import (
     is_media_file,
 )
-from lora_cli.data.mixed_rows import mixed
+from lora_cli.data.mixed_rows import mix_rows
 from lora_cli.data.numbered_labels import holds_numbers, label_names, require_one_numbering
 from lora_cli.data.renamed_columns import renamed_row, require_renamed
 from lora_cli.data.row_texts import text_of
@@ -95,7 +95,7 @@ def _load_mixed(recipe: Recipe, splits: Sequence[str]) -> dict[str, Rows]:
             ]
     if problems:
         raise LoraError(problems)
-    return {split: mixed(recipe, by_split[split]) for split in SPLITS if split in by_split}
+    return {split: mix_rows(recipe, by_split[split]) for split in SPLITS if split in by_split}
 
 
 def _require_one_numbering(splits: dict[str, Rows]) -> None:
@@ -143,7 +143,9 @@ def stream_rows(recipe: Recipe) -> Iterator[RawRow]:
     data = recipe.data
     if data.name:
         media = recipe.task.media_columns
-        for number, row in enumerate(undecoded(load_hub(recipe, data.train, streaming=True))):
+        for number, row in enumerate(
+            without_decoding(load_hub(recipe, data.train, streaming=True))
+        ):
             raw = renamed_row(RawRow(row, f"{data.name}[{number}]"), data.columns)
             yield with_media(raw, Path(), media)
     elif data.split_column and not is_file(data.train):
@@ -227,7 +229,7 @@ def _rows_of_split(recipe: Recipe, split: str, text: str) -> Rows:
     else:
         rows = file_rows(recipe, files_of(recipe, split, name))
     require_renamed(recipe, rows)
-    return rows.select(np.arange(len(rows))[positions(part, len(rows))]) if part else rows
+    return rows.select(np.arange(len(rows))[parse_slice(part, len(rows))]) if part else rows
 
 
 def _rows_marked(recipe: Recipe, split: str, name: str) -> Rows:

@@ -66,7 +66,7 @@ def media_value(value: Any, folder: Path | None = None) -> Any:
                 return {**medium, "path": path if isinstance(path, str) else None}
         return {name: item for name, item in value.items() if name != "bytes"}  # not a file
     if isinstance(value, str) and value.strip():
-        if (content := decoded(value.strip())) is not None:
+        if (content := decode_base64_media(value.strip())) is not None:
             return {"bytes": content, "path": None}
         if value.startswith(FILE_URL):
             value = url2pathname(value.removeprefix(FILE_URL))
@@ -75,7 +75,7 @@ def media_value(value: Any, folder: Path | None = None) -> Any:
     return value
 
 
-def decoded(text: str) -> bytes | None:
+def decode_base64_media(text: str) -> bytes | None:
     """Decode a text that is a media file in base64; return None if it is not."""
     is_bare = len(text) >= LEAST_ENCODED and text.startswith(ENCODED_STARTS)
     return _from_base64(text) if is_bare or ENCODED.match(text) else None
@@ -202,19 +202,19 @@ def _hash_of_file(path: str, _state: tuple[int, ...]) -> str:
     return xxhash.xxh3_128_hexdigest(Path(path).read_bytes())
 
 
-def hashed(row: dict[str, Any]) -> dict[str, Any]:
+def with_media_hashes(row: dict[str, Any]) -> dict[str, Any]:
     """Return a row with media values replaced by the hashes of their bytes."""
     return {name: media_hash(v) if is_media(v) else v for name, v in row.items()}
 
 
-def described(value: dict[str, Any]) -> str:
-    """Describe a media value in words: by its file name, or its size in bytes."""
+def media_name(value: dict[str, Any]) -> str:
+    """Return a name for a media value in messages: its file name, or its size in bytes."""
     if value["path"]:
         return Path(value["path"]).name
     return counted(len(value["bytes"] or b""), "byte")
 
 
-def undecoded(dataset: Any) -> Any:
+def without_decoding(dataset: Any) -> Any:
     """Return a Hub data set whose media columns are not decoded on access."""
     import datasets
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from lora_cli.data.folder_files import files_inside
 from lora_cli.data.labelled_text import LABEL_COLUMN
-from lora_cli.data.media import decoded
+from lora_cli.data.media import decode_base64_media
 from lora_cli.data.split_names import SPLITS, names_split
 from lora_cli.data.text_lines import RawRow
 from lora_cli.recipe import Recipe
@@ -57,7 +57,7 @@ def are_media(values: Sequence[Any]) -> bool:
     """Return whether nearly all values of a column are media or paths of media files."""
     is_medium = [
         _is_path(value)
-        or (isinstance(value, str) and decoded(value) is not None)
+        or (isinstance(value, str) and decode_base64_media(value) is not None)
         or isinstance(value, bytes)
         or (isinstance(value, dict) and value.keys() >= {"bytes", "path"})
         or (isinstance(value, dict) and _is_path(value.get("path")))

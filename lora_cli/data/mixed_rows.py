@@ -16,7 +16,7 @@ from lora_cli.data.rows import MEDIA_ROWS, Indices, Rows
 from lora_cli.recipe import Recipe
 
 
-def mixed(recipe: Recipe, by_set: dict[str, Rows]) -> MixedRows:
+def mix_rows(recipe: Recipe, by_set: dict[str, Rows]) -> MixedRows:
     """Concatenate the rows of several data sets.
 
     Args:

@@ -236,7 +236,7 @@ def _to_rgb(image: Image, max_grey: int, is_inverted: bool) -> tuple[Image, bool
     return image.convert("RGB"), False
 
 
-def thumbnail_of(value: dict[str, Any], size: int = 96) -> str:
+def thumbnail_url(value: dict[str, Any], size: int = 96) -> str:
     """Return a thumbnail as a `data:` URL, to embed it in a page.
 
     Args:

@@ -374,7 +374,7 @@ def _quiet_place(samples: Samples, left: int, n_parts: int) -> int:
 # ------------------------------------------------------------------------------------- on a page
 
 
-def playable(value: dict[str, Any], longest: float) -> str | None:
+def playable_url(value: dict[str, Any], longest: float) -> str | None:
     """Return a recording as a `data:` URL that a page can play; None if it cannot be read.
 
     Args:

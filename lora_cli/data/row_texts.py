@@ -7,7 +7,7 @@ from typing import Any
 
 import xxhash
 
-from lora_cli.data.media import described, is_media, media_hash
+from lora_cli.data.media import is_media, media_hash, media_name
 
 KEYS_WITHOUT_TEXT = (
     "role",
@@ -41,13 +41,13 @@ def _text(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def shown_value(values: Sequence[Any]) -> str:
+def readable_value(values: Sequence[Any]) -> str:
     """Return values of a row as readable text, with one line per turn of a conversation."""
     parts: list[str] = []
     for value in values:
         for turn in value if isinstance(value, list) else [value]:
             if is_media(turn):
-                turn = described(turn)
+                turn = media_name(turn)
             elif isinstance(turn, dict):  # a turn in the OpenAI or ShareGPT format
                 role, text = (turn.get(a, turn.get(b)) for a, b in TURN_KEYS)
                 turn = f"{role}: {text}"

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_cli.data.media import hashed, media_value
+from lora_cli.data.media import media_value, with_media_hashes
 
 Indices = NDArray[np.int64]
 STORED = {"row", "place", "fault"}
@@ -97,6 +97,6 @@ class Rows:
         """Return the SHA-256 of the contents of the rows, in order."""
         digest = hashlib.sha256()
         for row in self:
-            digest.update(json.dumps(hashed(row), sort_keys=True, default=str).encode())
+            digest.update(json.dumps(with_media_hashes(row), sort_keys=True, default=str).encode())
             digest.update(b"\n")
         return digest.hexdigest()

@@ -55,7 +55,7 @@ def draw(
     assert disjoint != "substring" or groups is None  # the recipe rejects it
     normalised_texts = [normalised(text) for text in texts]
     if disjoint == "substring":
-        holders = containing(normalised_texts)
+        holders = containing_texts(normalised_texts)
     else:
         keys = _units_by_text_and_group(
             normalised_texts if disjoint else [str(i) for i in range(len(texts))], groups
@@ -140,7 +140,7 @@ def _units_by_text_and_group(texts: Sequence[str], groups: Sequence[str] | None)
     return [find(i) for i in range(len(texts))]
 
 
-def containing(texts: Sequence[str]) -> list[list[int]]:
+def containing_texts(texts: Sequence[str]) -> list[list[int]]:
     """Return, for each text, the maximal texts that contain it (itself if there are none).
 
     A text contains another if the words of the latter (in scripts without spaces, its characters)

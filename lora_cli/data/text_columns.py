@@ -45,7 +45,7 @@ def _characters(column: Column) -> str:
     return counted(round(column.characters), "character")
 
 
-def listed(columns: Sequence[Column]) -> str:
+def list_columns(columns: Sequence[Column]) -> str:
     """List the columns with their content, for a hint."""
     return "the columns: " + "; ".join(
         f"`{column.name}`: {content_of(column)}" for column in columns[:20]
@@ -160,7 +160,7 @@ def text_of(
         if nested is not None and rows:
             what += f", and `{nested.name}` holds objects"
             raise LoraError(what, place, unnesting_hint(nested, rows, place))
-        raise LoraError(what, place, f"name it with `--text COLUMN` ({listed(columns)})")
+        raise LoraError(what, place, f"name it with `--text COLUMN` ({list_columns(columns)})")
     named = [column for column in texts if TEXT_NAMES.fullmatch(column.name.strip())]
     for candidates in (named, texts):
         if len(candidates) == 1 or (
@@ -174,7 +174,7 @@ def text_of(
     raise LoraError(
         f"which column is the text? It could be {options}",
         place,
-        f"name it with `--text COLUMN`{pair_option}{more} ({listed(columns)})",
+        f"name it with `--text COLUMN`{pair_option}{more} ({list_columns(columns)})",
     )
 
 

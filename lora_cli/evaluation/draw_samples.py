@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from lora_cli.adapters.attach import training_mode
-from lora_cli.data.pictures import thumbnail_of
+from lora_cli.data.pictures import thumbnail_url
 from lora_cli.files import write_json
 from lora_cli.reporting.page_drawn_pictures import DRAWINGS
 from lora_cli.tasks.contract import Task
@@ -61,7 +61,7 @@ def _thumbnails(folder: Path, prompts: list[str]) -> dict[str, object]:
         files = [step_folder / f"{i}.png" for i in range(len(prompts))]
         if all(file.is_file() for file in files):
             pictures = [
-                thumbnail_of({"bytes": None, "path": str(file)}, SHOWN_SIDE) for file in files
+                thumbnail_url({"bytes": None, "path": str(file)}, SHOWN_SIDE) for file in files
             ]
             snapshots.append({"when": step_folder.name, "pictures": pictures})
     return {"prompts": prompts, "drawn": snapshots}

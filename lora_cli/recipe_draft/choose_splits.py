@@ -20,7 +20,7 @@ from lora_cli.data.column_kinds import (
     GROUP_NAME,
     SPLIT_NAMES,
     Column,
-    flag,
+    binary_value,
     is_blank,
     label_text,
 )
@@ -29,7 +29,7 @@ from lora_cli.data.file_formats import read_rows
 from lora_cli.data.parallel_texts import BRACES, parts_of
 from lora_cli.data.renamed_columns import renamed_row
 from lora_cli.data.row_texts import text_of
-from lora_cli.data.split_rows import containing, draw
+from lora_cli.data.split_rows import containing_texts, draw
 from lora_cli.data.text_lines import byte_error
 from lora_cli.errors import LoraError, counted
 from lora_cli.recipe import TASKS, FormatSpec
@@ -125,7 +125,7 @@ def is_unusable(row: dict[str, Any], chosen: Proposal) -> bool:
     if chosen.is_chat:
         return bool(conversation_error(row, keys["format"], keys.get("messages_column")))
     if names := keys.get("label_columns"):
-        flags = [flag(row.get(name)) for name in names]
+        flags = [binary_value(row.get(name)) for name in names]
         return None in flags or (keys["problem"] == "single_label" and sum(map(bool, flags)) != 1)
     name = keys.get("label_column")
     return name is not None and is_blank(row.get(name)) and "label_separator" not in keys
@@ -336,7 +336,8 @@ def _contained_share(texts: Sequence[str]) -> float:
         return 0.0
     first_row = {text: i for i, text in reversed(list(enumerate(texts)))}
     is_contained = (
-        first_row[text] not in owners for text, owners in zip(texts, containing(texts), strict=True)
+        first_row[text] not in owners
+        for text, owners in zip(texts, containing_texts(texts), strict=True)
     )
     return sum(is_contained) / len(texts)
 

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from typing import Any
 
 from lora_cli.data.column_kinds import CONVERSATIONS
-from lora_cli.data.text_columns import content_of, listed, unnesting_hint
+from lora_cli.data.text_columns import content_of, list_columns, unnesting_hint
 from lora_cli.errors import LoraError, did_you_mean
 from lora_cli.recipe import TASKS
 from lora_cli.tasks import task_types
@@ -25,7 +25,9 @@ def choose_task(table: Table, base: BaseFacts) -> Proposal:
     proposed = [kind.propose(table, base) for kind in task_types()]
     proposals = [*filter(None, [*proposed, _nested_table(table)])]
     if not proposals:
-        hint = f"name what is learned: `--text COLUMN --label COLUMN` ({listed(table.columns)})"
+        hint = (
+            f"name what is learned: `--text COLUMN --label COLUMN` ({list_columns(table.columns)})"
+        )
         raise LoraError("no task reads such rows", table.place, hint)
     chosen = max(proposals, key=lambda proposal: (proposal.certainty, proposal.error is None))
     if chosen.error is not None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from lora_cli.data.cell_values import half_width
 from lora_cli.data.chat_formats import conversation_error, read_conversations
-from lora_cli.data.column_kinds import SPLIT_NAMES, Column, as_number, describe
+from lora_cli.data.column_kinds import SPLIT_NAMES, Column, as_number, describe_column
 from lora_cli.data.csv_rows import delimiter_of
 from lora_cli.data.detect_format import DataFile
 from lora_cli.data.file_formats import kind_by_name
@@ -103,7 +103,7 @@ def _draft(
     else:
         file, kind = (read_source(source) if second is None else read_pair(source, second)), None
     base = describe_base(model)
-    columns = [describe(name, file.rows, _delimiter(file)) for name in file.columns]
+    columns = [describe_column(name, file.rows, _delimiter(file)) for name in file.columns]
     if file.form.get("label_from") == "fasttext":
         columns = [_with_several_labels(column) for column in columns]
     place = file.path.name if kind is None else str(source)

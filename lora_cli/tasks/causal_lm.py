@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from lora_cli.data.chat_formats import Message
-from lora_cli.data.row_texts import shown_value
+from lora_cli.data.row_texts import readable_value
 from lora_cli.data.unsupported_rows import unsupported
 from lora_cli.errors import LoraError, Problem
 from lora_cli.metrics import channel_of
@@ -279,7 +279,7 @@ class CausalLM(WritingTask):
 
     def shown_reference(self, row: dict[str, Any]) -> str | None:
         """Return the completion of a row."""
-        return shown_value([row.get(c) for c in self.target_columns().values()]) or None
+        return readable_value([row.get(c) for c in self.target_columns().values()]) or None
 
     def wanted_texts(self, row: dict[str, Any]) -> list[str]:
         """Return the last answer of each conversation, or the completion."""

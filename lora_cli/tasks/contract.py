@@ -27,7 +27,7 @@ from transformers import PretrainedConfig
 
 from lora_cli.adapters.frozen_lower_layers import FrozenLayers
 from lora_cli.data.load_rows import Rows
-from lora_cli.data.row_texts import shown_value
+from lora_cli.data.row_texts import readable_value
 from lora_cli.errors import LoraError, counted
 from lora_cli.models.base_model import load_config
 from lora_cli.recipe import Learned, Recipe
@@ -251,7 +251,7 @@ class Task(TaskAnswers, TaskMetrics, TaskModel):
 
     def shown_input(self, row: dict[str, Any]) -> str:
         """Return what the model reads of a row, for people to read."""
-        return shown_value([row.get(column) for column in self.input_columns().values()])
+        return readable_value([row.get(column) for column in self.input_columns().values()])
 
     def thumbnail(self, row: dict[str, Any]) -> str | None:
         """Return a small image of a row for the report, or its sound, as a `data:` URL."""

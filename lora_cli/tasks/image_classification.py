@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageClassification
 
 from lora_cli.data.load_rows import Rows
-from lora_cli.data.media import described
+from lora_cli.data.media import media_name
 from lora_cli.data.pictures import (
     picture_facts,
     require_pillow,
@@ -125,7 +125,7 @@ class ImageClassification(PictureTask, Classification):
         lines, _ = super().shown(example, colour)
         facts, (height, width) = picture_facts(example["image"]), self.size
         return lines, (
-            f"{described(example['image'])}: {facts.width} x {facts.height} pixels, "
+            f"{media_name(example['image'])}: {facts.width} x {facts.height} pixels, "
             f"read as {width} x {height}"
         )
 

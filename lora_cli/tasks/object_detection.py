@@ -15,7 +15,7 @@ from transformers import AutoModelForObjectDetection, PretrainedConfig
 
 from lora_cli.data.boxes import BoxError, Objects, annotated_size, read_objects
 from lora_cli.data.load_rows import Rows
-from lora_cli.data.media import described
+from lora_cli.data.media import media_name
 from lora_cli.data.pictures import picture_facts, require_pillow
 from lora_cli.errors import Problem, counted
 from lora_cli.metrics import MetricContext
@@ -201,7 +201,7 @@ class ObjectDetection(PictureTask):
             f"{self.labels[label]} at {', '.join(f'{n:.0f}' for n in box)}" + " (crowd)" * int(many)
             for label, box, many in zip(example["classes"], boxes.tolist(), crowd, strict=True)
         ]
-        about = f"{described(example['image'])}: {example['width']} x {example['height']} pixels, "
+        about = f"{media_name(example['image'])}: {example['width']} x {example['height']} pixels, "
         about += f"read within {width} x {height}; {'; '.join(said) or 'without objects'}"
         return [counted(len(said), "object")], about
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForTextToSpectrogram
 
-from lora_cli.data.recordings import playable
+from lora_cli.data.recordings import playable_url
 from lora_cli.errors import LoraError, counted
 from lora_cli.metrics import MetricContext
 from lora_cli.models.load_errors import require_kind
@@ -257,7 +257,7 @@ class TextToSpeech(SpokenTexts):
         if self.spec.vocoder is None:
             return []
         sounds = [
-            playable({"bytes": self._recording(one), "path": None}, PLAYED_SECONDS) or ""
+            playable_url({"bytes": self._recording(one), "path": None}, PLAYED_SECONDS) or ""
             for one in self._said(model, rows)
         ]
         texts = [self.text_of(row) for row in rows]

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from lora_cli.data.column_kinds import CONVERSATIONS, Column, as_number, flag, is_blank
+from lora_cli.data.column_kinds import CONVERSATIONS, Column, as_number, binary_value, is_blank
 from lora_cli.data.label_lists import read_nested
-from lora_cli.data.text_columns import content_of, listed, pair_of, text_of, text_reason
+from lora_cli.data.text_columns import content_of, list_columns, pair_of, text_of, text_reason
 from lora_cli.errors import LoraError, counted, printable
 from lora_cli.tasks.classification.labels import has_scores, is_multi_hot
 from lora_cli.tasks.proposal import NO_LABEL, BaseFacts, Certainty, Proposal, Table, proposed
@@ -48,7 +48,7 @@ def propose_labelled(table: Table, base: BaseFacts) -> Proposal | None:
         found = labelled(columns, table.by_name, table.rows, table.place, text, label, pair)
         if found is None and pair is not None:
             what, hint = "two texts need a label that compares them", "name it: `--label COLUMN`"
-            raise LoraError(what, "--pair", f"{hint} ({listed(columns)})")
+            raise LoraError(what, "--pair", f"{hint} ({list_columns(columns)})")
         if found is not None:
             found.check = lambda: _check(found, table)
         return found
@@ -153,7 +153,7 @@ def _label_of(
         "which column is the label? It could be "
         + " or ".join(f"`{column.name}`" for column in able[:6]),
         place,
-        f"name it with `--label COLUMN`, or use `--label none` ({listed(columns)})",
+        f"name it with `--label COLUMN`, or use `--label none` ({list_columns(columns)})",
     )
 
 
@@ -214,7 +214,7 @@ def _is_one_hot(flags: list[Column], rows: Sequence[dict[str, Any]]) -> bool:
     """Return whether columns of 0 and 1 are labels: three or more, or two that exclude."""
     if len(flags) != 2:
         return len(flags) > 2
-    return all(sum(flag(row.get(c.name)) or 0 for c in flags) == 1 for row in rows)
+    return all(sum(binary_value(row.get(c.name)) or 0 for c in flags) == 1 for row in rows)
 
 
 def _label_keys(
@@ -296,9 +296,11 @@ def _flag_keys(
 ) -> tuple[dict[str, Any], dict[str, str], Counter[str]]:
     """Return the same for columns of 0 and 1."""
     names = [column.name for column in label]
-    sums = Counter(sum(flag(row.get(name)) or 0 for name in names) for row in rows)
+    sums = Counter(sum(binary_value(row.get(name)) or 0 for name in names) for row in rows)
     single = set(sums) == {1}
-    counts = Counter({c.name: sum(n for text, n in c.counts.items() if flag(text)) for c in label})
+    counts = Counter(
+        {c.name: sum(n for text, n in c.counts.items() if binary_value(text)) for c in label}
+    )
     reason = "exactly one 1 in every row" if single else "any number of 1 in a row"
     problem = "single_label" if single else "multi_label"
     return (

@@ -15,8 +15,8 @@ from lora_cli.characters import difference_of_form, folded
 from lora_cli.data.cell_values import (
     FLOAT32_MAX,
     NumberForm,
+    binary_value,
     currency_of,
-    flag,
     other_forms,
     read_number,
     split_labels,
@@ -176,7 +176,7 @@ class Labels:
 
     def _marked(self, row: dict[str, Any], columns: list[str]) -> list[str] | None:
         """Return the labels whose columns hold a 1, or None where some hold neither 0 nor 1."""
-        marks = [flag(row.get(column)) for column in columns]
+        marks = [binary_value(row.get(column)) for column in columns]
         if None in marks or (self.spec.problem == "single_label" and sum(map(bool, marks)) != 1):
             return None
         return [name for name, mark in zip(self.names, marks, strict=True) if mark]
@@ -208,9 +208,9 @@ class Labels:
     def error_of_marks(self, row: dict[str, Any], columns: list[str]) -> str:
         """Return why the columns of 0 and 1 cannot be read."""
         for column in columns:
-            if flag(value := row.get(column)) is None:
+            if binary_value(value := row.get(column)) is None:
                 return f"column `{column}` {_said(value)}, not 0 or 1"
-        marked = [column for column in columns if flag(row.get(column))]
+        marked = [column for column in columns if binary_value(row.get(column))]
         many = f"`{'`, `'.join(marked)}` are all 1" if marked else "no label's column is 1"
         return f"{many}; with `problem: single_label` it is one"
 

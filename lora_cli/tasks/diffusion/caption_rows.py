@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from lora_cli.data.file_formats import is_blank, text_error
 from lora_cli.data.load_rows import Rows
-from lora_cli.data.media import described, media_error, media_hash
+from lora_cli.data.media import media_error, media_hash, media_name
 from lora_cli.data.media_folder import text_file_of
 from lora_cli.data.picture_sizes import (
     COARSE,
@@ -19,7 +19,7 @@ from lora_cli.data.picture_sizes import (
     nearest_size,
     sizes_for,
 )
-from lora_cli.data.pictures import PictureError, picture_facts, thumbnail_of
+from lora_cli.data.pictures import PictureError, picture_facts, thumbnail_url
 from lora_cli.errors import counted
 from lora_cli.models.diffusion_base import DiffusionBase, processor_hash
 from lora_cli.recipe import Recipe
@@ -113,12 +113,12 @@ class CaptionRows(Task):
         """Return why an image cannot be read or is too small, or an empty string."""
         facts = picture_facts(value)
         if facts.error:
-            return f"`{described(value)}` {facts.error}"
+            return f"`{media_name(value)}` {facts.error}"
         width, height = self.size_of(facts.width, facts.height)
         if self.spec.upscale or (facts.width >= width and facts.height >= height):
             return ""
         return (
-            f"`{described(value)}` has {facts.width} x {facts.height} pixels, and is seen as "
+            f"`{media_name(value)}` has {facts.width} x {facts.height} pixels, and is seen as "
             f"{width} x {height}: lower `task.resolution`, or `task.upscale: true` enlarges it"
         )
 
@@ -153,7 +153,7 @@ class CaptionRows(Task):
     def thumbnail(self, row: dict[str, Any]) -> str | None:
         """Return a thumbnail of a row's image as a `data:` URL."""
         try:
-            return thumbnail_of(row[self.spec.image_column])
+            return thumbnail_url(row[self.spec.image_column])
         except PictureError:
             return None
 
@@ -274,11 +274,13 @@ class CaptionRows(Task):
         facts = picture_facts(example["image"])
         size = f"seen as {example['width']} x {example['height']}"
         description = (
-            f"{described(example['image'])}: {facts.width} x {facts.height} pixels, {size}"
+            f"{media_name(example['image'])}: {facts.width} x {facts.height} pixels, {size}"
         )
         if "prior_image" in example:
             assert self.prior is not None
-            description += f"; with {described(example['prior_image'])} ({self.prior.spec.caption})"
+            description += (
+                f"; with {media_name(example['prior_image'])} ({self.prior.spec.caption})"
+            )
         return [], f"{description}\n{example['caption']}"
 
     def unknown_input(self, name: str, rows: Rows, examples: Any) -> tuple[float, str | None]:

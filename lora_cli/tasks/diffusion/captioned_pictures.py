@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_cli.data.captions import shuffled
-from lora_cli.data.media import described
+from lora_cli.data.captions import shuffle_tags
+from lora_cli.data.media import media_name
 from lora_cli.data.picture_sizes import (
     apply_crop,
     crop_to,
@@ -57,7 +57,7 @@ class CaptionedPictures(CaptionRows):
         values = [example["image"]]
         captions = [[list(example[f"ids_{i}"]) for i in range(len(self.tokenizers))]]
         if training and self.spec.shuffle_tags:
-            caption = shuffled(str(example["caption"]), self.spec.keep_tags, image_rng)
+            caption = shuffle_tags(str(example["caption"]), self.spec.keep_tags, image_rng)
             captions = [self.ids_of(caption)]
         if "prior_image" in example:
             assert self.prior is not None
@@ -139,7 +139,7 @@ class CaptionedPictures(CaptionRows):
         try:
             return open_picture(value)
         except PictureError as error:  # the file was intact when the rows were checked
-            what = f"`{described(value)}` {error}; it was whole when the run began"
+            what = f"`{media_name(value)}` {error}; it was whole when the run began"
             hint = "put the file back; a run that was interrupted goes on with `--resume`"
             raise LoraError(what, str(value["path"] or ""), hint) from error
 

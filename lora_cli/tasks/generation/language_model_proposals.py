@@ -9,7 +9,13 @@ from typing import Any
 from lora_cli.data.chat_formats import conversation_error
 from lora_cli.data.column_kinds import CONVERSATIONS, Column, is_blank
 from lora_cli.data.jq_commands import field, jq_command
-from lora_cli.data.text_columns import TEXT_NAMES, listed, text_of, text_reason, unnesting_hint
+from lora_cli.data.text_columns import (
+    TEXT_NAMES,
+    list_columns,
+    text_of,
+    text_reason,
+    unnesting_hint,
+)
 from lora_cli.data.unsupported_rows import unsupported
 from lora_cli.errors import LoraError, counted, printable
 from lora_cli.tasks.classification.labelled_text_proposals import LABEL_NAMES, rank
@@ -157,7 +163,9 @@ def _no_label(table: Table, chosen: Proposal, base: BaseFacts) -> LoraError:
     """Return the error of texts that an encoder, or an encoder-decoder, cannot learn."""
     columns, place = table.columns, table.place
     what = chosen.why.get("", "text without a label").removesuffix(" without a label")
-    hint = f"name the label with `--label COLUMN` ({listed(columns)}), or use a language model"
+    hint = (
+        f"name the label with `--label COLUMN` ({list_columns(columns)}), or use a language model"
+    )
     for column in columns:
         if rank(column) < len(LABEL_NAMES) and column.kind == "other":
             hint = unnesting_hint(column, table.rows, place)
@@ -200,7 +208,7 @@ def spoken(columns: Sequence[Column], place: str, can_write: bool) -> Proposal |
         "model does not read",
         place,
         "to learn from the other columns alone, name them: `--text COLUMN --label COLUMN` "
-        f"({listed(columns)})",
+        f"({list_columns(columns)})",
     )
 
 
@@ -401,7 +409,7 @@ def _require_one_text(chosen: Column, columns: Sequence[Column], place: str) -> 
                 f"which column is the text? It could be `{chosen.name}` or `{other.name}`",
                 place,
                 "name it with `--text COLUMN`, or a prompt and its completion: `--text A --label "
-                f"B` ({listed(columns)})",
+                f"B` ({list_columns(columns)})",
             )
 
 

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 
 from lora_cli.data.file_formats import text_error
 from lora_cli.data.load_rows import Rows
-from lora_cli.data.row_texts import shown_value
+from lora_cli.data.row_texts import readable_value
 from lora_cli.errors import LoraError, counted
 from lora_cli.recipe import Recipe, Seq2SeqLMSpec
 from lora_cli.tasks.examples import Encoded, Example, Field
@@ -248,7 +248,7 @@ class SourceAndTargetTask(WritingTask):
             shares.append(found.share)
             if found.first is not None and found.share > MOST_UNKNOWN and warning is None:
                 row = int(examples[found.first]["row"])
-                texts = [shown_value([rows[row].get(column)])]
+                texts = [readable_value([rows[row].get(column)])]
                 what = f"`{column}` in {name}"
                 warning = unknown_warning(self.tokenizer, what, found.share, rows.place(row), texts)
         return max(shares), warning
@@ -263,7 +263,7 @@ class SourceAndTargetTask(WritingTask):
 
     def shown_reference(self, row: dict[str, Any]) -> str | None:
         """Return the target of a row."""
-        return shown_value([row.get(self.spec.target_column)]) or None
+        return readable_value([row.get(self.spec.target_column)]) or None
 
     def trained_share(self, split: Encoded) -> float:
         """Return the share of the tokens that are written, not read."""

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from lora_cli.data.load_rows import Rows
-from lora_cli.data.media import described, media_error, media_value
-from lora_cli.data.pictures import PictureError, open_picture, picture_facts, thumbnail_of
+from lora_cli.data.media import media_error, media_name, media_value
+from lora_cli.data.pictures import PictureError, open_picture, picture_facts, thumbnail_url
 from lora_cli.errors import LoraError
 from lora_cli.tasks.contract import Task
 from lora_cli.tasks.pictures.odd_pictures import odd_pictures
@@ -46,7 +46,7 @@ class PictureTask(Task):
             return error
         value = row[column]
         error = picture_facts(value).error
-        return f"`{described(value)}` {error}" if error else ""
+        return f"`{media_name(value)}` {error}" if error else ""
 
     def opened(self, value: dict[str, Any]) -> Any:
         """Load an image with the model's channels, as a Pillow image.
@@ -57,7 +57,7 @@ class PictureTask(Task):
         try:
             return open_picture(value, self.channels)
         except PictureError as error:  # the file was intact when the rows were checked
-            what = f"`{described(value)}` {error}; it was whole when the run began"
+            what = f"`{media_name(value)}` {error}; it was whole when the run began"
             hint = "put the file back; a run that was interrupted goes on with `--resume`"
             raise LoraError(what, str(value["path"] or ""), hint) from error
 
@@ -72,7 +72,7 @@ class PictureTask(Task):
     def thumbnail(self, row: dict[str, Any]) -> str | None:
         """Return a thumbnail of a row's image as a `data:` URL."""
         try:
-            return thumbnail_of(row[self.spec.image_column], self.thumbnail_size)
+            return thumbnail_url(row[self.spec.image_column], self.thumbnail_size)
         except PictureError:
             return None
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from lora_cli.data.load_rows import Rows
-from lora_cli.data.media import described, media_error, media_hash
+from lora_cli.data.media import media_error, media_hash, media_name
 from lora_cli.data.recordings import RecordingError, RecordingFacts, recording_facts
 from lora_cli.errors import LoraError, counted
 
@@ -77,7 +77,7 @@ def conflicting_texts(name: str, rows: Rows, audio: str, text: str) -> str | Non
     verb = "stands" if len(conflicts) == 1 else "stand"
     return (
         f"{counted(len(conflicts), f'{name} recording')} {verb} in several rows with different "
-        f"texts, such as {described(rows[a][audio])} in {rows.place(a)} and {rows.place(b)}: each "
+        f"texts, such as {media_name(rows[a][audio])} in {rows.place(a)} and {rows.place(b)}: each "
         "row is heard as the whole recording; if rows are parts of it, write a file for each part"
     )
 
@@ -87,7 +87,7 @@ def recording_error(row: dict[str, Any], column: str) -> str:
     if error := media_error(row, [column]):
         return error
     error = recording_facts(row[column]).error
-    return f"`{described(row[column])}` {error}" if error else ""
+    return f"`{media_name(row[column])}` {error}" if error else ""
 
 
 @contextmanager
@@ -100,6 +100,6 @@ def require_readable(value: dict[str, Any]) -> Iterator[None]:
     try:
         yield
     except RecordingError as error:  # the file was intact when the rows were checked
-        what = f"`{described(value)}` {error}; it was whole when the run began"
+        what = f"`{media_name(value)}` {error}; it was whole when the run began"
         hint = "put the file back; a run that was interrupted goes on with `--resume`"
         raise LoraError(what, str(value["path"] or ""), hint) from error

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from lora_cli.data.file_formats import text_error
 from lora_cli.data.load_rows import Rows
-from lora_cli.data.media import described, media_error, media_hash, media_value
+from lora_cli.data.media import media_error, media_hash, media_name, media_value
 from lora_cli.data.recordings import (
     LongAudio,
     Samples,
     is_silent,
-    playable,
+    playable_url,
     read_recording,
     recording_facts,
     require_audio_packages,
@@ -313,7 +313,9 @@ class RecordingTask(TextTask):
         """Return a description of an example's recording, and its transcript."""
         labels = list(example["labels"])
         facts = recording_facts(example["audio"])
-        description = f"{described(example['audio'])}: {facts.seconds:.2f} s at {facts.rate:,} Hz, "
+        description = (
+            f"{media_name(example['audio'])}: {facts.seconds:.2f} s at {facts.rate:,} Hz, "
+        )
         description += counted(facts.channels, "channel")
         text = self.marked(labels, colour)
         return [f"text {counted(len(labels), 'token')}"], f"{description}\n{text}"
@@ -386,13 +388,13 @@ class RecordingTask(TextTask):
         """Transcribe recordings greedily; return (recording, reference, transcript) for each."""
         tokens = min(SAMPLE_NEW_TOKENS, self.recipe.evaluate.generation.max_new_tokens)
         transcripts = self._transcribe(model, rows, GenerationSpec(max_new_tokens=tokens))
-        names = [described(row[self.spec.audio_column]) for row in rows]
+        names = [media_name(row[self.spec.audio_column]) for row in rows]
         references = [self.shown_reference(row) or "" for row in rows]
         return list(zip(names, references, transcripts, strict=True))
 
     def thumbnail(self, row: dict[str, Any]) -> str | None:
         """Return a row's recording as a `data:` URL that a page can play."""
-        return playable(row[self.spec.audio_column], self.max_seconds)
+        return playable_url(row[self.spec.audio_column], self.max_seconds)
 
 
 def as_weights(model: nn.Module, tensor: Tensor) -> Tensor:

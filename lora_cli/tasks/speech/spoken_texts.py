@@ -17,10 +17,10 @@ from transformers.models.speecht5.modeling_speecht5 import shift_spectrograms_ri
 
 from lora_cli.data.file_formats import text_error
 from lora_cli.data.load_rows import Rows
-from lora_cli.data.media import described
+from lora_cli.data.media import media_name
 from lora_cli.data.recordings import (
     Samples,
-    playable,
+    playable_url,
     read_recording,
     recording_facts,
     require_audio_packages,
@@ -272,7 +272,9 @@ class SpokenTexts(TextTask):
     def shown(self, example: Example, colour: bool) -> tuple[list[str], str]:
         """Return a description of an example's recording, and its text as the model reads it."""
         facts, ids = recording_facts(example["audio"]), list(example[IDS])
-        description = f"{described(example['audio'])}: {facts.seconds:.2f} s at {facts.rate:,} Hz, "
+        description = (
+            f"{media_name(example['audio'])}: {facts.seconds:.2f} s at {facts.rate:,} Hz, "
+        )
         description += counted(facts.channels, "channel")
         text = marked(self.tokenizer, ids, [False] * len(ids), colour)
         return [f"text {counted(len(ids), 'token')}"], f"{description}\n{text}"
@@ -283,7 +285,7 @@ class SpokenTexts(TextTask):
 
     def thumbnail(self, row: dict[str, Any]) -> str | None:
         """Return a row's recording as a `data:` URL that a page can play."""
-        return playable(row[self.spec.audio_column], PLAYED_SECONDS)
+        return playable_url(row[self.spec.audio_column], PLAYED_SECONDS)
 
     def prepare(self, example: Example, rng: np.random.Generator, training: bool) -> Example:
         """Return an example with its spectrogram and the pre-net's dropout mask."""
