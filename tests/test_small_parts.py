@@ -41,13 +41,13 @@ from lora_cli.training import checkpoints
 # ----------------------------------------------------------------------------------- adapters
 
 
-def test_sizes_are_divided_as_in_peft() -> None:
+def test_sizes_are_factorised_as_in_peft() -> None:
     for size in (1, 2, 4, 7, 8, 10, 12, 36, 64, 96, 250, 360, 768):
         for factor in (-1, 1, 2, 3, 4, 6, 8, 12, 16, 100):
             assert factorised(size, factor) == factorization(size, factor), (size, factor)
 
 
-def test_the_factors_of_lokr_are_whole_where_the_rank_is_half_of_their_size() -> None:
+def test_the_factors_of_lokr_are_full_if_the_rank_is_half_of_their_size() -> None:
     base = nn.Linear(64, 36)  # 36 = 6 x 6 outputs, and 64 = 8 x 8 inputs
     assert LoKrLayer.shapes(base, 4) == {"lokr_w1": (6, 8), "lokr_w2": (6, 8)}
     assert LoKrLayer.shapes(base, 3) == {
@@ -70,7 +70,7 @@ def test_the_factors_of_lokr_are_whole_where_the_rank_is_half_of_their_size() ->
     }  # fmt: skip
 
 
-def test_the_rank_of_lokr_is_that_of_a_factor_that_is_a_product() -> None:
+def test_the_rank_of_lokr_is_read_from_a_low_rank_factor() -> None:
     first, last, whole = torch.zeros(3, 8), torch.zeros(5, 9), torch.zeros(6, 8)
     assert LoKrLayer.rank_of({"lokr_w1_b": first, "lokr_w2": whole}) == 3
     assert LoKrLayer.rank_of({"lokr_w1": whole, "lokr_w2_b": last}) == 5
@@ -78,7 +78,7 @@ def test_the_rank_of_lokr_is_that_of_a_factor_that_is_a_product() -> None:
     assert LoKrLayer.rank_of({"lokr_w1_b": torch.zeros(())}) is None  # damaged: it has no rows
 
 
-def test_shapes_of_weights_and_which_layers_take_a_whole_update() -> None:
+def test_shapes_of_weights_and_which_layers_support_loha_and_lokr() -> None:
     grouped, line = nn.Conv2d(8, 6, (3, 5), groups=2), nn.Conv1d(4, 6, 3)
     assert weight_shape(nn.Linear(3, 5)) == (5, 3)
     assert weight_shape(grouped) == (6, 4, 3, 5) == tuple(grouped.weight.shape)
@@ -94,7 +94,7 @@ def test_shapes_of_weights_and_which_layers_take_a_whole_update() -> None:
         assert not WholeUpdate.fits(other)
 
 
-def test_a_layer_that_computes_something_else_than_its_kind_takes_no_adapter() -> None:
+def test_a_layer_with_another_forward_than_its_class_gets_no_adapter() -> None:
     x = torch.randn(2, 4)
     router = Llama4Router(Llama4TextConfig(hidden_size=4, num_local_experts=3))
     standardised = WeightStandardizedConv2d(2, 2, 1, padding=0)
@@ -128,7 +128,7 @@ def test_a_residual_layer_is_saved_with_twice_the_rank() -> None:
 
 
 @pytest.mark.parametrize("shape", [(6, 9), (9, 6)])
-def test_starts_at_a_part_of_the_weight(shape: tuple[int, int]) -> None:
+def test_initial_values_from_a_part_of_the_weight(shape: tuple[int, int]) -> None:
     drawn = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     u, _, vh = torch.linalg.svd(drawn, full_matrices=False)
     s = torch.tensor([9.0, 5.0, 1.0, 0.5, 0.2, 0.1], dtype=torch.float64)
@@ -153,7 +153,7 @@ def test_starts_at_a_part_of_the_weight(shape: tuple[int, int]) -> None:
     assert 0.02 < float(a.std()) < 0.2
 
 
-def test_what_a_start_is_for() -> None:
+def test_which_layers_an_initialisation_applies_to() -> None:
     loft: Any = SimpleNamespace(init="loftq")
     pissa_: Any = SimpleNamespace(init="pissa")
     quantized, plain = QuantizedLinear(2, 2, None, "int8"), nn.Linear(2, 2)
@@ -164,7 +164,7 @@ def test_what_a_start_is_for() -> None:
     assert not initialise._applies_to(nn.Embedding(2, 2), pissa_)
 
 
-def test_where_a_tensor_of_peft_belongs() -> None:
+def test_which_parameter_a_tensor_of_peft_belongs_to() -> None:
     parameters: Any = {"a.weight": 1, "b.default.weight": 1}
     for name, place in (
         ("a.weight", "a.weight"), ("a.base_layer.weight", "a.weight"),
@@ -247,7 +247,7 @@ def test_both_merges_are_measured_in_float32_on_the_cpu(monkeypatch: pytest.Monk
     ("has_rows", "streaming", "mode"),
     [(True, False, "min"), (True, False, "max"), (True, True, "max"), (False, False, "max")],
 )
-def test_a_quantised_base_is_measured_on_rows_that_can_be_read_at_once(
+def test_a_quantised_base_is_measured_on_rows_that_are_not_streamed(
     has_rows: bool, streaming: bool, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = nn.Sequential(QuantizedLinear(3, 2, None, "int8"), QuantizedLinear(3, 2, None, "int8"))
@@ -278,7 +278,7 @@ def test_a_quantised_base_is_measured_on_rows_that_can_be_read_at_once(
     assert (found.rows, found.metric, found.value, found.lower_is_better) == wanted
 
 
-def test_what_a_merge_takes_of_memory_is_the_model_in_float32_and_as_it_is_stored(
+def test_a_merge_needs_memory_for_the_model_in_float32_and_as_stored(
     tmp_path: Path,
 ) -> None:
     tensors = {"a": torch.zeros(2, 3, dtype=torch.float16), "b": torch.zeros(5)}
@@ -289,7 +289,7 @@ def test_what_a_merge_takes_of_memory_is_the_model_in_float32_and_as_it_is_store
     assert merging._bytes_in_memory(files) == 4 * 11 + 2 * 6 + 4 * 5 + merging.ROOM
 
 
-def test_a_probe_meets_a_merged_model_in_its_dtype_and_asks_for_no_gradients() -> None:
+def test_a_probe_is_cast_to_the_dtype_of_a_merged_model_without_gradients() -> None:
     probe = {"ids": torch.tensor([3]), "pixels": torch.ones(1)}
     seen: dict[str, torch.dtype] = {}
 
@@ -305,7 +305,7 @@ def test_a_probe_meets_a_merged_model_in_its_dtype_and_asks_for_no_gradients() -
 
 
 @pytest.mark.parametrize(("best", "written"), [(0, "dequantised"), (1, "original")])
-def test_the_quantised_base_is_merged_both_ways_and_the_better_is_written(
+def test_both_bases_of_a_quantised_model_are_merged_and_the_better_is_written(
     best: int, written: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights = {"a": torch.ones(1)}

@@ -87,26 +87,17 @@ def embedding_modules(model: nn.Module) -> list[str]:
     layers (BERT's `embeddings`, with its normalisation).
     """
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    parents_of_layers = {
-        ".".join(stack[:n]) for stack in map(_parts_of_stack, names) for n in range(9)
-    }
-    input_embedding, output_embedding = (
-        _called(model, f"get_{side}_embeddings") for side in ("input", "output")
-    )
+    containers = {".".join(stack[:n]) for stack in map(_parts_of_stack, names) for n in range(9)}
+    inputs, outputs = (_called(model, f"get_{side}_embeddings") for side in ("input", "output"))
     embeddings: dict[str, None] = {
-        n: None for n in names if n.rpartition(".")[0] in parents_of_layers and _embeds(n)
+        n: None for n in names if n.rpartition(".")[0] in containers and _embeds(n)
     }
     for name, module in model.named_modules(remove_duplicate=False):
-        if (
-            not name
-            or name in parents_of_layers
-            or layer_index(name) is not None
-            or module is output_embedding
-        ):
+        if not name or name in containers or layer_index(name) is not None or module is outputs:
             continue
-        embeds = isinstance(module, nn.Embedding) or module is input_embedding
+        embeds = isinstance(module, nn.Embedding) or module is inputs
         if embeds or _embeds(name) or _is_stem(model, name, module, names):
-            embeddings[_highest(name, parents_of_layers)] = None
+            embeddings[_highest(name, containers)] = None
     return [
         name for name in embeddings if not any(name.startswith(f"{other}.") for other in embeddings)
     ]
@@ -123,9 +114,9 @@ def _parts_of_stack(name: str) -> list[str]:
     return parts[:first]
 
 
-def _highest(name: str, parents_of_layers: Collection[str]) -> str:
+def _highest(name: str, containers: Collection[str]) -> str:
     """Return the outermost ancestor of a module that contains no layers."""
-    while (parent := name.rpartition(".")[0]) and parent not in parents_of_layers:
+    while (parent := name.rpartition(".")[0]) and parent not in containers:
         name = parent
     return name
 
@@ -160,22 +151,20 @@ def depths(model: nn.Module, head: Collection[str] = ()) -> dict[str, int]:
     such as an encoder's and a decoder's, is counted from its own top.
     """
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    names_outside_head = [name for name in names if not any(inside(name, top) for top in head)]
+    body_names = [name for name in names if not any(inside(name, top) for top in head)]
     counts: dict[str, int] = {}
-    for name in names_outside_head:
+    for name in body_names:
         if (index := layer_index(name)) is not None:
             stack = ".".join(_parts_of_stack(name))
             counts[stack] = max(counts.get(stack, 0), index + 1)
     below_top = dict.fromkeys(names, 0)
-    for name in names_outside_head:
+    for name in body_names:
         if (index := layer_index(name)) is not None:
             below_top[name] = counts[".".join(_parts_of_stack(name))] - index
     for module in embedding_modules(model) if counts else []:
         parent = module.rpartition(".")[0]
-        stack_heights = [
-            n for stack, n in counts.items() if stack.startswith(f"{parent}.") or not parent
-        ]
-        for name in names_outside_head:
+        heights = [n for stack, n in counts.items() if stack.startswith(f"{parent}.") or not parent]
+        for name in body_names:
             if f"{name}.".startswith(f"{module}."):
-                below_top[name] = max(stack_heights or counts.values()) + 1
+                below_top[name] = max(heights or counts.values()) + 1
     return below_top
