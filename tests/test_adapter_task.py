@@ -101,10 +101,10 @@ def test_an_adapter_that_peft_saved_for_a_unet_is_for_image_generation(tmp_path:
     merged = UNet2DConditionModel.from_pretrained(tmp_path / "merged" / "unet").state_dict()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        wanted = theirs.merge_and_unload().state_dict()
-    assert merged.keys() == wanted.keys()
+        expected = theirs.merge_and_unload().state_dict()
+    assert merged.keys() == expected.keys()
     for name, tensor in merged.items():
-        assert_close(tensor, wanted[name], 1e-6)
+        assert_close(tensor, expected[name], 1e-6)
 
 
 @pytest.mark.parametrize("named", [None, {}, {"base_model_class": "LlamaModel"}, "LlamaModel"])

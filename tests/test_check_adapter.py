@@ -73,12 +73,12 @@ def test_where_a_configuration_names_no_rank_the_tensors_have_it(
     rank: int, base: nn.Module, tmp_path: Path
 ) -> None:
     saved_by_peft(tmp_path / "a", base, r=rank, target_modules=["query"], use_rslora=True)
-    wanted = loaded(base, tmp_path / "a")
+    expected = loaded(base, tmp_path / "a")
     file = tmp_path / "a" / CONFIG_FILE
     config = json.loads(file.read_text())
     del config["r"]
     file.write_text(json.dumps(config))
-    assert_same_outputs(loaded(base, tmp_path / "a"), wanted)
+    assert_same_outputs(loaded(base, tmp_path / "a"), expected)
 
 
 @pytest.mark.parametrize(
@@ -214,8 +214,8 @@ def test_larger_embeddings_that_cannot_be_read_are_to_be_merged_in_peft(rows: in
     (found,) = check_parameters({}, frozen, parameters, [], ["words"], ["words"])
     assert f"resize_token_embeddings({len(tensor)})" in str(found.hint)
     (found,) = check_parameters(frozen, {}, parameters, [], ["words"]) or [None]
-    wanted = {6: LARGER, 8: RESIZED.format(8), 5: None}[rows]
-    assert (None if found is None else found.hint) == wanted
+    expected = {6: LARGER, 8: RESIZED.format(8), 5: None}[rows]
+    assert (None if found is None else found.hint) == expected
 
 
 @pytest.mark.parametrize(("dimensions", "is_said"), [(2, False), (3, True), (4, False)])

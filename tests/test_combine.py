@@ -71,8 +71,8 @@ def together(model: PeftModel) -> Tensor:
     return logits(model)
 
 
-def close(found: Tensor, wanted: Tensor) -> bool:
-    return float((found - wanted).abs().max()) <= 1e-5 * max(1.0, float(wanted.abs().max()))
+def close(found: Tensor, expected: Tensor) -> bool:
+    return float((found - expected).abs().max()) <= 1e-5 * max(1.0, float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -89,10 +89,10 @@ def test_each_method_gives_peft_s_result(
     generator = torch.Generator().manual_seed(module_seed(0, "model.layers.1.mlp.down_proj"))
     draw = functools.partial(torch.bernoulli, generator=generator)
     monkeypatch.setattr(torch, "bernoulli", draw)
-    model.add_weighted_adapter(["a", "b"], WEIGHTS, "wanted", method, density=density)
-    wanted = logits(model, "wanted")
-    assert close(logits(model, "c"), wanted)
-    assert not close(logits(model, "a"), wanted)
+    model.add_weighted_adapter(["a", "b"], WEIGHTS, "expected", method, density=density)
+    expected = logits(model, "expected")
+    assert close(logits(model, "c"), expected)
+    assert not close(logits(model, "a"), expected)
     assert result.rank == (8 if method == "cat" else 4)
 
 
@@ -119,8 +119,10 @@ def test_other_layers_ranks_and_scales(tmp_path: Path, method: str, kind: str) -
         combine(a, b, tmp_path / "c", method, **options)
     if method == "ties_svd" and kind not in ("pattern", "rslora"):  # PEFT scales those wrongly
         model = in_peft(base, a, b, tmp_path / "c")
-        model.add_weighted_adapter(["a", "b"], WEIGHTS, "wanted", method, svd_rank=16, density=0.5)
-        assert close(logits(model, "c"), logits(model, "wanted"))
+        model.add_weighted_adapter(
+            ["a", "b"], WEIGHTS, "expected", method, svd_rank=16, density=0.5
+        )
+        assert close(logits(model, "c"), logits(model, "expected"))
     again = tmp_path / "again"
     weights = None if method in ("cat", "svd") else WEIGHTS
     combine(a, b, again, method, weights=weights, **options)
@@ -137,8 +139,8 @@ def test_the_rank_of_a_decomposition_is_the_largest_of_all_modules(
     density = 0.5 if method in PRUNING else None
     combine(a, b, tmp_path / "c", method, **({"density": density} if density else {}))
     model = in_peft(base, a, b, tmp_path / "c")
-    model.add_weighted_adapter(["a", "b"], WEIGHTS, "wanted", method, density=density)
-    assert close(logits(model, "c"), logits(model, "wanted"))
+    model.add_weighted_adapter(["a", "b"], WEIGHTS, "expected", method, density=density)
+    assert close(logits(model, "c"), logits(model, "expected"))
 
 
 def gpt2_pair(top: Path) -> tuple[Path, Path, Path]:
@@ -195,8 +197,8 @@ def test_the_distance_is_that_of_the_weights(tmp_path: Path, method: str) -> Non
         }
         updates[name] = torch.cat([(state[n].double() - t).flatten() for n, t in plain.items()])
         model.unmerge_adapter()
-    wanted = float((updates["c"] - updates["sum"]).norm() / updates["sum"].norm())
-    assert found == pytest.approx(wanted, rel=1e-3)
+    expected = float((updates["c"] - updates["sum"]).norm() / updates["sum"].norm())
+    assert found == pytest.approx(expected, rel=1e-3)
 
 
 # ---------------------------------------------------------------------------------- the folder
@@ -339,8 +341,8 @@ def test_squared_norms_are_those_of_the_updates_written_out() -> None:
         for weight, scale, sizes in ((0.5, 3.0, ((2, 5), (4, 2))), (-2.0, 0.7, ((3, 5), (4, 3))))
     ]
     updates = [w * pair.scale * pair.b.double() @ pair.a.double() for w, pair in pairs]
-    wanted = [sum(updates).square().sum(), updates[0].square().sum()]
-    assert squared_norms(pairs) == pytest.approx([float(norm) for norm in wanted], rel=1e-9)
+    expected = [sum(updates).square().sum(), updates[0].square().sum()]
+    assert squared_norms(pairs) == pytest.approx([float(norm) for norm in expected], rel=1e-9)
 
 
 def test_other_ranks_are_rejected_where_matrices_are_added(tmp_path: Path) -> None:

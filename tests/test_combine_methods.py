@@ -88,8 +88,8 @@ def test_matrices_are_combined_as_in_peft(name: str, seed: int) -> None:
     ]
     for side, factors in (("a", signed), ("b", roots)):
         tensors = [getattr(pair, side).double() for _, pair in weighted]
-        wanted = by_peft(name, tensors, factors, generator)
-        assert_close(getattr(found, side).double(), wanted, 1e-6)
+        expected = by_peft(name, tensors, factors, generator)
+        assert_close(getattr(found, side).double(), expected, 1e-6)
     assert found.scale == 1.0
 
 

@@ -65,13 +65,13 @@ def test_in_a_language_model_all_linear_layers_but_the_last_are_adapted_as_in_pe
         tiny.llama(), LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
     )
     prefix = "base_model.model."
-    wanted = {
+    expected = {
         name.removeprefix(prefix).rpartition(".lora_A.default")[0]
         for name, _ in theirs.named_modules()
         if name.endswith("lora_A.default")
     }
-    assert set(names) == wanted
-    assert len(names) == len(wanted)
+    assert set(names) == expected
+    assert len(names) == len(expected)
 
 
 def test_names_without_linear_layers_are_ignored() -> None:
@@ -100,8 +100,8 @@ def test_among_grouped_convolutions_those_that_mix_channels_are_adapted() -> Non
     }  # fmt: skip
     assert default_convolutions(adaptable(tree(**layers))) == ["a.expand", "a.chase"]
     del layers["a__depthwise"]
-    wanted = [name.replace("__", ".") for name in layers if name != "b__head"]
-    assert default_convolutions(adaptable(tree(**layers))) == wanted
+    expected = [name.replace("__", ".") for name in layers if name != "b__head"]
+    assert default_convolutions(adaptable(tree(**layers))) == expected
 
 
 @pytest.mark.parametrize("found", [None, "missing"])

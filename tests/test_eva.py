@@ -141,13 +141,13 @@ def test_a_layer_gets_the_largest_rank_of_those_that_read_the_same() -> None:
     found["a"].shares = torch.tensor([0.5, 0.2, 0.1])
     found["b"].shares = torch.tensor([0.6, 0.05, 0.04])
     leaders = {"a": "a", "x": "a", "b": "b"}
-    for most, budget, wanted in (
+    for most, budget, expected in (
         ({"a": 1, "x": 3, "b": 3}, 5, {"a": 3, "b": 1, "x": 1}),
         ({"a": 3, "x": 1, "b": 3}, 5, {"a": 3, "b": 1, "x": 1}),
         ({"a": 3, "x": 3, "b": 0}, 2, {"a": 1, "b": 0, "x": 1}),
         ({"a": 3, "x": 0, "b": 1}, 3, {"a": 2, "b": 1, "x": 0}),
     ):
-        assert eva._ranks(found, leaders, budget, most) == wanted
+        assert eva._ranks(found, leaders, budget, most) == expected
 
 
 def test_batches_with_too_few_tokens_are_joined_with_the_next() -> None:

@@ -81,17 +81,17 @@ def read_simply(base: Path, adapter: Path) -> Tensor:
     return model(IDS).logits
 
 
-def close(found: Tensor, wanted: Tensor) -> bool:
-    return float((found - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
+def close(found: Tensor, expected: Tensor) -> bool:
+    return float((found - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
 
 
 @pytest.mark.parametrize("reader", ["plain", "vllm"])
 def test_a_single_scale_and_rank_give_the_same_outputs(tmp_path: Path, reader: str) -> None:
     base, adapter = adapter_of(tmp_path, **UNEVEN)
     compared, said = export(adapter, tmp_path / "out", reader)
-    wanted = outputs(base, adapter)
-    assert close(read_simply(base, tmp_path / "out"), wanted)
-    assert close(outputs(base, tmp_path / "out"), wanted)
+    expected = outputs(base, adapter)
+    assert close(read_simply(base, tmp_path / "out"), expected)
+    assert close(outputs(base, tmp_path / "out"), expected)
     assert "PEFT" in compared[1]
     assert "rsLoRA" in said[0]
     assert "the ranks 2 and 4 become 4" in said[2]
@@ -302,9 +302,9 @@ def test_settings_that_mlx_lm_does_not_read_are_reported(
     monkeypatch.setattr(mlx_reader, "config_as_written", lambda recipe: written)
     source: Any = SimpleNamespace(task=SimpleNamespace(config=of_base, recipe=None))
     found = mlx_reader._unread_rope_settings(source)
-    wanted = said if style == "nested" else []
-    assert len(found) == len(wanted)
-    assert all(part in line for part, line in zip(wanted, found, strict=True))
+    expected = said if style == "nested" else []
+    assert len(found) == len(expected)
+    assert all(part in line for part, line in zip(expected, found, strict=True))
 
 
 def test_mlx_lm_itself_reads_it(tmp_path: Path) -> None:

@@ -177,9 +177,9 @@ def test_every_command_accepts_a_hub_id(hub: HubServer, trained: Path, tmp_path:
     assert taken >= every | {("eval", "against"), ("combine", "adapters"), ("combine", "head")}
 
     hub.commit("user/name", files_of(trained))
-    wanted = CliRunner().invoke(app, ["predict", "--adapter", str(trained), "a film"])
+    expected = CliRunner().invoke(app, ["predict", "--adapter", str(trained), "a film"])
     found = CliRunner().invoke(app, ["predict", "--adapter", "user/name", "a film"])
-    assert (found.exit_code, found.stdout) == (0, wanted.stdout)
+    assert (found.exit_code, found.stdout) == (0, expected.stdout)
     merge = ["merge", "--adapter", "user/name:0.5", "--to", str(tmp_path / "merged")]
     assert CliRunner().invoke(app, merge).exit_code == 0
 
@@ -227,5 +227,5 @@ def test_the_base_of_a_peft_adapter_is_read_at_its_revision(hub: HubServer, tmp_
         to = tmp_path / f"merged_{folder.name}"
         base = None if folder is first else str(newer)
         merge_adapter(base, tmp_path / "adapter", to)
-        merged, wanted = load_file(to / BASE_WEIGHTS), load_file(folder / BASE_WEIGHTS)
-        assert torch.equal(merged["lm_head.weight"], wanted["lm_head.weight"])
+        merged, expected = load_file(to / BASE_WEIGHTS), load_file(folder / BASE_WEIGHTS)
+        assert torch.equal(merged["lm_head.weight"], expected["lm_head.weight"])

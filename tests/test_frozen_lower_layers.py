@@ -437,7 +437,7 @@ def test_the_input_of_a_head_that_runs_twice_is_not_recorded() -> None:
 
 def test_a_module_without_a_tensor_input_is_not_recorded() -> None:
     first_after_layers = frozen_lower_layers._first_after_layers
-    for args, kwargs, wanted in (
+    for args, kwargs, expected in (
         ((X,), {}, "head"), ((), {"x": X}, "head"), ((3, X), {}, None), ((), {"x": 3}, None),
         ((), {}, None),
     ):  # fmt: skip
@@ -445,7 +445,7 @@ def test_a_module_without_a_tensor_input_is_not_recorded() -> None:
             began={"layers.0": [1], "head": [3]}, ended={"layers.0": [2], "head": [4]},
             inputs={"head": (args, kwargs)},
         )  # fmt: skip
-        assert first_after_layers(trace, 3, {"layers": ["layers.0"]}) == wanted
+        assert first_after_layers(trace, 3, {"layers": ["layers.0"]}) == expected
     trace.ended["layers.0"] = [2, 9]  # a layer that runs again afterwards
     trace.inputs["head"] = ((X,), {})
     assert first_after_layers(trace, 3, {"layers": ["layers.0"]}) is None
@@ -483,19 +483,19 @@ def test_stacks_are_the_outermost_lists_of_layers_with_weights() -> None:
 
 
 @pytest.mark.parametrize(
-    ("state", "like", "wanted"),
+    ("state", "like", "expected"),
     [((2, 3, 4), (2, 5, 4), (2, 5, 4)), ((2, 3, 4), (2, 3, 4), (2, 3, 4)),
      ((2, 5, 4), (2, 3, 4), (2, 5, 4)), ((2, 4), (2, 5, 4), (2, 4)),
      ((2, 3, 4, 4), (2, 5, 4, 4), (2, 3, 4, 4)), ((2, 3, 4), (2, 5), (2, 3, 4))],
 )  # fmt: skip
 def test_states_of_tokens_are_padded_with_zeros_at_the_end(
-    state: tuple[int, ...], like: tuple[int, ...], wanted: tuple[int, ...]
+    state: tuple[int, ...], like: tuple[int, ...], expected: tuple[int, ...]
 ) -> None:
     ones = torch.ones(state)
     found = frozen_lower_layers._padded(ones, torch.zeros(like))
-    assert tuple(found.shape) == wanted
+    assert tuple(found.shape) == expected
     assert float(found.sum()) == float(ones.sum())
-    if wanted != state:
+    if expected != state:
         assert torch.equal(found[:, : state[1]], ones)
 
 

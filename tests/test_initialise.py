@@ -62,8 +62,8 @@ def logits(model: nn.Module) -> Tensor:
 
 def loss_of(model: nn.Module) -> Tensor:
     found = logits(model)
-    wanted = torch.randn(found.shape, generator=torch.Generator().manual_seed(6))
-    return (found - wanted).square().mean()
+    expected = torch.randn(found.shape, generator=torch.Generator().manual_seed(6))
+    return (found - expected).square().mean()
 
 
 def peft_pairs(model: peft.PeftModel) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
@@ -102,8 +102,8 @@ def assert_trains_alike(one: nn.Module, theirs: peft.PeftModel, steps: int = 20)
             losses[-1].append(float(loss.detach()))
     assert len(found) == len(gradients) == 2 * len(mine)
     largest = max(float(g.abs().max()) for g in gradients)
-    for gradient, wanted in zip(found, gradients, strict=True):
-        torch.testing.assert_close(gradient, wanted, rtol=0, atol=SAME * largest)
+    for gradient, expected in zip(found, gradients, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=0, atol=SAME * largest)
     assert losses[0] == near(losses[1], SAME)
     assert losses[1][-1] < 0.95 * losses[1][0]
 
@@ -132,8 +132,8 @@ def test_weight_based_initialisations_train_as_in_peft(init: str, kind: str, sca
     model = ours(base, init=init, target_modules=targets, **we_say)
     assert torch.equal(logits(model), logits(base))  # PEFT's are equal up to rounding
     for name, pair in peft_pairs(theirs).items():
-        for matrix, wanted in zip(our_pairs(model)[name], pair, strict=True):
-            assert_close(matrix, wanted, 1e-6)
+        for matrix, expected in zip(our_pairs(model)[name], pair, strict=True):
+            assert_close(matrix, expected, 1e-6)
     assert_trains_alike(model, theirs)
 
 
@@ -146,8 +146,8 @@ def test_olora_on_conv1d_is_that_of_the_same_linear_layer() -> None:
     theirs = of_peft(nn.Sequential(base), init_lora_weights="olora", target_modules=["0"])
     model = nn.Sequential(layer)
     attach(model, tiny.recipe_of("causal_lm", rank=4, init="olora", target_modules=["0"]))
-    for found, wanted in zip(our_pairs(model)["0"], peft_pairs(theirs)["0"], strict=True):
-        assert_close(found, wanted, 1e-6)
+    for found, expected in zip(our_pairs(model)["0"], peft_pairs(theirs)["0"], strict=True):
+        assert_close(found, expected, 1e-6)
     assert torch.equal(model(x), layer(x))
 
 
@@ -160,14 +160,14 @@ def test_random_initialisations_equal_peft_s_with_the_same_random_numbers(rank: 
     layer.pissa_init("default", "pissa_niter_5")
     torch.manual_seed(3)
     found = pissa(w0, rank, scaling, 5)
-    wanted = peft_pairs(theirs)["0"]
-    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    expected = peft_pairs(theirs)["0"]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     if rank == 4:
         torch.manual_seed(3)
         layer.orthogonal_init("default")
         torch.manual_seed(3)
-        found, wanted = orthogonal(7, 9, rank), peft_pairs(theirs)["0"]
-        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+        found, expected = orthogonal(7, 9, rank), peft_pairs(theirs)["0"]
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_weight_based_initialisations_follow_their_definitions() -> None:
@@ -437,9 +437,9 @@ def test_other_layers_of_a_quantised_base_are_initialised_by_default(
 def test_weight_based_initialisations_on_a_quantised_base_start_at_the_base(tmp_path: Path) -> None:
     base = tiny.save_llama(tmp_path / "base")
     model, task = quantised(tmp_path, "int8", base, init="pissa")
-    wanted = logits(model)
+    expected = logits(model)
     attach(model, task.recipe)
-    assert torch.equal(logits(model), wanted)
+    assert torch.equal(logits(model), expected)
     layer = next(iter(lora_layers(model).values()))
     a, b = pissa(layer.base.dequantized(), layer.rank, layer.scaling)
     assert torch.equal(layer.lora_A, a)

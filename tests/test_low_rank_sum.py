@@ -72,11 +72,11 @@ def test_a_product_with_the_sum_is_a_sum_of_two_products(
     shape, product = PRODUCTS[case]
     sum_ = parts(*shape)
     of = [sum_.weight, sum_.left, sum_.right]
-    wanted = product(sum_.weight + sum_.left @ sum_.right)
-    gradients = torch.autograd.grad(wanted.square().sum(), of)
+    expected = product(sum_.weight + sum_.left @ sum_.right)
+    gradients = torch.autograd.grad(expected.square().sum(), of)
     monkeypatch.setattr(LowRankSum, "total", property(never))
     found = product(sum_)
-    assert_close(found, wanted, 1e-12)
+    assert_close(found, expected, 1e-12)
     for mine, other in zip(torch.autograd.grad(found.square().sum(), of), gradients, strict=True):
         assert_close(mine, other, 1e-12)
 
@@ -99,11 +99,11 @@ def test_the_rows_of_each_expert_are_multiplied_together(
     if turned:
         total, x = total.mT, x[:, :8].contiguous()
     ends = [0, *ENDS.tolist()]
-    wanted = torch.cat([x[a:b].float() @ total[e] for e, (a, b) in enumerate(pairwise(ends))])
+    expected = torch.cat([x[a:b].float() @ total[e] for e, (a, b) in enumerate(pairwise(ends))])
     monkeypatch.setattr(LowRankSum, "total", property(never))
     found = products[name](x, sum_.transpose(-2, -1) if turned else sum_, offs=ENDS)
     assert found.dtype == dtype
-    assert_close(found.float(), wanted, 1e-6 if dtype == torch.float32 else 2e-2)
+    assert_close(found.float(), expected, 1e-6 if dtype == torch.float32 else 2e-2)
     found.float().square().sum().backward()
     assert sum_.left.grad is not None
     assert sum_.right.grad is not None
@@ -168,8 +168,8 @@ def test_all_other_operations_use_the_sum() -> None:
         (torch.mm(draw(2, 4), mat2=sum_[0]), draw(2, 4) @ total[0]),
         (sum_ @ sum_, total @ total),
     ]  # fmt: skip
-    for found, wanted in pairs:
-        assert_close(found, wanted, 1e-6)
+    for found, expected in pairs:
+        assert_close(found, expected, 1e-6)
     assert isinstance(sum_[torch.tensor([[0, 2]])], Tensor)
     with pytest.raises(AttributeError):
         _ = sum_.nothing_of_the_kind
@@ -199,10 +199,10 @@ def test_experts_run_without_computing_the_sum(
     for one in (model, total):
         one.set_experts_implementation(how)
     ids = tiny_experts.ids()
-    wanted = total(input_ids=ids).logits
+    expected = total(input_ids=ids).logits
     monkeypatch.setattr(LowRankSum, "total", property(never))
     found = model(input_ids=ids).logits
-    assert_close(found, wanted, 1e-5)
+    assert_close(found, expected, 1e-5)
     found.square().sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in trainable_parameters(model).values())
     with torch.autocast("cpu", torch.bfloat16):

@@ -138,10 +138,10 @@ def test_the_merged_model_equals_base_plus_adapter(tmp_path: Path, kind: str, ta
     base = base_of(kind, tmp_path)
     out = trained(tmp_path, base, target_modules=targets, bias="lora_only")
     result = merge_adapter(str(base), out, tmp_path / "merged")
-    wanted = logits(adapted(base, out))
+    expected = logits(adapted(base, out))
     found = logits(plain(tmp_path / "merged"))
-    scale = float(wanted.abs().max())
-    assert_close(found, wanted)
+    scale = float(expected.abs().max())
+    assert_close(found, expected)
     assert result.difference <= 5e-5
     assert result.untied == []
     assert result.verified
@@ -200,8 +200,8 @@ def test_adapting_one_of_two_tied_weights_unties_them(
     assert not torch.equal(ours, theirs)
     untouched = theirs if which == "embedding" else ours
     assert torch.equal(untouched, plain(base).get_input_embeddings().weight)
-    wanted = logits(adapted(base, out))
-    assert_close(logits(model), wanted)
+    expected = logits(adapted(base, out))
+    assert_close(logits(model), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -218,10 +218,10 @@ def test_the_dtype_of_the_base_checkpoint_is_kept(
     assert stored(tmp_path / "merged") == stored(base)
     assert plain(tmp_path / "merged", dtype="auto").dtype == dtype
     assert result.difference <= 5e-5
-    wanted = logits(adapted(base, out))
+    expected = logits(adapted(base, out))
     found = logits(plain(tmp_path / "merged", dtype=torch.float32))
     # every weight is rounded once, from float32
-    assert float((found - wanted).abs().max()) <= 0.05 * float(wanted.abs().max())
+    assert float((found - expected).abs().max()) <= 0.05 * float(expected.abs().max())
     assert 0 < result.rounding < 0.1
 
 
@@ -407,8 +407,8 @@ def test_heads_and_biases_without_matrices_are_merged(tmp_path: Path, kind: str)
     base = base_of("encoder", tmp_path)
     out = trained(tmp_path, base, type=kind)
     assert merge_adapter(str(base), out, tmp_path / "merged").merged_modules == 0
-    wanted = logits(adapted(base, out))
-    assert torch.equal(logits(plain(tmp_path / "merged")), wanted)
+    expected = logits(adapted(base, out))
+    assert torch.equal(logits(plain(tmp_path / "merged")), expected)
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")

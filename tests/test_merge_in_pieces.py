@@ -127,8 +127,8 @@ def test_experts_that_were_trained_in_full_come_from_the_adapter(tmp_path: Path)
         merged = AutoModelForCausalLM.from_pretrained(tmp_path / to)
         for name in ("gate_up_proj", "down_proj"):
             found = merged.get_parameter(f"model.layers.1.mlp.experts.{name}")
-            wanted = trained[f"base_model.model.model.layers.1.mlp.experts.{name}"]
-            assert torch.equal(found, wanted)
+            expected = trained[f"base_model.model.model.layers.1.mlp.experts.{name}"]
+            assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("words", ["", " film"], ids=["layers", "rows of tokens"])
@@ -173,9 +173,9 @@ def test_a_tie_that_stays_is_written_where_another_ends(
     folder = adapter_folders.make(tmp_path, "a", tmp_path / "base", adapter=adapter, task=TEXTS)
     merge_adapter(None, folder, tmp_path / "merged", low_memory=low_memory)
     with torch.no_grad():
-        wanted = PeftModel.from_pretrained(model, folder).eval()(tiny_experts.ids()).logits
+        expected = PeftModel.from_pretrained(model, folder).eval()(tiny_experts.ids()).logits
         merged = BertLMHeadModel.from_pretrained(tmp_path / "merged").eval()
-        assert_close(merged(tiny_experts.ids()).logits, wanted)
+        assert_close(merged(tiny_experts.ids()).logits, expected)
 
 
 @pytest.mark.parametrize("changed", [True, False])
@@ -222,9 +222,9 @@ def test_a_vocabulary_bias_that_is_enlarged(
 
 
 def _require_same_files(folder: Path) -> None:
-    wanted, found = (load_file(folder / name / WEIGHTS) for name in ("whole", "pieces"))
-    assert wanted.keys() == found.keys()
-    for name, tensor in wanted.items():
+    expected, found = (load_file(folder / name / WEIGHTS) for name in ("whole", "pieces"))
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
         assert tensor.dtype == found[name].dtype, name
         assert torch.equal(tensor, found[name]), name
     for file in (folder / "whole").iterdir():
@@ -268,13 +268,13 @@ def test_sharded_files_keep_their_tensors_and_metadata(tmp_path: Path) -> None:
         assert old.keys() == new.keys()
         for name, tensor in old.items():
             site = f"base_model.model.{name.removesuffix('weight')}"
-            wanted = tensor
+            expected = tensor
             if f"{site}lora_A.weight" in own:
                 a, b = own[f"{site}lora_A.weight"], own[f"{site}lora_B.weight"]
-                wanted = (tensor.float() + 6.0 / 4 * (b @ a)).bfloat16()
+                expected = (tensor.float() + 6.0 / 4 * (b @ a)).bfloat16()
                 adapted += 1
-            assert torch.equal(new[name], wanted), name
-            total += wanted.numel() * wanted.element_size()
+            assert torch.equal(new[name], expected), name
+            total += expected.numel() * expected.element_size()
     assert adapted == 4
     assert after["metadata"]["total_size"] == total
     AutoModelForCausalLM.from_pretrained(tmp_path / "merged")

@@ -55,8 +55,8 @@ def test_both_bases_are_merged_and_the_better_is_written(
     for name, function in (("_merged", merged), ("metric_of", metric_of), ("_write", write)):
         monkeypatch.setattr(merging, name, function)
     result = merging._merge(task, given, Path("to"))
-    wanted = "original" if values == (0.5, 0.9) else "dequantised"
-    assert written == [wanted]
+    expected = "original" if values == (0.5, 0.9) else "dequantised"
+    assert written == [expected]
     first, *lines = result.choice
     assert first == "trained, on the quantised base: m 0.7000"
     for line, base, value, difference in zip(lines, BASES, values, ("1.2e-01", "2.5e-01"),
@@ -64,7 +64,7 @@ def test_both_bases_are_merged_and_the_better_is_written(
         by = f"outputs differ by {difference}"
         if value is not None:
             by = f"m {value:.4f} ({value - 0.7:+.4f}), {by}"
-        mark = "  <- written" if base == wanted else ""
+        mark = "  <- written" if base == expected else ""
         assert line == f"merged into the {base} base: {by}{mark}"
 
 

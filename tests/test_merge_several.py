@@ -52,12 +52,12 @@ def test_updates_are_added_in_float32_and_rounded_once(tmp_path: Path) -> None:
     own = [load_file(folder / "adapter_model.safetensors") for folder in (a, b)]
     before, after, adapted = load_file(base / WEIGHTS), load_file(merged / WEIGHTS), 0
     for name, tensor in before.items():
-        site, wanted = f"base_model.model.{name.removesuffix('weight')}", tensor.float()
+        site, expected = f"base_model.model.{name.removesuffix('weight')}", tensor.float()
         for tensors, s in zip(own, (6.0 / 4, 0.3 * (8.0 / 8**0.5)), strict=True):
             if f"{site}lora_A.weight" in tensors:
-                wanted += s * (tensors[f"{site}lora_B.weight"] @ tensors[f"{site}lora_A.weight"])
-        adapted += not torch.equal(wanted, tensor.float())
-        assert torch.equal(after[name], wanted.bfloat16()), name
+                expected += s * (tensors[f"{site}lora_B.weight"] @ tensors[f"{site}lora_A.weight"])
+        adapted += not torch.equal(expected, tensor.float())
+        assert torch.equal(after[name], expected.bfloat16()), name
     assert "merged 6 modules of 2 adapters into" in result.stdout
     line = f"{adapted} of {adapted} adapted tensors equal W0 + the sum of w s B A rounded once"
     assert line in result.stdout
@@ -101,9 +101,9 @@ def test_merging_tensor_by_tensor_gives_the_same_files(tmp_path: Path, targets: 
     assert whole.weights == found.weights
     assert whole.untied == found.untied
     assert bool(found.untied) == (targets != ["q_proj"])
-    wanted, pieces = load_file(tmp_path / "whole" / WEIGHTS), load_file(tmp_path / "p" / WEIGHTS)
-    assert wanted.keys() == pieces.keys()
-    assert all(torch.equal(tensor, pieces[name]) for name, tensor in wanted.items())
+    expected, pieces = load_file(tmp_path / "whole" / WEIGHTS), load_file(tmp_path / "p" / WEIGHTS)
+    assert expected.keys() == pieces.keys()
+    assert all(torch.equal(tensor, pieces[name]) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize("low_memory", [False, True])
@@ -113,20 +113,20 @@ def test_copies_of_base_weights_are_compared_before_any_adapter_is_merged(
 ) -> None:
     """PEFT writes the weight of an adapted embedding or output layer into each adapter."""
     base = tiny.save_llama(tmp_path / "base", tied=False)
-    wanted = AutoModelForCausalLM.from_pretrained(base)
+    expected = AutoModelForCausalLM.from_pretrained(base)
     folders = [tmp_path / "a", tmp_path / "b"]
     for folder in folders:
         config = LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM")
         model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
         layer = model.base_model.model.lm_head
         layer.lora_B["default"].weight.normal_()
-        wanted.lm_head.weight += layer.get_delta_weight("default")
+        expected.lm_head.weight += layer.get_delta_weight("default")
         model.save_pretrained(folder, save_embedding_layers=True)
     copied = "base_model.model.lm_head.base_layer.weight"
     assert all(copied in load_file(folder / "adapter_model.safetensors") for folder in folders)
     merge_adapter(str(base), folders, tmp_path / "merged", low_memory=low_memory)
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    assert_close(found.lm_head.weight, wanted.lm_head.weight)
+    assert_close(found.lm_head.weight, expected.lm_head.weight)
     tensors = load_file(folders[1] / "adapter_model.safetensors")
     tensors[copied][3, 3] += 1
     save_file(tensors, folders[1] / "adapter_model.safetensors")
@@ -143,8 +143,10 @@ def test_one_adapter_with_a_weight(tmp_path: Path) -> None:
     delta = (
         own[f"base_model.model.{name}lora_B.weight"] @ own[f"base_model.model.{name}lora_A.weight"]
     )
-    wanted = load_file(base / WEIGHTS)[f"{name}weight"].float() + 0.5 * 6.0 / 4 * delta
-    assert torch.equal(load_file(tmp_path / "merged" / WEIGHTS)[f"{name}weight"], wanted.bfloat16())
+    expected = load_file(base / WEIGHTS)[f"{name}weight"].float() + 0.5 * 6.0 / 4 * delta
+    assert torch.equal(
+        load_file(tmp_path / "merged" / WEIGHTS)[f"{name}weight"], expected.bfloat16()
+    )
 
 
 @pytest.mark.parametrize("low_memory", [False, True])

@@ -63,14 +63,14 @@ def test_each_tensor_is_computed_from_the_files_and_rounded_once(tmp_path: Path)
     adapted = 0
     for name, tensor in after.items():
         a = own.get(f"base_model.model.{name.removesuffix('weight')}lora_A.weight")
-        wanted = before[name]
+        expected = before[name]
         if a is not None:
             b = own[f"base_model.model.{name.removesuffix('weight')}lora_B.weight"]
-            wanted = (
-                wanted.float() + 6.0 / 2 * (b @ a)
+            expected = (
+                expected.float() + 6.0 / 2 * (b @ a)
             ).bfloat16()  # divided by 2, the root of the rank
             adapted += 1
-        assert torch.equal(tensor, wanted), name
+        assert torch.equal(tensor, expected), name
     assert proof == WeightsProof("W0 + s B A", adapted, identical=len(after) - adapted)
     assert adapted > 0
     facts = json.loads((tmp_path / "merged/merge.json").read_text())["proof"]
@@ -327,8 +327,8 @@ def test_a_head_is_also_read_in_the_order_of_the_labels() -> None:
     stored: Any = [SimpleNamespace(read=lambda tensor=tensor: tensor) for tensor in tensors]
     found = sources._read(stored, ["classifier.weight"])
     # tensors with a row per label: not scales or layers between the body and the labels
-    wanted = [*tensors, torch.tensor([2.0, 0.0]), torch.tensor([[4.0, 5.0], [0.0, 1.0]])]
-    assert [tensor.tolist() for tensor in found] == [tensor.tolist() for tensor in wanted]
+    expected = [*tensors, torch.tensor([2.0, 0.0]), torch.tensor([[4.0, 5.0], [0.0, 1.0]])]
+    assert [tensor.tolist() for tensor in found] == [tensor.tolist() for tensor in expected]
     assert sources._read(stored, ["body.weight"]) == tensors
     sources.rows = []
     assert sources._read(stored, ["classifier.weight"]) == tensors

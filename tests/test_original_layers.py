@@ -133,11 +133,11 @@ FLUX_FILES = {
 @pytest.mark.parametrize("name", FLUX_FILES)
 def test_files_of_flux_are_read_as_diffusers_reads_them(name: str, tmp_path: Path) -> None:
     file = save(tmp_path, FLUX_FILES[name])
-    wanted, base = in_diffusers(file, "flux"), outputs(bundle("flux"), "flux")
+    expected, base = in_diffusers(file, "flux"), outputs(bundle("flux"), "flux")
     found = outputs(loaded(file, "flux"), "flux")
     # diffusers multiplies by alpha in the precision of the file
     tolerance = {"kohya in half": 1e-3, "kohya in bfloat16": 1e-2}.get(name, 1e-5)
-    for part, output in wanted.items():
+    for part, output in expected.items():
         assert_close(found[part], output, tolerance)
     assert_different(found["transformer"], base["transformer"])
     if "xlabs" not in name:
@@ -154,21 +154,21 @@ def test_every_layer_of_flux_is_split_as_in_diffusers(tmp_path: Path) -> None:
              "final_layer.adaLN_modulation.1": (2 * width, width)}  # fmt: skip
     tensors = {n: t for n, t in of_kohya(sizes).items()
                if not (n.startswith("lora_unet_final") and n.endswith("alpha"))}  # fmt: skip
-    wanted = FluxPipeline.lora_state_dict(dict(tensors))
+    expected = FluxPipeline.lora_state_dict(dict(tensors))
     with torch.device("meta"):
         transformer = FluxTransformer2DModel(num_layers=1, num_single_layers=1)
     file = save(tmp_path, tensors)
     config, found, _ = translated(read_adapter(file).file, Bundle({"transformer": transformer}))  # type: ignore[arg-type]
     of_final = ("norm_out.linear", "proj_out")
-    wanted = {n if n.startswith("transformer.") else f"transformer.{n}": t
-              for n, t in wanted.items()}  # fmt: skip
-    assert found.keys() == wanted.keys()
+    expected = {n if n.startswith("transformer.") else f"transformer.{n}": t
+              for n, t in expected.items()}  # fmt: skip
+    assert found.keys() == expected.keys()
     assert {f"transformer.{name}.lora_A.weight" for name in of_final} <= found.keys()
     for name in [n.removesuffix(".lora_A.weight") for n in found if n.endswith("lora_A.weight")]:
         a, b = found[f"{name}.lora_A.weight"], found[f"{name}.lora_B.weight"]
         alpha = alpha_of(config, name)
         x = torch.linspace(-1, 1, a.shape[1])
-        theirs = wanted[f"{name}.lora_B.weight"] @ (wanted[f"{name}.lora_A.weight"] @ x)
+        theirs = expected[f"{name}.lora_B.weight"] @ (expected[f"{name}.lora_A.weight"] @ x)
         assert_close(alpha / len(a) * (b @ (a @ x)), theirs, 1e-5)
 
 

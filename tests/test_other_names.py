@@ -77,17 +77,17 @@ def rename(folder: Path, to: Rename, in_config: bool = False) -> None:
 def test_names_of_other_tools_and_versions_are_read_and_merged(kind: str, tmp_path: Path) -> None:
     base = tiny.llama(tied=False)
     theirs = folder_of(base, tmp_path)
-    wanted = outputs(theirs)
+    expected = outputs(theirs)
     rename(tmp_path, NAMES[kind], in_config=kind.startswith("of "))
     ours, saved = copy.deepcopy(base), read_adapter(tmp_path)
     use_names_of(ours, saved)
     proof = expected_weights(ours, saved.tensors, saved.config)
     load_adapter(ours, saved, [])
-    assert_close(outputs(ours.eval()), wanted, 1e-5)
-    assert_different(wanted, outputs(base))
+    assert_close(outputs(ours.eval()), expected, 1e-5)
+    assert_different(expected, outputs(base))
     merge(ours)
     assert proof.disagreement(ours) is None
-    assert_close(outputs(ours), wanted, 1e-5)
+    assert_close(outputs(ours), expected, 1e-5)
 
 
 def test_an_adapter_of_a_body_fits_a_model_with_a_head(

@@ -220,9 +220,9 @@ def test_experts_with_custom_kernels_get_a_plain_tensor(how: str | None, by_torc
     seen = layer()
     assert isinstance(seen, LowRankSum) == by_torch
     whole = seen.total if isinstance(seen, LowRankSum) else seen
-    wanted = base.up + layer.scaling * layer.lora_B @ layer.lora_A
-    torch.testing.assert_close(whole, wanted)
-    torch.testing.assert_close(layer.delta_weight(), (wanted - base.up).detach())
+    expected = base.up + layer.scaling * layer.lora_B @ layer.lora_A
+    torch.testing.assert_close(whole, expected)
+    torch.testing.assert_close(layer.delta_weight(), (expected - base.up).detach())
     layer.enabled = False
     assert layer() is base.up
     assert layer.weight is base.up

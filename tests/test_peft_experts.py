@@ -99,10 +99,10 @@ def test_all_experts_become_one_update(kind: str, rslora: bool, ranks: dict[str,
         assert rank == (2 + other_rank if key == "gate_up_proj" else 2) == len(a) // COUNT
         scaled = found.config["alpha_pattern"][pattern] / (math.sqrt(rank) if rslora else rank)
         assert scaled == pytest.approx(scale)
-        wanted = torch.stack(
+        expected = torch.stack(
             [torch.cat([update_of(tensors, one, e) for one in layers]) for e in range(COUNT)]
         )
-        torch.testing.assert_close(as_peft_computes(a, b), wanted)
+        torch.testing.assert_close(as_peft_computes(a, b), expected)
 
 
 def test_without_an_alpha_the_scale_is_that_of_peft() -> None:

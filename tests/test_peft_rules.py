@@ -280,11 +280,11 @@ def test_convolutions_that_peft_computes_differently_are_reported_and_rejected(
 
 def test_base_modules_are_those_before_attaching() -> None:
     model = tiny.encoder(2)
-    wanted = {name: module for name, module in model.named_modules() if name}
-    assert base_modules(model) == wanted
+    expected = {name: module for name, module in model.named_modules() if name}
+    assert base_modules(model) == expected
     attach(model, tiny.recipe_of(rank=2, target_modules=["query", "dense"]), ["classifier"])
     assert len(lora_layers(model)) > 2
-    assert base_modules(model) == wanted
+    assert base_modules(model) == expected
 
 
 # ------------------------------------------------------------------------ one value at a time

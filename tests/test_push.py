@@ -162,7 +162,7 @@ def test_errors_of_the_hub_are_explained(
 
 
 @pytest.mark.parametrize(
-    ("text", "wanted"),
+    ("text", "expected"),
     [
         ("from `/home/me/data/rows.csv` on", "from `rows.csv` on"),
         ("-o ~/runs/out/", "-o out"),
@@ -170,8 +170,8 @@ def test_errors_of_the_hub_are_explained(
         ("model /data/a and s3://bucket/key/x", "model a and s3://bucket/key/x"),
     ],
 )
-def test_paths_are_shortened_and_urls_are_not(text: str, wanted: str | None) -> None:
-    assert shortened_paths(text) == (text if wanted is None else wanted)
+def test_paths_are_shortened_and_urls_are_not(text: str, expected: str | None) -> None:
+    assert shortened_paths(text) == (text if expected is None else expected)
 
 
 @pytest.mark.slow

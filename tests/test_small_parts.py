@@ -121,8 +121,8 @@ def test_a_residual_layer_is_saved_with_twice_the_rank() -> None:
     torch.testing.assert_close(layer(x), base(x))
     with torch.no_grad():
         layer.lora_A.add_(1.0)
-    wanted = base(x) + 2.0 * x @ (b @ (a + 1) - b @ a).T
-    torch.testing.assert_close(layer(x), wanted)
+    expected = base(x) + 2.0 * x @ (b @ (a + 1) - b @ a).T
+    torch.testing.assert_close(layer(x), expected)
     torch.testing.assert_close(layer.delta_weight(), 2.0 * (b @ (a + 1) - b @ a))
     torch.testing.assert_close(layer.to_peft("lora_B"), torch.cat([b, -b], 1))
 
@@ -268,14 +268,14 @@ def test_a_quantised_base_is_measured_on_rows_that_are_not_streamed(
     found = merge_quantized.measure_trained(task, saved)
     # as the checkpoint stores them: GPT-2's layers are the other way round
     assert [tuple(weight.shape) for weight in found.weights.values()] == [(2, 3), (3, 2)]
-    for weight, wanted in zip(found.weights.values(), (drawn[0], drawn[1].T), strict=True):
-        torch.testing.assert_close(weight, wanted, rtol=0, atol=0.03)  # as 8 bits can say it
+    for weight, expected in zip(found.weights.values(), (drawn[0], drawn[1].T), strict=True):
+        torch.testing.assert_close(weight, expected, rtol=0, atol=0.03)  # as 8 bits can say it
     assert found.outputs == 4.0
     if has_rows and not streaming:
-        wanted = ("rows", "f1", 0.75, mode == "min")
+        expected = ("rows", "f1", 0.75, mode == "min")
     else:
-        wanted = (None, None, None, False)
-    assert (found.rows, found.metric, found.value, found.lower_is_better) == wanted
+        expected = (None, None, None, False)
+    assert (found.rows, found.metric, found.value, found.lower_is_better) == expected
 
 
 def test_a_merge_needs_memory_for_the_model_in_float32_and_as_stored(

@@ -140,12 +140,12 @@ def test_each_layer_s_update_is_that_of_peft(settings: str, tmp_path: Path) -> N
     assert sorted(layers) == sorted(names)
     for name, layer in layers.items():
         other: Any = theirs.get_base_model().get_submodule(name)
-        wanted = other.get_delta_weight("default").reshape(layer.base.weight.shape)
-        assert float(wanted.detach().abs().max()) > 0
-        assert_close(layer.delta_weight(), wanted, 1e-6)
+        expected = other.get_delta_weight("default").reshape(layer.base.weight.shape)
+        assert float(expected.detach().abs().max()) > 0
+        assert_close(layer.delta_weight(), expected, 1e-6)
         by_the_proof = whole_update(name, layer.base, saved.tensors, saved.config)
         assert by_the_proof is not None
-        assert_close(by_the_proof.float(), wanted, 1e-6)
+        assert_close(by_the_proof.float(), expected, 1e-6)
 
 
 @proves("read", "merge")
@@ -158,14 +158,14 @@ def test_what_peft_saves_is_read_here_and_merged(site: str, settings: str, tmp_p
     theirs.save_pretrained(tmp_path)
     ours, saved = copy.deepcopy(base), read_adapter(tmp_path)
     load_adapter(ours, saved, [])
-    wanted = outputs(theirs)
-    assert_close(outputs(ours.eval()), wanted, 1e-5)
-    assert_different(wanted, outputs(base))
+    expected = outputs(theirs)
+    assert_close(outputs(ours.eval()), expected, 1e-5)
+    assert_different(expected, outputs(base))
     proof = expected_weights(base, saved.tensors, saved.config)
     merge(ours)
     assert proof.disagreement(ours) is None
-    assert_close(outputs(ours), wanted, 1e-5)
-    assert_close(outputs(theirs.merge_and_unload()), wanted, 1e-5)
+    assert_close(outputs(ours), expected, 1e-5)
+    assert_close(outputs(theirs.merge_and_unload()), expected, 1e-5)
 
 
 @proves("train")
@@ -191,8 +191,8 @@ def test_gradients_and_losses_are_those_of_peft(site: str, settings: str, tmp_pa
             twin = getattr(wrapped[f"base_model.model.{name}"], own)["default"]
             assert_close(parameter.grad, twin.grad, 1e-5)
     ours.zero_grad(), theirs.zero_grad()
-    found, wanted = losses(ours, 20), losses(theirs, 20)
-    assert max(abs(a - b) for a, b in zip(found, wanted, strict=True)) < 1e-6
+    found, expected = losses(ours, 20), losses(theirs, 20)
+    assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) < 1e-6
     assert abs(found[-1] - found[3]) > 1e-4  # there was something to differ in
 
 
