@@ -310,13 +310,13 @@ def row_sums(
     elif metric in result_names("retrieval"):  # a mean over the rows with relevant documents
         ranks = (p.metric_inputs.get("ranks") for p in predictions)
         per_example = [
-            (0.0, 0.0) if one is None else (row_score(metric, *one), 1.0) for one in ranks
+            (0.0, 0.0) if entry is None else (row_score(metric, *entry), 1.0) for entry in ranks
         ]
     elif metric in _SCORES:  # a mean over the rows with a reference
         channel, score = channel_of("rouge" if metric in _ROUGE else metric) or "", _SCORES[metric]
         pairs = (p.metric_inputs.get(channel) for p in predictions)
         scores = [None if pair is None else score(*pair, context) for pair in pairs]
-        per_example = [(0.0, 0.0) if one is None else (float(one), 1.0) for one in scores]
+        per_example = [(0.0, 0.0) if entry is None else (float(entry), 1.0) for entry in scores]
     else:
         return None
     rows = np.unique([p.row for p in predictions], return_inverse=True)[1]

@@ -38,7 +38,9 @@ def next_tokens(url: str, prompts: list[str], model: str | None = None) -> list[
     base_url = url.rstrip("/").removesuffix("/completions").removesuffix("/v1") + "/v1"
     if model is None:
         models = _request_json(f"{base_url}/models")
-        names = [str(one.get("id")) for one in models.get("data") or [] if isinstance(one, dict)]
+        names = [
+            str(entry.get("id")) for entry in models.get("data") or [] if isinstance(entry, dict)
+        ]
         if len(names) != 1:
             what = f"the server serves {len(names)} models: {', '.join(names) or 'none is listed'}"
             hint = "name that of the adapter: `--served-name NAME`"

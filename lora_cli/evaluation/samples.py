@@ -44,7 +44,7 @@ def add_samples(
         return
     if when == "after" and best is not None:
         answers_by_step = [
-            {one["step"]: one["text"] for one in s.get("during", [])} for s in samples
+            {item["step"]: item["text"] for item in s.get("during", [])} for s in samples
         ]
         if answers_by_step and all(best["step"] in texts for texts in answers_by_step):
             for sample, texts in zip(samples, answers_by_step, strict=True):
@@ -64,7 +64,7 @@ def add_samples(
         if isinstance(when, str):
             sample[when] = text
         else:
-            earlier = [one for one in sample.get("during", []) if one["step"] != when]
+            earlier = [item for item in sample.get("during", []) if item["step"] != when]
             earlier = earlier[1::2] if len(earlier) >= MAX_EVALUATIONS else earlier
             sample["during"] = [*earlier, {"step": when, "text": text}]
 

@@ -40,9 +40,9 @@ def require_whisper_features(extractor: Any, config: PretrainedConfig, recipe: R
         LoraError: If the two do not belong together.
     """
     bands, frames = config.num_mel_bins, 2 * config.max_source_positions
-    made = getattr(extractor, "feature_size", None), getattr(extractor, "nb_max_frames", None)
-    if made != (bands, frames):
-        what = f"the feature extractor of `{recipe.model.name}` makes {made[0]} bands by {made[1]} "
+    size = getattr(extractor, "feature_size", None), getattr(extractor, "nb_max_frames", None)
+    if size != (bands, frames):
+        what = f"the feature extractor of `{recipe.model.name}` makes {size[0]} bands by {size[1]} "
         what += f"frames of a recording, and the model reads {bands} by {frames}"
         hint = f"copy or download {EXTRACTOR_FILE} and config.json again: they do not belong "
         raise LoraError(what, recipe.at("model.name"), f"{hint}together")

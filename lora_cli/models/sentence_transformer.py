@@ -61,8 +61,8 @@ class EmbeddingFiles:
 
     def prompt(self, *names: str) -> str | None:
         """Return the first prompt that has one of the names, or the default prompt."""
-        found = next((self.prompts[name] for name in names if name in self.prompts), None)
-        return self.prompts.get(self.default_prompt or "") if found is None else found
+        text = next((self.prompts[name] for name in names if name in self.prompts), None)
+        return self.prompts.get(self.default_prompt or "") if text is None else text
 
 
 def read_embedding_files(recipe: Recipe, pooling: str | None = None) -> EmbeddingFiles:

@@ -182,12 +182,12 @@ class _Outputs:
         if type(self.task).prepare is Task.prepare:
             return False
         positions = list(range(min(self.batch_size, len(split))))
-        examples = [restored(one) for one in split.examples.__getitems__(positions)]
+        examples = [restored(example) for example in split.examples.__getitems__(positions)]
         prepared = self._prepared(split, positions)
         plain, expected = self.task.collate(prepared), None
         for draw in range(N_DRAWS):
             rng = np.random.default_rng((self.task.recipe.train.seed, draw))
-            drawn = [self.task.prepare(dict(one), rng, training=True) for one in examples]
+            drawn = [self.task.prepare(dict(example), rng, training=True) for example in examples]
             if _are_equal_batches(self.task.collate(drawn), plain):
                 continue
             expected = self._compute(prepared) if expected is None else expected

@@ -99,8 +99,8 @@ def _without_skipped(task: Task, name: str, split: Rows) -> Rows:
     if len(left_out) == len(split):
         what = f"no row of the {name} split is left, for each is left out"
         raise LoraError(what, split.place(0), f"the first: {next(filter(None, reasons))}")
-    kept = np.array([i for i, reason in enumerate(reasons) if not reason], dtype=np.int64)
-    return split.select(kept, left_out)
+    remaining = np.array([i for i, reason in enumerate(reasons) if not reason], dtype=np.int64)
+    return split.select(remaining, left_out)
 
 
 def encode_rows(task: Task, rows: Rows, training: bool = False) -> Encoded:

@@ -150,7 +150,7 @@ class Batches:
             chunk = list(islice(examples, size))
             if self.task.prepares:
                 seed = self.recipe.train.seed
-                chunk = [prepared_for(self.task, one, seed, step) for one in chunk]
+                chunk = [prepared_for(self.task, row, seed, step) for row in chunk]
             parts = self._own_part(np.arange(len(chunk)))
             yield PlannedStep(
                 step,
