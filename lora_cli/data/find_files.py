@@ -84,30 +84,30 @@ def _files_of(recipe: Recipe, split: str, name: str) -> list[Path]:
     if recipe.task.boxes_column is not None:
         annotated = annotated_files(pattern, split if is_file(name) else name, recipe)
     if annotated is not None:
-        files, others_there = annotated, [pattern.name]
+        files, shown_names = annotated, [pattern.name]
     elif pattern.is_dir():
         are_media = False
         listed = [file for file in files_inside(pattern) if _is_data_file(file, recipe)]
         if recipe.task.boxes_column is not None and _has_annotations(pattern, listed, recipe):
             listed = []  # such as `notes.json`, which Label Studio puts next to the folders
-        others_there = [str(file) for file in listed]
+        shown_names = [str(file) for file in listed]
         if data.format.label_from == "folder":
             listed = class_files(listed)
         names = {file: _split_parts(file, data.format) for file in listed}
         if not listed and (listed := _own_files(recipe, pattern, media_files(pattern, recipe))):
-            others_there, names = [str(file) for file in listed], split_parts(listed)
+            shown_names, names = [str(file) for file in listed], split_parts(listed)
             are_media = True
             if not recipe.task.label_columns_by_key:  # folders are not classes
                 names = {file: file.parent.parts for file in listed}
         by_split = [file for file in listed if _belongs(names[file], name)]
         no_split = [file for file in listed if not any(_belongs(names[file], s) for s in SPLITS)]
         default_train = no_split if are_media or len(no_split) == len(listed) else []
-        of_split = by_split or (default_train if name == "train" else [])
+        split_files = by_split or (default_train if name == "train" else [])
         if is_file(name) and are_media:
-            of_split = listed  # the recipe names a folder of images as this split
+            split_files = listed  # the recipe names a folder of images as this split
         elif are_media and by_split and no_split and name == "train":
             _announce_left_out(pattern, tuple(no_split))
-        files = [pattern / file for file in of_split]
+        files = [pattern / file for file in split_files]
     elif parts := parts_of(pattern):
         if missing := [part for part in parts.values() if not part.is_file()]:
             raise LoraError(f"there is no file {missing[0]}", location, name_neighbours(missing[0]))
@@ -120,14 +120,14 @@ def _files_of(recipe: Recipe, split: str, name: str) -> list[Path]:
         if not files:
             raise LoraError(*_no_such_file(pattern, folder, location))
         files = files if is_file(name) or name == "train" else []
-    if not files and pattern.is_dir() and not others_there:
+    if not files and pattern.is_dir() and not shown_names:
         hint = f"known are {', '.join(KINDS)}, also with .gz"
         raise LoraError(f"the folder {pattern} contains no file of a known kind", location, hint)
     if not files:
         held_out = f", or draw rows from train: `{split}: {{from: train, fraction: 0.1}}`"
         hint = "name a file" + ("" if split == "train" else held_out)
         if pattern.is_dir():
-            hint += f"; the files in it are: {', '.join(others_there[:10])}"
+            hint += f"; the files in it are: {', '.join(shown_names[:10])}"
         split_name = split if is_file(name) else name
         raise LoraError(f"{pattern} has no split `{split_name}`", recipe.at(f"data.{split}"), hint)
     return files
