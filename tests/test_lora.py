@@ -224,7 +224,7 @@ def test_scaling_is_alpha_over_rank_or_over_its_root() -> None:
 
 
 def _reference(layer: LoRALayer, x: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the layer as a function of A and B alone: the base with the merged weight."""
+    """Return the layer as a function of only A and B: the base with the merged weight."""
     base, s = layer.base, layer.scaling
 
     def output(a: Tensor, b: Tensor) -> Tensor:

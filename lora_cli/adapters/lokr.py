@@ -82,7 +82,7 @@ class LoKrLayer(WholeUpdate):
         return (self.scaling * blocks).reshape(weight_shape(self.base))
 
     def _factor(self, name: str) -> Tensor:
-        """Return W1 or W2, multiplied out where it is stored as a product."""
+        """Return W1 or W2, multiplying its factors if it is stored as a product."""
         if name in self._parameters:
             return self.get_parameter(name)
         a, b = self.get_parameter(f"{name}_a"), self.get_parameter(f"{name}_b")

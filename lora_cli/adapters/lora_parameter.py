@@ -33,7 +33,7 @@ from lora_cli.models.quantized_linear import QuantizedLinear
 
 
 class LoRAParameter(LoRALayer):
-    """A module of which one parameter has a low-rank update.
+    """A module with a low-rank update of one parameter.
 
     Args:
         base: The module, or a `LoRAParameter` on another of its parameters.

@@ -22,7 +22,7 @@ from lora_cli.models.quantized_linear import QuantizedLinear
 
 
 class WholeUpdate(LoRALayer):
-    """What LoHa and LoKr share, on `nn.Linear`, `nn.Conv1d` and `nn.Conv2d`.
+    """The base class of LoHa and LoKr on `nn.Linear`, `nn.Conv1d` and `nn.Conv2d`.
 
     A subclass defines `update_weight`, `shapes` and `peft_names`.
     """

@@ -68,7 +68,7 @@ class AdaptedParameter:
         return layer
 
     def merged_expert(self, w0: Tensor, part: ExpertPart, alone: bool) -> Tensor:
-        """Return the merged weight of a part of a parameter of several experts.
+        """Return the merged weight of one expert's part of a parameter.
 
         Args:
             w0: The part's weight in float32 (rows, in).

@@ -56,7 +56,7 @@ EXACT = 1e-5  # relative distance below which an update counts as the weighted s
 
 @dataclass
 class CombineResult:
-    """What `lora combine` reports."""
+    """The result of `lora combine`."""
 
     folder: Path
     modules: int

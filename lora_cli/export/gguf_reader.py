@@ -78,7 +78,7 @@ class LlamaCpp:
         ]
 
     def changes(self, source: Source) -> list[str]:
-        """Return what is folded."""
+        """Describe how scales and ranks are unified."""
         return scale_changes(source)
 
     def write(self, source: Source, folder: Path) -> None:

@@ -60,7 +60,7 @@ ROOM = GIB // 2  # for intermediate results
 
 @dataclass
 class MergeResult:
-    """What `lora merge` reports."""
+    """The result of `lora merge`."""
 
     folder: Path
     merged_modules: int

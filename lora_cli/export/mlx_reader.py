@@ -33,7 +33,7 @@ ROPE_THETA = {**dict.fromkeys(MODEL_TYPES, 10_000.0), "qwen2": 1_000_000.0}
 
 
 class Mlx:
-    """mlx-lm."""
+    """mlx-lm, on Apple computers."""
 
     def problems(self, source: Source) -> list[Problem]:
         """Reject adapters that are not plain LoRA, and models with other module names in mlx-lm."""

@@ -406,7 +406,7 @@ def restore(model: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 
 def peft_owner(name: str, layers: Collection[str]) -> str:
-    """Return PEFT's name of a low-rank layer: of nested ones, the inner are its `base_layer`."""
+    """Return PEFT's name of a low-rank layer; inner layers of nested ones get `.base_layer`."""
     module = name_in_base(name, layers)
     return module + ".base_layer" * name.removeprefix(module).count(".base")
 
