@@ -253,9 +253,7 @@ class Findings:
         if any(s.unknown_warning for s in splits):
             add("unknown tokens", [f"{100 * s.unknown_share:.1f} %" for s in splits])
         trained = [s.trained_tokens for s in splits]
-        add(
-            "trained tokens", ["" if share is None else f"{100 * share:.1f} %" for share in trained]
-        )
+        add("trained tokens", ["" if p is None else f"{100 * p:.1f} %" for p in trained])
         rows += _label_rows(splits)
         add("duplicates", [str(s.duplicates) for s in splits], even_if_zero=True)
         add("near duplicates", [_text_of(s.near_duplicates) for s in splits])
