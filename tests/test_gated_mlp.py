@@ -72,7 +72,7 @@ MLPS: dict[str, tuple[Any, Any, list[bool]]] = {
 
 @pytest.mark.parametrize("kind", MLPS)
 @pytest.mark.parametrize("off", [None, "gate_proj", "down_proj"])
-def test_an_mlp_is_what_its_architecture_computes(
+def test_an_mlp_equals_that_of_its_architecture(
     kind: str, off: str | None, gated_mlp: ModuleType
 ) -> None:
     architecture, config, uses = MLPS[kind]
@@ -93,7 +93,7 @@ def test_an_mlp_is_what_its_architecture_computes(
     assert calls == uses
 
 
-def test_numbers_that_are_dropped_are_those_that_the_layers_themselves_drop(
+def test_dropout_is_the_same_as_in_the_layers_themselves(
     gated_mlp: ModuleType,
 ) -> None:
     mlp = adapted(LlamaMLP(LlamaConfig(**SIZES)), gate_proj=0.5, up_proj=0.3, down_proj=0.4)

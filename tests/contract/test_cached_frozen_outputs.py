@@ -1,4 +1,4 @@
-"""What frozen parts compute once for each example: exact, within a limit, and never where drawn."""
+"""Tests of cached outputs of frozen parts: exact, within the limit, and never with augmentation."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Opened:
         return with_cached_frozen_outputs(self.task, self.model, self.splits, self.accelerator)
 
     def computed(self, example: Example) -> dict[str, Tensor]:
-        """Return the outputs for an example alone, without any cache."""
+        """Return the outputs for a single example, without a cache."""
         batch = self.task.collate([prepared_for_evaluation(self.task, example)])
         with torch.no_grad():
             return {n: t[0] for n, t in self.task.frozen_outputs(self.model, batch).items()}
@@ -73,7 +73,7 @@ def of_train(splits: dict[str, Encoded], name: str = "train") -> Iterator[Exampl
 
 
 class SeveralTypes(ExampleTask):
-    """Keeps a tensor of each type, of a size that does not depend on the batch."""
+    """A task with an output of each dtype, whose size does not depend on the batch."""
 
     def frozen_outputs(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         ids = batch.inputs["ids"]
@@ -85,7 +85,7 @@ class SeveralTypes(ExampleTask):
         return {**found, "empty": torch.zeros(len(ids), 0, 3)}
 
 
-def test_tensors_of_every_type_are_kept_bit_by_bit(tmp_path: Path) -> None:
+def test_tensors_of_every_dtype_are_cached_bit_by_bit(tmp_path: Path) -> None:
     opened = Opened(tmp_path, SeveralTypes)
     for split in ("train", "validation"):
         size = 4
@@ -101,12 +101,12 @@ def test_tensors_of_every_type_are_kept_bit_by_bit(tmp_path: Path) -> None:
                     assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
 
 
-def test_what_is_kept_is_read_and_not_computed_again(tmp_path: Path) -> None:
+def test_cached_outputs_are_not_computed_again(tmp_path: Path) -> None:
     opened = Opened(tmp_path, ExampleTask)
     first = opened.kept()
     computed = opened.task.encoded_batches
     second = opened.kept()
-    # of each split one example names the tensors; training is tried as well
+    # one example of each split gives the names; augmentation is tested too
     assert opened.task.encoded_batches - computed <= 2 + 1 + 4 < computed
     for ours, theirs in zip(of_train(first), of_train(second), strict=True):
         assert ours["features"] == theirs["features"]
@@ -119,13 +119,13 @@ def n_bytes(splits: dict[str, Encoded], name: str) -> int:
     return sum(len(example["features"]["data"]) for example in of_train(splits, name))
 
 
-def test_a_split_that_takes_more_than_the_limit_is_not_kept(
+def test_a_split_above_the_limit_is_not_cached(
     tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = Opened(tmp_path, ExampleTask).kept()
     sizes = {name: n_bytes(whole, name) for name in whole}
     assert capsys.readouterr().err.count("computing once what the frozen `encoder` makes of") == 2
-    # both, train alone, neither; what is in the cache already counts as well
+    # both, only train, neither; outputs that are cached already count too
     both = sum(sizes.values())
     for limit, names in ((both, {"train", "validation"}), (both - 1, {"train"})):
         opened = Opened(tmp_path, ExampleTask, cache_limit=f"{limit}B")
@@ -147,23 +147,25 @@ def test_a_split_that_takes_more_than_the_limit_is_not_kept(
     assert opened.task.encoded_batches - before < 20
 
 
-def test_a_limit_that_is_clearly_too_small_is_found_at_once(
+def test_a_limit_that_is_clearly_too_small_ends_caching_early(
     tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = Opened(tmp_path / "whole", ExampleTask, validation=None)
     limit = n_bytes(whole.kept(), "train") // 3
     monkey = Opened(tmp_path / "whole", ExampleTask, validation=None, cache_limit=f"{limit}B")
-    with torch.no_grad():  # another base, so that nothing is in the cache
+    with torch.no_grad():  # another base, so that nothing is cached
         monkey.model.get_submodule("encoder").embed.weight.mul_(2)  # type: ignore[operator]
     found = monkey.kept()
     assert found is not monkey.splits
     assert "features" not in next(of_train(found))
-    assert monkey.task.encoded_batches == 1 + 4 + 1 + 1  # drawing tried; named; the first batch
+    assert (
+        monkey.task.encoded_batches == 1 + 4 + 1 + 1
+    )  # augmentation tested; names; the first batch
     assert "are left of `data.cache_limit`" in capsys.readouterr().err
     assert not list(cache.glob(".*.tmp"))
 
 
-def test_nothing_is_kept_with_a_limit_of_nothing(tmp_path: Path, cache: Path) -> None:
+def test_nothing_is_cached_with_a_limit_of_zero(tmp_path: Path, cache: Path) -> None:
     opened = Opened(tmp_path, ExampleTask, cache_limit="0B")
     n_folders = len(list(cache.iterdir()))
     assert opened.kept() is opened.splits
@@ -171,7 +173,7 @@ def test_nothing_is_kept_with_a_limit_of_nothing(tmp_path: Path, cache: Path) ->
 
 
 class Augmenting(ExampleTask):
-    """Changes letters at random in training, and says nothing of it."""
+    """A task that changes characters at random in training, without declaring it."""
 
     share = 1.0
 
@@ -191,7 +193,7 @@ class Saying(ExampleTask):
 
 
 @pytest.mark.parametrize("kind", [Augmenting, Seldom, Saying])
-def test_what_training_draws_anew_is_not_kept(
+def test_augmented_inputs_are_not_cached(
     kind: type[ExampleTask], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = Opened(tmp_path, kind).kept()
@@ -235,6 +237,6 @@ def test_a_size_has_a_unit(size: str, expected: int | None, tmp_path: Path) -> N
     assert load_recipe(tmp_path / "recipe.yaml").data.cache_bytes == bytes_of(size) == expected
 
 
-def test_bytes_are_shown_in_units() -> None:
+def test_bytes_are_formatted_with_units() -> None:
     sizes = {0: "0 B", 999: "999 B", 1000: "1.0 kB", 3.2e9: "3.2 GB", 5e15: "5000.0 TB"}
     assert {n: in_words(n) for n in sizes} == sizes

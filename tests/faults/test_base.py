@@ -1,4 +1,4 @@
-"""The right base: its fingerprint, what is refused without it, and merging onto what is wrong."""
+"""Tests of the fingerprint of a base, and of rejecting a wrong base."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def edit(file: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
 
 
 def nudge(name: str) -> Callable[[dict[str, Tensor]], object]:
-    """Change the lowest bit of one number."""
+    """Change the lowest bit of one value."""
 
     def change(tensors: dict[str, Tensor]) -> None:
         full = next(n for n in tensors if n.endswith(name))
@@ -253,7 +253,7 @@ def test_another_base_of_the_same_shape_has_another_fingerprint(
     assert before.total != after.total
 
 
-def test_a_base_that_only_differs_in_what_it_has_besides_is_another(
+def test_a_base_with_additional_tensors_is_another_base(
     bases: dict[str, Path], tmp_path: Path
 ) -> None:
     """An untied output layer; and a third layer, on which an adapter of two says nothing."""
@@ -276,7 +276,7 @@ def test_a_base_that_only_differs_in_what_it_has_besides_is_another(
 
 
 def test_hashing_takes_less_than_two_seconds_a_gigabyte(tmp_path: Path) -> None:
-    """In seconds of the processor, since others may use it too."""
+    """Measured in CPU time, since other processes may run."""
     file = tmp_path / WEIGHTS
     save_file({f"w{i}": torch.randn(1024, 1024) for i in range(32)}, file)
     before = time.process_time()
@@ -295,7 +295,7 @@ def test_a_broken_fingerprint_is_an_integrity_error(text: str, tmp_path: Path) -
         read_fingerprint(tmp_path)
 
 
-def test_a_fingerprint_whose_hashes_do_not_add_up_is_refused(tmp_path: Path) -> None:
+def test_a_fingerprint_with_an_inconsistent_hash_is_rejected(tmp_path: Path) -> None:
     earlier = ({"name": "other", "fingerprint": "00"},)
     written = Fingerprint("base", "main", {"a": "01", "b": "02"}, earlier)
     written.write(tmp_path)
@@ -306,7 +306,7 @@ def test_a_fingerprint_whose_hashes_do_not_add_up_is_refused(tmp_path: Path) -> 
         read_fingerprint(tmp_path)
 
 
-def test_what_cannot_be_compared_warns(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_fingerprint_causes_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
     some, recipe = Fingerprint("base", "main", {"a": "01"}), tiny.recipe_of()
     assert require_base(some, None, recipe, "the adapter out") is None
     assert require_base(None, some, recipe, "the adapter out") == some
@@ -369,7 +369,7 @@ ALLOW = ("--set", "model.allow_other_base=true")
 
 @pytest.mark.parametrize("command", ["eval", "predict", "merge", "train"])
 @pytest.mark.slow_after(1)
-def test_another_base_is_refused_unless_allowed(command: str, trained: Trained) -> None:
+def test_another_base_is_rejected_unless_allowed(command: str, trained: Trained) -> None:
     rejected = lora(*trained.command(command, trained.other))
     assert rejected.code == 4, rejected.err
     assert f"`{trained.other}` is not the base that the adapter {trained.out} was trained on" in (
@@ -387,7 +387,7 @@ def test_another_base_is_refused_unless_allowed(command: str, trained: Trained) 
 
 
 @pytest.mark.slow_after(1)
-def test_what_was_allowed_is_written_down(trained: Trained) -> None:
+def test_an_allowed_base_is_recorded(trained: Trained) -> None:
     ours = read_fingerprint(trained.out)
     assert ours is not None
     assert json.loads((trained.out / "report.json").read_text())["base"] == ours.facts
@@ -406,7 +406,9 @@ def test_what_was_allowed_is_written_down(trained: Trained) -> None:
 
 
 @pytest.mark.slow_after(1)
-def test_the_recipe_beside_an_adapter_allows_nothing(trained: Trained, tmp_path: Path) -> None:
+def test_the_recipe_of_an_adapter_cannot_allow_another_base(
+    trained: Trained, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     shutil.copytree(trained.out, out)
     file = out / "recipe.yaml"
@@ -421,7 +423,7 @@ def test_the_recipe_beside_an_adapter_allows_nothing(trained: Trained, tmp_path:
     assert "allows it" in own.err
 
 
-def test_the_fingerprint_is_kept_with_every_checkpoint(trained: Trained) -> None:
+def test_every_checkpoint_has_the_fingerprint(trained: Trained) -> None:
     folders = [trained.out, *(trained.out / "checkpoints").iterdir()]
     assert len(folders) == 3
     for folder in folders:
@@ -452,7 +454,7 @@ def test_full_fine_tuning_has_no_base(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_does_not_go_on_with_another_base(tmp_path: Path) -> None:
+def test_a_run_does_not_resume_with_another_base(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     run = Trained(folder, type="lora")
     weights = (run.base / WEIGHTS).read_bytes()
@@ -578,7 +580,7 @@ def test_an_adapter_is_not_merged_twice(trained: Trained) -> None:
         {"quant_method": "gptq", "bits": 4, "group_size": 128},
     ],
 )
-def test_nothing_is_merged_into_a_quantised_base(
+def test_merging_into_a_quantised_base_is_rejected(
     quantised: dict[str, Any], bases: dict[str, Path], tmp_path: Path
 ) -> None:
     base = Path(shutil.copytree(bases["llama"], tmp_path / "quantised"))
@@ -598,8 +600,8 @@ def test_nothing_is_merged_into_a_quantised_base(
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("kind", ["lora", "none", "bitfit"])
 @pytest.mark.slow_after(1)
-def test_training_leaves_the_base_as_it_is(kind: str, precision: str, tmp_path: Path) -> None:
-    """On the disk, and in memory: with the adapter switched off, it is the base bit for bit."""
+def test_training_does_not_change_the_base(kind: str, precision: str, tmp_path: Path) -> None:
+    """On disk and in memory: with the adapter disabled, the model is the base, bit for bit."""
     held: list[PreTrainedModel] = []
     real = load_trainable_model.make_trainable
 

@@ -1,4 +1,4 @@
-"""What decides the computation is checked on use: the recipe beside the adapter, and its base."""
+"""Tests that changes of an adapter's recipe or base that affect outputs are detected."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def change_config(base: Path, **values: object) -> None:
 
 
 @pytest.mark.parametrize("use", USES)
-def test_exchanged_labels_are_found_by_whoever_uses_the_adapter(use: str, world: World) -> None:
+def test_swapped_labels_are_detected_by_every_command(use: str, world: World) -> None:
     edit(world.folder / "out/recipe.yaml", "- bad\n  - good", "- good\n  - bad")
     printed = USES[use](world)
     assert printed.code == 4
@@ -84,7 +84,7 @@ def test_exchanged_labels_are_found_by_whoever_uses_the_adapter(use: str, world:
     [("max_length: 512", "max_length: 5"), ("text_column: text", "text_column: label"),
      ("problem: single_label", "problem: multi_label")],
 )  # fmt: skip
-def test_so_is_any_other_change_of_the_task(old: str, new: str, world: World) -> None:
+def test_other_changes_of_the_task_are_detected(old: str, new: str, world: World) -> None:
     edit(world.folder / "out/recipe.yaml", old, new)
     assert USES["predict"](world).code == 4
 
@@ -102,7 +102,7 @@ def test_what_a_user_may_want_to_change_is_said(old: str, new: str, key: str, wo
     assert f"warning: the adapter was trained with `{key}: " in printed.err
 
 
-def test_moved_data_and_another_batch_size_are_nobodys_business(world: World) -> None:
+def test_moved_data_and_another_batch_size_are_allowed(world: World) -> None:
     plain = USES["predict"](world)
     assert (plain.code, plain.err) == (0, "")
     file = world.folder / "out/recipe.yaml"
@@ -111,7 +111,7 @@ def test_moved_data_and_another_batch_size_are_nobodys_business(world: World) ->
     assert USES["predict"](world) == plain
 
 
-def test_the_command_line_may_rename_labels_and_is_warned(world: World) -> None:
+def test_the_command_line_may_rename_labels_with_a_warning(world: World) -> None:
     flags = ("--set", "task.labels=[no, yes]")
     printed = world.lora("predict", "--adapter", "out", TEXT, *flags)
     assert printed.code == 0
@@ -131,7 +131,7 @@ def test_another_recipe_has_the_same_labels_in_the_same_order(
     assert "`task.labels: [" in printed.err
 
 
-def test_what_is_kept_is_in_the_manifest(world: World) -> None:
+def test_the_facts_are_in_the_manifest(world: World) -> None:
     # the same exchange in both files, so that they agree
     edit(world.folder / "out/recipe.yaml", "- bad\n  - good", "- good\n  - bad")
     file = world.folder / "out/computation.json"
@@ -141,7 +141,7 @@ def test_what_is_kept_is_in_the_manifest(world: World) -> None:
     assert "`computation.json` is not the file that was written" in USES["predict"](world).err
 
 
-def test_a_folder_of_an_earlier_version_works_and_is_unverified(world: World) -> None:
+def test_a_folder_of_an_earlier_version_works_with_a_warning(world: World) -> None:
     folder = world.folder / "out"
     (folder / "computation.json").unlink()
     write_manifest(folder)
@@ -169,7 +169,9 @@ def test_another_config_is_another_base(use: str, world: World) -> None:
     [{"layer_norm_eps": 0.5}, {"hidden_act": "relu"}, {"pad_token_id": 0},
      {"hidden_dropout_prob": 0.5}],
 )  # fmt: skip
-def test_every_key_that_computes_counts(change: dict[str, object], world: World) -> None:
+def test_every_key_that_affects_outputs_is_compared(
+    change: dict[str, object], world: World
+) -> None:
     change_config(world.bases / "encoder", **change)
     assert USES["predict"](world).code == 4
 
@@ -179,7 +181,9 @@ def test_every_key_that_computes_counts(change: dict[str, object], world: World)
     [{"transformers_version": "9.9"}, {"dtype": "float32"}, {"_name_or_path": "x"},
      {"architectures": ["Roberta"]}, {"use_cache": False}],
 )  # fmt: skip
-def test_keys_that_do_not_compute_may_change(change: dict[str, object], world: World) -> None:
+def test_keys_that_do_not_affect_outputs_may_change(
+    change: dict[str, object], world: World
+) -> None:
     change_config(world.bases / "encoder", **change)
     printed = USES["predict"](world)
     assert (printed.code, printed.err) == (0, "")
@@ -217,7 +221,7 @@ def test_without_a_copy_another_tokenizer_is_rejected(world: World) -> None:
 @pytest.mark.parametrize(
     "change", [exchange_ids, lambda base: change_config(base, hidden_act="relu")]
 )
-def test_a_run_goes_on_only_with_what_it_was_started_with(
+def test_a_run_only_resumes_with_the_same_base_and_tokenizer(
     change: Callable[[Path], None], world: World
 ) -> None:
     command = ("train", "recipe.yaml", "-o", "run")
@@ -232,7 +236,7 @@ def test_a_run_goes_on_only_with_what_it_was_started_with(
         assert "the tokenizer is another" in printed.err
 
 
-def test_an_adapter_is_trained_further_only_with_its_tokenizer(world: World) -> None:
+def test_an_adapter_is_only_trained_further_with_its_tokenizer(world: World) -> None:
     exchange_ids(world.bases / "encoder")
     printed = USES["from"](world)
     assert printed.code == 4

@@ -1,4 +1,4 @@
-"""A run that is killed with SIGKILL, whenever, and resumed is as if it had never been killed."""
+"""Tests that a run that is killed at any time and resumed equals an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def test_every_step_can_be_the_last(nest: Nursery, whole: Whole, tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_resuming_what_never_began_begins(nest: Nursery, whole: Whole, tmp_path: Path) -> None:
-    """In a shell loop the first call has nothing to resume, and the last finds all done."""
+def test_resuming_without_a_run_starts_one(nest: Nursery, whole: Whole, tmp_path: Path) -> None:
+    """In a shell loop, the first call has nothing to resume, and the last finds a complete run."""
     recipe = whole.recipe
     out = tmp_path / "cut"
     assert nest.run(recipe, out, kill=Kill(0.0)) == [-signal.SIGKILL]

@@ -1,4 +1,4 @@
-"""A machine goes away with its disk; another goes on from the mirror, as if nothing had been."""
+"""Tests that a run continues from its mirror on another machine, as if uninterrupted."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def said(out: Path) -> str:
 
 
 def whole_ones(mirror: Path) -> list[str]:
-    """Return the folders of a mirror that have their manifest, and agree with it."""
+    """Return the folders of a mirror that have a matching manifest."""
     return sorted(
         folder.name
         for folder in mirror.iterdir()
@@ -33,7 +33,9 @@ def whole_ones(mirror: Path) -> list[str]:
 
 @pytest.mark.parametrize("form", ["{}", "file://{}", "local://{}"])
 @pytest.mark.slow
-def test_an_empty_machine_goes_on(nest: Nursery, whole: Whole, tmp_path: Path, form: str) -> None:
+def test_a_new_machine_continues_the_run(
+    nest: Nursery, whole: Whole, tmp_path: Path, form: str
+) -> None:
     sets = [f"checkpoint.mirror={form.format(tmp_path / 'mirror')}"]
     out = tmp_path / "out"
     kill = Kill(0.0, "save", 5)
@@ -47,7 +49,9 @@ def test_an_empty_machine_goes_on(nest: Nursery, whole: Whole, tmp_path: Path, f
 
 
 @pytest.mark.slow
-def test_a_complete_run_is_found_complete(nest: Nursery, whole: Whole, tmp_path: Path) -> None:
+def test_a_complete_run_is_restored_as_complete(
+    nest: Nursery, whole: Whole, tmp_path: Path
+) -> None:
     sets = [f"checkpoint.mirror={tmp_path / 'mirror'}"]
     out = tmp_path / "out"
     assert nest.run(whole.recipe, out, sets=sets) == [0]
@@ -97,7 +101,7 @@ def test_a_machine_that_dies_in_the_middle_of_copying(
 
 
 @pytest.mark.slow
-def test_a_damaged_copy_is_passed_over_by_name(nest: Nursery, whole: Whole, tmp_path: Path) -> None:
+def test_a_damaged_copy_is_skipped_and_named(nest: Nursery, whole: Whole, tmp_path: Path) -> None:
     mirror, out = tmp_path / "mirror", tmp_path / "out"
     sets = [f"checkpoint.mirror={mirror}"]
     kill = Kill(0.0, "save", 5)
@@ -115,7 +119,7 @@ def test_a_damaged_copy_is_passed_over_by_name(nest: Nursery, whole: Whole, tmp_
 
 
 @pytest.mark.slow
-def test_a_machine_that_dies_while_it_restores_begins_again(
+def test_a_machine_that_dies_while_restoring_restores_again(
     nest: Nursery, whole: Whole, tmp_path: Path
 ) -> None:
     mirror, out = tmp_path / "mirror", tmp_path / "out"
@@ -132,7 +136,7 @@ def test_a_machine_that_dies_while_it_restores_begins_again(
     assert_same_run(whole.out, out)
 
 
-def test_a_mirror_that_cannot_be_written_is_found_before_training(
+def test_a_mirror_that_cannot_be_written_is_an_error_before_training(
     nest: Nursery, whole: Whole, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("no folder")
@@ -146,10 +150,10 @@ def test_a_mirror_that_cannot_be_written_is_found_before_training(
 
 
 @pytest.mark.slow
-def test_a_mirror_that_fails_for_a_while_costs_nothing(
+def test_a_mirror_that_fails_temporarily_does_not_stop_the_run(
     nest: Nursery, whole: Whole, tmp_path: Path
 ) -> None:
-    """It is said, training goes on, and the next checkpoint is copied again."""
+    """A warning is printed, training continues, and the next checkpoint is copied."""
     mirror, out = tmp_path / "mirror", tmp_path / "out"
     gone = ["checkpoint.every_steps=6", f"checkpoint.mirror={mirror}"]
     mirror.mkdir()
@@ -162,7 +166,7 @@ def test_a_mirror_that_fails_for_a_while_costs_nothing(
     assert report["training"]["steps"] == STEPS
 
 
-def test_an_address_that_is_no_mirror_is_said(nest: Nursery, whole: Whole, tmp_path: Path) -> None:
+def test_an_invalid_mirror_address_is_an_error(nest: Nursery, whole: Whole, tmp_path: Path) -> None:
     (tmp_path / "broken.zip").write_bytes(b"no archive")
     sets = [f"checkpoint.mirror=zip://inside::{tmp_path / 'broken.zip'}"]
     assert nest.run(whole.recipe, tmp_path / "a", sets=sets) == [2]

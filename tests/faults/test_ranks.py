@@ -1,4 +1,4 @@
-"""Processes that differ do not train together, and a dead one is named by the others."""
+"""Tests that different processes do not train together, and a dead process is reported."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_an_error_in_the_data_ends_both_and_is_printed_once(
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.slow_after(1)
-def test_a_dead_process_is_named_by_the_other(
+def test_a_dead_process_is_reported_by_the_other(
     nest: Nursery, pair: Path, tmp_path: Path, rank: int
 ) -> None:
     sets, out = ["train.max_steps=9"], tmp_path / "out"
@@ -109,7 +109,7 @@ def test_a_dead_process_is_named_by_the_other(
         assert_same_run(tmp_path / "whole", out)
 
 
-def test_parameters_that_are_not_the_same_are_not_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_different_parameters_are_not_saved(monkeypatch: pytest.MonkeyPatch) -> None:
     class Two:
         num_processes = 2
 
@@ -126,7 +126,7 @@ def test_parameters_that_are_not_the_same_are_not_saved(monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.float64, torch.uint8, torch.bool]
 )
-def test_a_checksum_sees_every_bit(dtype: torch.dtype) -> None:
+def test_a_checksum_depends_on_every_bit(dtype: torch.dtype) -> None:
     tensor = torch.arange(12).reshape(3, 4).to(dtype)
     first = rank_agreement.checksum({"a": tensor, "b": torch.ones(())})
     assert rank_agreement.checksum({"a": tensor.clone(), "b": torch.ones(())}) == first

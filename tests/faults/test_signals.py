@@ -1,4 +1,4 @@
-"""A run that is told to stop saves and leaves, whatever it does; told twice, it leaves at once."""
+"""Tests that a run saves and ends on a signal, and ends immediately on a second one."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_before_the_first_step_there_is_nothing_to_save(
 
 
 def test_the_command_saves_on_a_signal(nest: Nursery, whole: Whole, tmp_path: Path) -> None:
-    """The whole command: its exit code, and what goes to which stream."""
+    """The exit code of the command, and its output on both streams."""
     out = tmp_path / "cut"
     flags = ["-o", str(out), "--set", "train.log_every_steps=1"]
     kill = Kill(0.0, "step", 5, signal.SIGTERM)
@@ -82,7 +82,9 @@ def test_the_command_saves_on_a_signal(nest: Nursery, whole: Whole, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_after_the_last_step_all_is_saved(nest: Nursery, whole: Whole, tmp_path: Path) -> None:
+def test_after_the_last_step_everything_is_saved(
+    nest: Nursery, whole: Whole, tmp_path: Path
+) -> None:
     out = tmp_path / "cut"
     evaluations = 2 + STEPS // 5  # before, every five steps and after the last; then the best
     kill = Kill(0.0, "evaluate", evaluations + 1, signal.SIGTERM)
@@ -93,7 +95,9 @@ def test_after_the_last_step_all_is_saved(nest: Nursery, whole: Whole, tmp_path:
 
 
 @pytest.mark.slow
-def test_the_second_interruption_ends_at_once(nest: Nursery, whole: Whole, tmp_path: Path) -> None:
+def test_the_second_interruption_ends_immediately(
+    nest: Nursery, whole: Whole, tmp_path: Path
+) -> None:
     """While it evaluates: the first would have it saved, and the second leaves it as it is."""
     out = tmp_path / "cut"
     slow = ["evaluate.micro_batch_size=1", "train.max_steps=2000", "checkpoint.every_steps=500"]
@@ -110,7 +114,7 @@ def test_the_second_interruption_ends_at_once(nest: Nursery, whole: Whole, tmp_p
 def test_a_signal_to_the_whole_group_spares_the_workers(
     nest: Nursery, wholes: Callable[[str], Whole], tmp_path: Path
 ) -> None:
-    """Schedulers and terminals tell every process: also those that prepare the batches."""
+    """Schedulers and terminals signal all processes, including data loader workers."""
     whole = wholes("workers, length grouping")
     recipe = whole.recipe
     out = tmp_path / "cut"
@@ -122,7 +126,7 @@ def test_a_signal_to_the_whole_group_spares_the_workers(
 
 
 @pytest.mark.slow
-def test_one_of_two_is_told_and_both_stop(
+def test_a_signal_to_one_of_two_processes_stops_both(
     nest: Nursery, wholes: Callable[[str], Whole], tmp_path: Path
 ) -> None:
     whole = wholes("two processes")
@@ -152,7 +156,7 @@ def test_ten_seconds_are_enough(nest: Nursery, whole: Whole, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_the_hours_end_in_time(nest: Nursery, whole: Whole, tmp_path: Path) -> None:
+def test_a_run_ends_before_its_time_limit(nest: Nursery, whole: Whole, tmp_path: Path) -> None:
     out, seconds = tmp_path / "cut", 3
     sets = ["train.max_steps=100000", f"train.max_hours={seconds / 3600}",
             "evaluate.every_steps=1000"]  # fmt: skip
@@ -167,7 +171,9 @@ def test_the_hours_end_in_time(nest: Nursery, whole: Whole, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_minutes_make_checkpoints(nest: Nursery, whole: Whole, tmp_path: Path) -> None:
+def test_checkpoints_are_written_every_few_minutes(
+    nest: Nursery, whole: Whole, tmp_path: Path
+) -> None:
     out = tmp_path / "often"
     sets = ["checkpoint.every_minutes=1e-6", "checkpoint.every_steps=1000", "checkpoint.keep=100"]
     assert nest.run(whole.recipe, out, sets=sets) == [0]

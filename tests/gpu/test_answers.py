@@ -1,4 +1,4 @@
-"""Gemma on a real GPU: the kernel of attention that gives it wrong outputs is not used."""
+"""Tests that Gemma does not use the attention kernel with wrong outputs, on a real GPU."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = [
 
 @pytest.fixture
 def gemma() -> Iterator[Gemma3ForCausalLM]:
-    """Return a small Gemma whose heads, of 256 numbers each, share one key."""
+    """Return a small Gemma with heads of dimension 256, which share one key."""
     config = Gemma3TextConfig(
         vocab_size=101, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
         num_attention_heads=4, num_key_value_heads=1, head_dim=256, sliding_window=64,
@@ -42,7 +42,7 @@ def prompts_of(*lengths: int) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("length", [32, 33, 161, 400])
-def test_outputs_are_those_of_the_cpu(length: int, gemma: Gemma3ForCausalLM) -> None:
+def test_outputs_equal_those_of_the_cpu(length: int, gemma: Gemma3ForCausalLM) -> None:
     ids = torch.tensor(prompts_of(length))
     with torch.no_grad():
         wanted = gemma.cpu().double()(ids).logits
@@ -51,7 +51,7 @@ def test_outputs_are_those_of_the_cpu(length: int, gemma: Gemma3ForCausalLM) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_far_padded_prompts_are_answered_together(
+def test_prompts_with_much_padding_are_answered_together(
     dtype: torch.dtype, gemma: Gemma3ForCausalLM
 ) -> None:
     model, prompts = gemma.cuda().to(dtype), prompts_of(28, 161, 97)

@@ -1,4 +1,4 @@
-"""A base in fp8 on a GPU that multiplies in it: products of rounded rows, which still teach."""
+"""Tests of fp8 bases on a GPU that supports fp8 products: rounded products, and training."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = [
 
 
 def rounded_rows(x: torch.Tensor) -> torch.Tensor:
-    """Return what rows of 8 bits stand for, in float64: scaled to 448, and rounded by torch."""
+    """Return the dequantised fp8 rows in float64: scaled to 448, and rounded by torch."""
     scales = x.double().abs().amax(dim=1, keepdim=True) / 448
     return (x.double() / scales).float().to(torch.float8_e4m3fn).double() * scales
 
@@ -50,9 +50,9 @@ def test_fp8_products_are_those_of_rounded_rows(
     assert float((y.detach().double() - wanted).norm() / wanted.norm()) < 4e-3
     wanted = rounded_rows(dy.double() * scales) @ numbers
     assert float((x.grad.double() - wanted).norm() / wanted.norm()) < 4e-3
-    # and what rounding costs: 3 bits behind the point of either factor
+    # the rounding error: both factors have 3 mantissa bits
     exact = x.detach().double() @ layer.dequantized().double().T
-    most = 0.06 if y.numel() == 16 else 0.04  # so few numbers say less about the average
+    most = 0.06 if y.numel() == 16 else 0.04  # the average of few values varies more
     assert 1e-3 < float((y.detach().double() - exact).norm() / exact.norm()) < most
 
 
@@ -89,7 +89,7 @@ def test_rows_are_rounded_as_on_a_cpu() -> None:
         assert bad.tolist() == (~wanted_scales.isfinite()).tolist()
         assert bad.tolist() == [row in (4, 5) for row in range(50)]
         torch.testing.assert_close(scales.cpu()[~bad], wanted_scales[~bad], rtol=1e-6, atol=0)
-        # what lies in the middle of two numbers may become either
+        # ties between two values may be rounded to either
         assert float(same[~bad].float().mean()) > 0.98
         steps = codes.cpu().view(torch.uint8).int() - wanted.view(torch.uint8).int()
         assert int(steps[~bad].abs().max()) <= 1
@@ -123,7 +123,7 @@ def test_a_decoder_learns_in_fp8_as_in_bf16(kernels: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("again", ["true", "false"])
-def test_a_run_in_fp8_is_repeated_bit_for_bit(again: str, tmp_path: Path) -> None:
+def test_a_run_in_fp8_is_reproducible_bit_for_bit(again: str, tmp_path: Path) -> None:
     settings = ("model.quantization=fp8", "train.precision=bf16", "train.max_steps=20",
                 f"train.gradient_checkpointing={again}")  # fmt: skip
     for output in ("one", "other"):

@@ -1,4 +1,4 @@
-"""The kernel of gated MLPs computes what the equations say, and a model with it learns the same."""
+"""Tests of the kernel for gated MLPs, against its equations and a model without it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def reference(tensors: list[Tensor | None], is_gelu: bool) -> tuple[Tensor, Tens
         ((3, 1025), 136, (8, 4, 16)), ((1, 2100), 72, (40, 8, 8)),  # several segments of tokens
     ],
 )  # fmt: skip
-def test_results_and_gradients_are_those_of_the_equations(
+def test_results_and_gradients_equal_those_of_the_equations(
     shape: tuple[int, int], n: int, ranks: tuple[Any, ...], dtype: torch.dtype, is_gelu: bool
 ) -> None:
     from lora_cli.training.gated_mlp_kernel import gated_product
@@ -110,7 +110,7 @@ def outputs_and_gradients(mlp: nn.Module, x: Tensor) -> list[Tensor]:
         ("llama", {"off": ["gate_proj"]}, True), ("llama", {"off": ["down_proj"]}, True),
     ],
 )  # fmt: skip
-def test_an_mlp_is_what_its_architecture_computes(
+def test_an_mlp_equals_that_of_its_architecture(
     kind: str, given: dict[str, Any], uses: bool, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from lora_cli.training import gated_mlp
@@ -133,7 +133,7 @@ def test_an_mlp_is_what_its_architecture_computes(
         assert (a - b).abs().max() <= 0.03 * b.abs().max()
 
 
-def test_numbers_that_are_dropped_are_those_that_the_layers_themselves_drop() -> None:
+def test_dropout_is_the_same_as_in_the_layers_themselves() -> None:
     from lora_cli.training.gated_mlp import GatedMLPs
 
     mlp = adapted("llama", dropout={"gate_proj": 0.5, "up_proj": 0.3, "down_proj": 0.4})

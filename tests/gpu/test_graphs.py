@@ -1,4 +1,4 @@
-"""Steps that are recorded as graphs compute what plain steps do, bit for bit."""
+"""Tests that steps recorded as CUDA graphs equal plain steps, bit for bit."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-def test_recorded_steps_are_plain_steps_bit_for_bit(
+def test_recorded_steps_equal_plain_steps_bit_for_bit(
     tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch, engines: list[Any]
 ) -> None:
     settings = (*SETTINGS, f"train.precision={precision}")
@@ -58,13 +58,13 @@ def test_recorded_steps_are_plain_steps_bit_for_bit(
         assert torch.equal(recorded[name], tensor), name
 
 
-def test_a_run_goes_on_plainly_where_a_step_cannot_be_recorded(
+def test_a_run_continues_with_plain_steps_if_recording_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engines: list[Any]
 ) -> None:
     real, seen = SequenceClassification.losses, []
 
     def waiting(self: Any, model: Any, output: torch.Tensor, batch: Any) -> Any:
-        seen.append(output.sum().item())  # which no graph can hold
+        seen.append(output.sum().item())  # this cannot be captured in a graph
         return real(self, model, output, batch)
 
     monkeypatch.setattr(SequenceClassification, "losses", waiting)
@@ -77,7 +77,7 @@ def test_a_run_goes_on_plainly_where_a_step_cannot_be_recorded(
     assert runs.losses(tmp_path / "broken") == runs.losses(tmp_path / "plain")
 
 
-def test_compiled_layers_learn_as_the_model_s_own(tmp_path: Path, engines: list[Any]) -> None:
+def test_compiled_layers_train_like_the_model_s_own(tmp_path: Path, engines: list[Any]) -> None:
     settings = ("train.max_steps=40", "train.optimizer.learning_rate=1e-3")
     runs.train(runs.recipe(tmp_path, *settings, "train.kernels=fused", output="fused"))
     assert engines[0].graphs
@@ -108,7 +108,7 @@ def test_compiled_and_recorded_steps_resume_bit_for_bit(tmp_path: Path) -> None:
 
 
 def language_model(tmp_path: Path, *settings: str, output: str) -> Any:
-    """Return a recipe whose texts have many lengths, half of them a prompt."""
+    """Return a recipe whose texts have many lengths; half of each text is a prompt."""
     base = tmp_path / "decoder"
     if not base.exists():
         tiny.save_llama(base)
@@ -128,7 +128,7 @@ def language_model(tmp_path: Path, *settings: str, output: str) -> Any:
 
 
 @pytest.mark.parametrize("again", ["true", "false"])
-def test_compiled_layers_of_a_language_model_learn_as_its_own(
+def test_compiled_layers_of_a_language_model_train_like_its_own(
     tmp_path: Path, again: str, engines: list[Any]
 ) -> None:
     settings = ("adapter.dropout=0", f"train.gradient_checkpointing={again}")

@@ -1,4 +1,4 @@
-"""The kernel of attention over short rows computes what torch does in float64, dropout included."""
+"""Tests of the attention kernel for short rows, against torch in float64, including dropout."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from gpu import test_precision as runs
 
 pytestmark = runs.pytestmark
-# rows, heads, tokens, numbers of a head
+# rows, heads, tokens, head dimension
 SHAPES = [(8, 16, 128, 64), (3, 12, 128, 32), (2, 2, 40, 64), (1, 3, 7, 16), (5, 2, 104, 32)]
 DTYPES = {torch.bfloat16: 2e-2, torch.float16: 3e-3}
 MASKS = ("none", "of texts", "of keys", "of each head")
 
 
 def parts_of_one_product(shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
-    """Return queries, keys and values as a layer gives them: views of one product."""
+    """Return queries, keys and values as views of one tensor, as in fused layers."""
     n_rows, n_heads, n_tokens, n_numbers = shape
     whole = torch.randn(n_rows, n_tokens, 3, n_heads, n_numbers, device="cuda").to(dtype)
     return [part.transpose(1, 2).requires_grad_() for part in whole.unbind(2)]
@@ -46,7 +46,7 @@ def mask_of(kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | N
 
 
 def kept_by(seeds: Tensor, shape: tuple[int, ...], drop: float) -> Tensor:
-    """Return which probabilities are kept, read from outputs whose values are unit vectors."""
+    """Return the dropout mask, read from outputs for which the values are unit vectors."""
     from lora_cli.training.short_attention_kernel import short_attention
 
     n_rows, n_heads, n_tokens, n_numbers = shape
@@ -65,7 +65,7 @@ def kept_by(seeds: Tensor, shape: tuple[int, ...], drop: float) -> Tensor:
 @pytest.mark.parametrize("kind", MASKS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_outputs_and_gradients_are_torch_s(
+def test_outputs_and_gradients_equal_torch_s(
     shape: tuple[int, ...], dtype: torch.dtype, kind: str, drop: float
 ) -> None:
     from lora_cli.training.short_attention_kernel import short_attention
@@ -95,7 +95,7 @@ def test_outputs_and_gradients_are_torch_s(
 
 
 @pytest.mark.parametrize("drop", [0.1, 0.5])
-def test_dropout_drops_the_share_that_is_asked_for_and_each_place_by_itself(drop: float) -> None:
+def test_dropout_has_the_requested_rate_and_is_independent(drop: float) -> None:
     shape = (4, 16, 128, 64)
     torch.manual_seed(0)
     one, other = (
@@ -110,7 +110,7 @@ def test_dropout_drops_the_share_that_is_asked_for_and_each_place_by_itself(drop
         return float(kept.double().mean())
 
     assert abs(share(one) - keep) < 5 * spread
-    # kept together: in two calls, by neighbours of a row, of a column, of two heads, of two rows
+    # both kept: in two calls, neighbours in a row, in a column, in two heads, in two rows
     pairs = [(one, other), (one[..., 1:], one[..., :-1]), (one[..., 1:, :], one[..., :-1, :]),
              (one[:, 1:], one[:, :-1]), (one[1:], one[:-1])]  # fmt: skip
     for a, b in pairs:
@@ -118,7 +118,7 @@ def test_dropout_drops_the_share_that_is_asked_for_and_each_place_by_itself(drop
     assert float((one.double().mean(-1) - keep).std()) < 1.1 * math.sqrt(drop * keep / 128)
 
 
-def test_a_model_that_computes_with_it_learns_as_with_torch_s(
+def test_a_model_trains_as_with_torch_s_kernel(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from lora_cli.training import short_attention, short_attention_kernel
@@ -132,7 +132,7 @@ def test_a_model_that_computes_with_it_learns_as_with_torch_s(
     monkeypatch.setattr(short_attention_kernel, "_sizes", noted)
     settings = ("train.max_steps=40", "train.optimizer.learning_rate=1e-3", "train.precision=bf16",
                 "train.kernels=fused")  # fmt: skip
-    runs.recipe(tmp_path)  # which writes the base
+    runs.recipe(tmp_path)  # writes the base
     file = tmp_path / "model" / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "num_attention_heads": 2}))
     runs.train(runs.recipe(tmp_path, *settings, output="with"))
