@@ -81,7 +81,7 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """The judgement in words."""
+        """The result in words."""
         low, high = self.interval
         if self.drop == 0:
             return "the new adapter is equal to the old one"

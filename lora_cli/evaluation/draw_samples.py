@@ -53,11 +53,9 @@ def draw_samples(
 
 def _thumbnails(folder: Path, prompts: list[str]) -> dict[str, object]:
     """Return thumbnails of all images, by step, for the report."""
-    places = sorted(
-        step_folder for step_folder in folder.iterdir() if step_folder.name.startswith("step-")
-    )
+    step_folders = sorted(path for path in folder.iterdir() if path.name.startswith("step-"))
     snapshots = []
-    for step_folder in [*places, folder / BEST]:
+    for step_folder in [*step_folders, folder / BEST]:
         files = [step_folder / f"{i}.png" for i in range(len(prompts))]
         if all(file.is_file() for file in files):
             pictures = [

@@ -109,10 +109,8 @@ def with_cached_hidden_states(
                 status[name] = f"kept, {in_words(n_bytes)}"
                 continue
         except _TooLargeError as error:
-            reason = (
-                f"it takes about {in_words(error.n_bytes)}, and {in_words(bytes_left)} are left "
-            )
-            reason += f"of `data.cache_limit` ({recipe.data.cache_limit})"
+            reason = f"it takes about {in_words(error.n_bytes)}, and {in_words(bytes_left)} are "
+            reason += f"left of `data.cache_limit` ({recipe.data.cache_limit})"
         except _ShapeMismatchError as error:
             reason = str(error)
         status[name] = f"not kept: {reason}"
@@ -332,7 +330,7 @@ class _States:
         task, accelerator = self.task, self.accelerator
         config = json.dumps(task.base_facts.get("config"), sort_keys=True, default=str)
         attention = getattr(getattr(self.model, "config", None), "_attn_implementation", None)
-        device = (
+        setup = (
             f"{accelerator.mixed_precision} {accelerator.device.type} {self.batch_size} {attention}"
         )
         kind = "inputs" if self.layers.first is not None else "outputs"
@@ -341,7 +339,7 @@ class _States:
             *cache_key(task, split.rows),
             config,
             str(task.base_facts.get("processor")),
-            f"{device} {task.layout} {task.recipe.train.seed} torch {installed_version('torch')}",
+            f"{setup} {task.layout} {task.recipe.train.seed} torch {installed_version('torch')}",
             self._hash(),
         ]
 
