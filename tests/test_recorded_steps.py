@@ -376,7 +376,8 @@ def test_the_kernel_of_gated_mlps_changes_what_is_kept(
 
         def __init__(self, layers: list[nn.Module], compiled: bool) -> None:
             assert (len(layers), compiled) == (2, True)
-            self.found = [None] * mlps
+            self.replaced = [None] * mlps
+            self.gates: list[nn.Module] = []
 
         def __enter__(self) -> None:
             GatedMLPs.uses += 1
@@ -399,7 +400,7 @@ def test_the_kernel_of_gated_mlps_changes_what_is_kept(
     by_kernel = " (3 gated MLPs by a kernel of our own)"
     assert layers.kind == "compiled layers" + (by_kernel if mlps else "")
     with layers.in_use():
-        assert GatedMLPs.uses == bool(mlps)
+        assert GatedMLPs.uses == 1
     on_cpu = CompiledLayers(model, few_shapes=False)
     on_cpu.choose_products(lambda: model(torch.ones(1, 2), False))
     assert on_cpu.products == []
