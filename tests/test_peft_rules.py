@@ -18,7 +18,13 @@ from closeness import assert_close
 from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    WavLMConfig,
+    WavLMForCTC,
+)
 
 from lora_cli.adapters.attach import attach, lora_layers
 from lora_cli.adapters.load_adapter import load_adapter
@@ -223,7 +229,7 @@ def test_layers_that_mamba_s_kernels_read_get_no_adapter() -> None:
         "in_proj", "x_proj",
     }  # fmt: skip
     for name in ("out_proj", "dt_proj"):
-        with pytest.raises(LoraError, match="which Mamba never calls"):
+        with pytest.raises(LoraError, match="whose weight the model reads without a call"):
             adapted("mamba", [], target_modules=["in_proj", name])
     adapted("mamba", [], target_modules="all-linear", exclude_modules=["out_proj", "dt_proj"])
 
@@ -248,6 +254,44 @@ def test_an_update_of_a_layer_that_is_never_called_is_rejected_unless_it_is_zero
         return
     load_adapter(ours, read_adapter(tmp_path), [])
     assert_close(logits(ours), logits(model))
+
+
+def wavlm() -> nn.Module:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 8}
+    convolutions = {"conv_dim": (8, 8), "conv_kernel": (4, 4), "conv_stride": (2, 2)}
+    others = {
+        "intermediate_size": 24,
+        "num_conv_pos_embeddings": 4,
+        "num_conv_pos_embedding_groups": 2,
+    }
+    torch.manual_seed(0)
+    return WavLMForCTC(WavLMConfig(**sizes, **convolutions, **others)).eval()
+
+
+@pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask")
+@pytest.mark.parametrize("name", ["q_proj", "k_proj", "v_proj", "out_proj", "output_dense"])
+def test_wavlm_s_attention_gets_no_adapter_since_it_would_have_no_effect(
+    name: str, tmp_path: Path
+) -> None:
+    model = peft.get_peft_model(wavlm(), peft.LoraConfig(target_modules=[name], r=2))
+    recording = torch.randn(1, 400)
+    with torch.no_grad():
+        before = model(recording).logits
+        for parameter_name, parameter in model.named_parameters():
+            if "lora_B" in parameter_name:
+                parameter.normal_()
+        after = model(recording).logits
+    has_effect = not torch.equal(after, before)
+    assert has_effect == (name == "output_dense")
+    model.save_pretrained(tmp_path)
+    ours = wavlm()
+    if not has_effect:
+        with pytest.raises(LoraError, match="reads without a call"):
+            load_adapter(ours, read_adapter(tmp_path), [])
+        return
+    load_adapter(ours, read_adapter(tmp_path), [])
+    with torch.no_grad():
+        torch.testing.assert_close(ours(recording).logits, after)
 
 
 def test_modules_trained_in_full_are_saved_by_their_full_names(tmp_path: Path) -> None:

@@ -30,6 +30,8 @@ from lora_cli.recipe import Recipe
 MAMBA_TYPES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 MAMBA_KERNEL = ("out_proj", "conv1d")  # layers that Mamba's kernels read without calling them
 TIME_STEP_TYPES = ("mamba", "falcon_mamba", "jamba")  # these multiply by the weight of `dt_proj`
+# WavLM passes the weights of its attention to torch's `multi_head_attention_forward`
+WAVLM_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 SHOWN = 8  # names of modules
 EXPRESSION = "a valid one: `.*\\.(query|value)`; names need none: `[query, value]`"
@@ -208,8 +210,11 @@ def rejected_in_mamba(model: nn.Module, name: str) -> bool:
 
 
 def is_never_called(model: nn.Module, name: str) -> bool:
-    """Return whether a Mamba model reads a module's weight itself, so an adapter has no effect."""
-    is_time_step = name.rpartition(".")[2] == "dt_proj" and _model_type(model) in TIME_STEP_TYPES
+    """Return whether a model reads a module's weight without a call: an adapter has no effect."""
+    model_type, last_name = _model_type(model), name.rpartition(".")[2]
+    if model_type == "wavlm":
+        return last_name in WAVLM_ATTENTION
+    is_time_step = last_name == "dt_proj" and model_type in TIME_STEP_TYPES
     return is_time_step or rejected_in_mamba(model, name)
 
 
@@ -281,7 +286,7 @@ def _unmatched(
         if rejected and is_never_called(model, rejected[0]):
             if key == "adapter.exclude_modules":
                 continue
-            what = f"`{entry}` matches {rejected[0]}, which Mamba never calls: it reads the weight"
+            what = f"`{entry}` matches {rejected[0]}, whose weight the model reads without a call"
             hint = "an adapter on it would have no effect; take it out"
         elif rejected and is_frozen(model, rejected[0]):
             what = f"`{entry}` matches {rejected[0]}, in a part of the model that is used as it is"
