@@ -247,6 +247,23 @@ def test_a_start_column_is_fine_if_recordings_are_distinct(tmp_path: Path) -> No
     assert draft_and_load(table, base).task.text_column == "text"
 
 
+def test_an_offset_in_a_file_of_its_own_is_a_part_of_it_too(tmp_path: Path) -> None:
+    base = tiny_speech.save(tmp_path / "base")
+    rows = [{"audio_filepath": f"{i}.wav", "offset": 0.0, "text": f"word {i}"} for i in range(8)]
+    write_manifest = (tmp_path / "train.json").write_text
+    write_manifest("".join(json.dumps(row) + "\n" for row in [*rows, {**rows[0], "offset": 1.5}]))
+    with pytest.raises(LoraError, match="parts of recordings, which begin where `offset` says"):
+        draft_recipe(tmp_path / "train.json", str(base), tmp_path / "recipe.yaml")
+
+
+def test_numbers_of_frames_are_no_transcripts(tmp_path: Path) -> None:
+    base = tiny_speech.save(tmp_path / "base")
+    lines = "".join(f"{i}.wav\t{8000 + i}\n" for i in range(8))
+    (tmp_path / "train.tsv").write_text("path\tframes\n" + lines)
+    with pytest.raises(LoraError, match="no column has the name of a transcript column"):
+        draft_recipe(tmp_path / "train.tsv", str(base), tmp_path / "recipe.yaml")
+
+
 def data_warnings(recipe: Recipe) -> str:
     task, data = inspect_data(recipe)
     return "\n".join(examine(task, data).warnings())

@@ -36,7 +36,7 @@ def _propose_task(table: Table, base: BaseFacts) -> Proposal:
     require_whole_recordings(table, audio)
     speaker = next((n for n in names if n != audio and _are_speakers(rows, n, base)), None)
     others = [name for name in names if name not in (audio, speaker)]
-    text = table.text or text_column_of(others, table.media is not None)
+    text = table.text or text_column_of(others, table.rows, table.media is not None)
     if text is None:
         what = "no column has the name of a transcript column"
         hint = f"name it: `--text COLUMN`; {listed}"

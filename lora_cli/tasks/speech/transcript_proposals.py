@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
+from lora_cli.data.cell_values import read_number
+from lora_cli.data.detect_table import is_number
 from lora_cli.data.media_folder import SAMPLE, are_media
 from lora_cli.errors import LoraError, counted
 from lora_cli.tasks.proposal import BaseFacts, Certainty, Proposal, Table, proposed
@@ -52,7 +55,8 @@ def _propose_task(table: Table, base: BaseFacts) -> Proposal:
             f"{listed}; a recording is named by its path, with its ending: `clips/a.wav`",
         )
     require_whole_recordings(table, audio)
-    text = table.text or text_column_of([name for name in names if name != audio], is_folder)
+    others = [name for name in names if name != audio]
+    text = table.text or text_column_of(others, table.rows, is_folder)
     if text is None and is_folder:
         what = f"the recordings of {place} have no texts next to them"
         hint = "write what is said in `a.wav` into `a.txt`, or list all in metadata.csv: "
@@ -87,24 +91,33 @@ def require_whole_recordings(table: Table, audio: str) -> None:
     """
     values = [str(row.get(audio)) for row in table.rows[:SAMPLE]]
     starts = [c.name for c in table.columns if SEGMENT_START_NAME.fullmatch(c.name)]
-    if starts and len(set(values)) < len(values):
+    # an offset is a place in the file, even where each file has one row, as in NeMo's manifests
+    offsets = [row.get(name) for row in table.rows for name in starts if name.lower() == "offset"]
+    is_inside = any((read_number(str(offset)) or 0) > 0 for offset in offsets)
+    if starts and (is_inside or len(set(values)) < len(values)):
         what = f"the rows are parts of recordings, which begin where `{starts[0]}` says"
         hint = "a recording is read whole: write each part into a file of its own, for example "
         raise LoraError(what, table.place, f"{hint}with `ffmpeg -ss START -to END`, and name that")
 
 
-def text_column_of(names: Sequence[str], is_folder: bool) -> str | None:
+def text_column_of(
+    names: Sequence[str], rows: Sequence[dict[str, Any]], is_folder: bool
+) -> str | None:
     """Return the column with a transcript's name, or else the only column.
 
     Args:
         names: The names of the columns, without that of the recordings.
+        rows: The rows.
         is_folder: Whether the rows are the files of a folder. Then the only column may hold the
             names of subfolders, which are not transcripts.
     """
     named = [name for name in names if TEXT_NAME.fullmatch(name)]
     if named:
         return named[0]
-    return names[0] if len(names) == 1 and not is_folder else None
+    values = [row.get(name) for row in rows[:SAMPLE] for name in names[:1]]
+    if len(names) != 1 or is_folder or all(is_number(str(value)) for value in values):
+        return None  # numbers are lengths rather than words, unless their name says so
+    return names[0]
 
 
 def _language(table: Table) -> tuple[str, str]:
