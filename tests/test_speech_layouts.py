@@ -250,8 +250,9 @@ def test_a_start_column_is_fine_if_recordings_are_distinct(tmp_path: Path) -> No
 def test_an_offset_in_a_file_of_its_own_is_a_part_of_it_too(tmp_path: Path) -> None:
     base = tiny_speech.save(tmp_path / "base")
     rows = [{"audio_filepath": f"{i}.wav", "offset": 0.0, "text": f"word {i}"} for i in range(8)]
-    write_manifest = (tmp_path / "train.json").write_text
-    write_manifest("".join(json.dumps(row) + "\n" for row in [*rows, {**rows[0], "offset": 1.5}]))
+    rows.append({"audio_filepath": "8.wav", "offset": 1.5, "text": "word 8"})
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "train.json").write_text(lines)
     with pytest.raises(LoraError, match="parts of recordings, which begin where `offset` says"):
         draft_recipe(tmp_path / "train.json", str(base), tmp_path / "recipe.yaml")
 
