@@ -1,4 +1,4 @@
-"""Where a command computes: the device, the precision, and the processes that share the work."""
+"""The device, the precision and the processes of a command."""
 
 from __future__ import annotations
 

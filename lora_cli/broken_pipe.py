@@ -1,4 +1,4 @@
-"""Output into a pipe that nobody reads any more, as in `lora train … 2>&1 | head`.
+"""Output into a closed pipe, as in `lora train … 2>&1 | head`.
 
 The system tells of it with the next write, which fails. A command that only prints ends there,
 quietly; a run of training is asked to stop, as by a signal, and saves first.

@@ -1,4 +1,4 @@
-"""What can go wrong, said so that a user can fix it.
+"""Errors that tell the user what is wrong, where, and how to fix it.
 
 Every error that a user can cause is a `LoraError`. It carries one or more problems, each of which
 says *what* is wrong, *where* (a recipe key, a file and line, a file and row), and *how* to fix it.
@@ -32,11 +32,11 @@ WIDTH = 1000  # characters of a line; data may hold 50 MB in one
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong.
+    """A single problem.
 
     Args:
         what: The error, in one line. Names the value that is wrong in backticks.
-        at: Where it stands: `adapter.rank (recipe.yaml:14)` or `train.csv:17`.
+        at: Its location: `adapter.rank (recipe.yaml:14)` or `train.csv:17`.
         hint: What to do about it; a command or a value that works when typed in.
     """
 
@@ -66,7 +66,7 @@ class LoraError(Exception):
 
 
 class NumericsError(LoraError):
-    """The numbers went bad: a loss or a gradient that is not finite."""
+    """A value is not finite, such as a loss or a gradient."""
 
     exit_code = 3
 
@@ -84,13 +84,13 @@ class ResourceError(LoraError):
 
 
 class RegressionError(LoraError):
-    """A new adapter is worse than the old one by more than is allowed."""
+    """A new adapter is worse than the old one by more than the tolerance."""
 
     exit_code = 6
 
 
 class InterruptedRun(LoraError):  # noqa: N818 - not an error: the run was asked to stop, and saved
-    """A signal, or the end of its time, stopped the run after its state was saved."""
+    """A signal or a time limit stopped the run, after its state was saved."""
 
     def __init__(self, what: str, exit_code: int, hint: str | None = None) -> None:
         super().__init__(what, hint=hint)
@@ -98,12 +98,12 @@ class InterruptedRun(LoraError):  # noqa: N818 - not an error: the run was asked
 
 
 def warn(what: str) -> None:
-    """Say on stderr what a user should know and need not fix."""
+    """Print a warning on stderr: something to know that need not be fixed."""
     print(redacted(f"warning: {what}"), file=sys.stderr)  # noqa: T201 - stdout is for data
 
 
 def printable(text: str, width: int = WIDTH) -> str:
-    """Return a text in one line that no terminal takes for a command.
+    """Return a text as one line without terminal control sequences.
 
     What cannot be seen is written as its code: a line end, an escape, half of a character, a space
     of no width that makes two labels look the same.
@@ -126,7 +126,7 @@ def counted(count: int, noun: str) -> str:
 
 
 def nearest(name: str, candidates: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """Return the candidate most like `name`, or None if none is close."""
+    """Return the candidate most similar to `name`, or None if none is close."""
     if len(name) > WIDTH:  # comparing takes longer than the text is worth
         return None
     near = list(candidates)
@@ -137,7 +137,7 @@ def nearest(name: str, candidates: Iterable[str], cutoff: float = 0.6) -> str | 
 
 
 def system_error(error: BaseException) -> int | None:
-    """Return the number (`errno`) of an error of the system, whichever library raised it."""
+    """Return the `errno` of a system error, whichever library raised it."""
     if isinstance(error, OSError):
         return error.errno
     # libraries written in Rust, as safetensors, have errors of their own, with the number in them
@@ -146,7 +146,7 @@ def system_error(error: BaseException) -> int | None:
 
 
 def name_neighbours(path: Path) -> str:
-    """Return a hint for a path that is not there: the nearest name beside it, or where it starts.
+    """Return a hint for a missing path: the nearest name beside it, or where the path starts.
 
     Args:
         path: As the user wrote it.
@@ -165,7 +165,7 @@ def name_neighbours(path: Path) -> str:
 
 
 def require_file(path: Path, at: str) -> None:
-    """Reject a path that is not an ordinary file.
+    """Require that a path is an ordinary file.
 
     Args:
         path: As the user wrote it.

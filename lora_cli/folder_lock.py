@@ -60,6 +60,6 @@ class FolderLock:
         return LoraError(what, at, f"wait for it, or choose another folder with `{option} DIR`")
 
     def release(self) -> None:
-        """Let others have the folder."""
+        """Release the lock, so that other processes may use the folder."""
         self.path.unlink(missing_ok=True)
         self.file.close()

@@ -1,4 +1,4 @@
-"""Pointers that Git LFS leaves in the place of large files, where these were not fetched.
+"""Git LFS pointers: small text files in place of large files that were not downloaded.
 
 `git clone` without the extension, and the button that downloads a repository, leave three lines of
 text by the name of each data file, picture and file of weights.

@@ -1,4 +1,4 @@
-"""How much memory this process may still use, and how much it has used.
+"""The memory that this process may still use, and the memory that it has used.
 
 What the machine has free is not all that counts: a container or a batch job may be allowed less
 (control groups), and a shell too (`ulimit -v`).
@@ -37,7 +37,7 @@ def resident_bytes() -> int:
 
 
 def in_gib(count: float) -> str:
-    """Return a number of bytes in words."""
+    """Return a number of bytes as text, in GiB."""
     return f"{count / GIB:.2f} GiB"
 
 

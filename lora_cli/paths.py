@@ -21,7 +21,7 @@ def expanded(text: str) -> str:
 
 
 def path_problem(text: str, at: str, folder: Path | None = None) -> Problem | None:
-    """Return why a text is not the path that its author means, or None.
+    """Return why a text is probably not the path that its author meant, or None.
 
     A folder called `~`, `$HOME` or `file:` would be made without a word. Nothing is wrong with a
     path that is there, whatever it is called.

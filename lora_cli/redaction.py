@@ -1,4 +1,4 @@
-"""Mask what must reach no file, no screen and no traceback: passwords, tokens, keys.
+"""Mask secrets (passwords, tokens, keys) in files, on the screen and in tracebacks.
 
 Three things are masked: the values of environment variables whose names say that they are secret;
 values that a text itself calls secret (`password=…`, `Authorization: Bearer …`, the signature of an

@@ -38,7 +38,7 @@ class TensorEntry(NamedTuple):
 
 
 def read_header(file: Path) -> dict[str, TensorEntry]:
-    """Return what a safetensors file holds, by name, in the order of the bytes.
+    """Return the entries of a safetensors file by name, in the order of their bytes.
 
     Raises:
         IntegrityError: If the file is not whole, or not a safetensors file.
@@ -60,7 +60,7 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
 
 
 def read_metadata(file: Path) -> dict[str, str]:
-    """Return what a safetensors file says of itself, such as `format`.
+    """Return the metadata of a safetensors file, such as `format`.
 
     Raises:
         IntegrityError: As `read_header`.

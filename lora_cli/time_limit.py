@@ -10,7 +10,7 @@ from types import FrameType
 
 
 class TooLongError(Exception):
-    """A program of others has used up its time."""
+    """Code of a model or a data set has used up its time."""
 
 
 @contextmanager

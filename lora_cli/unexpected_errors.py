@@ -1,4 +1,4 @@
-"""Errors that nobody foresaw: three lines on the screen, and the traceback in a file."""
+"""Unexpected errors: three lines on the screen, and the traceback in a file."""
 
 from __future__ import annotations
 
