@@ -1,4 +1,4 @@
-"""Texts of every script: what counts when two are compared, how wide they are, where they may end.
+"""Texts in any script: normal forms for comparing them, their width, and where to cut them.
 
 Chinese, Japanese, Thai and some others are written without spaces between words. Where words are
 counted or compared, each of their letters takes the place of a word.
@@ -36,7 +36,7 @@ _JOINER = "\N{ZERO WIDTH JOINER}"
 
 
 def normalised(text: str) -> str:
-    """Return what of a text counts when two are compared: its words, however they are typed.
+    """Return the normal form by which texts are compared: their words, however they are typed.
 
     Two texts are the same where they differ in nothing but case, spaces, width (letters as wide as
     Chinese ones, or half as wide), the normal form of Unicode (macOS takes accents apart),
@@ -50,13 +50,13 @@ def normalised(text: str) -> str:
 
 
 def folded(text: str) -> str:
-    """Return a text without case, width, normal form, spaces and characters that are not seen."""
+    """Return a text without spaces, invisible characters, or differences of case and width."""
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     return "".join(_INVISIBLE.sub("", text).split())
 
 
 def difference_of_form(text: str, other: str) -> str:
-    """Return in what two texts differ that look alike, or nothing if they are really different."""
+    """Return how two texts that look the same differ, or nothing if they are really different."""
     if text == other or folded(text) != folded(other):
         return ""
 
@@ -78,7 +78,7 @@ def difference_of_form(text: str, other: str) -> str:
 
 
 def _without_last_marks(text: str) -> str:
-    """Return a text without the punctuation at its end; one of nothing else stays as it is."""
+    """Return a text without the punctuation at its end, unless it consists of nothing else."""
     end = len(text)
     while end and _ENDS_SENTENCE.match(text[end - 1]):
         end -= 1
@@ -86,12 +86,12 @@ def _without_last_marks(text: str) -> str:
 
 
 def words(text: str) -> list[str]:
-    """Return the words of a text; in scripts without spaces, each letter with its marks."""
+    """Return the words of a text; in scripts without spaces, each character with its marks."""
     return text.split() if text.isascii() else _UNITS.findall(text)
 
 
 def pairs_of_letters(text: str) -> list[str]:
-    """Return each two letters that stand side by side in a script without spaces."""
+    """Return all pairs of adjacent characters in scripts without spaces."""
     return [] if text.isascii() else _PAIRS.findall(text, overlapped=True)
 
 
@@ -99,12 +99,12 @@ def pairs_of_letters(text: str) -> list[str]:
 
 
 def cells(text: str) -> int:
-    """Return how many columns a text takes on a terminal: `返品` takes four."""
+    """Return the width of a text in terminal columns: that of `返品` is four."""
     return len(text) if text.isascii() else cell_len(text)
 
 
 def padded(text: str, width: int, right: bool = False) -> str:
-    """Return a text with spaces up to a width in columns: after it, or with `right` before it."""
+    """Return a text padded to a width in columns, on its right or, with `right`, on its left."""
     spaces = " " * (width - cells(text))
     return spaces + text if right else text + spaces
 
@@ -122,7 +122,7 @@ def aligned(rows: list[list[str]]) -> list[str]:
 
 
 def shortened(text: str, width: int) -> str:
-    """Return a text of at most `width` columns; one that is cut ends on a whole character and `…`.
+    """Return a text shortened to at most `width` columns, ending with a whole character and `…`.
 
     A character is what a reader takes for one: a letter with its accents, an emoji of several.
     """
@@ -139,7 +139,7 @@ def shortened(text: str, width: int) -> str:
 
 
 def first_characters(text: str, count: int) -> str:
-    """Return at most `count` code points of a text; one that is cut ends on a whole character."""
+    """Return at most `count` code points of a text, ending with a whole character."""
     if len(text) <= count:
         return text
     end = 0
@@ -151,7 +151,7 @@ def first_characters(text: str, count: int) -> str:
 
 
 def without_half_character(text: str) -> str:
-    """Return a text that was cut without what cannot be a whole character at its end."""
+    """Return a text that was cut, without an incomplete character at its end."""
     text = text.rstrip(_JOINER)
     flags = regex.search(r"\p{Regional_Indicator}+$", text[-64:])
     return text[:-1] if flags and len(flags[0]) % 2 else text

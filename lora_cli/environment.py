@@ -1,4 +1,4 @@
-"""Environment variables: what places the processes is checked and obeyed, the rest is removed.
+"""Environment variables: those that place the processes are checked; others are removed.
 
 The recipe alone decides what is computed. Libraries read dozens of variables that would change it
 without a word: Accelerate divides every gradient by `ACCELERATE_GRADIENT_ACCUMULATION_STEPS`, and
@@ -94,20 +94,20 @@ MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 @dataclass(frozen=True)
 class Processes:
-    """How many processes share the work, and which of them this is."""
+    """The number of processes that share the work, and which of them this is."""
 
     size: int = 1
     rank: int = 0
     local_rank: int = 0
-    """Its number among those of this machine, which chooses its GPU."""
+    """Its index among the processes of this machine, which chooses its GPU."""
     use_cpu: bool = False
-    """Whether the CPU is asked for, also where there is a GPU."""
+    """Whether the CPU is requested, even if there is a GPU."""
     address: str = ""
     """Where the first process waits for the others: `host:port`."""
 
 
 def clean_environment() -> None:
-    """Remove the variables that would change a number, and name those that ask for something.
+    """Remove the variables that would change results, and name those with an effect.
 
     Has to come before torch, transformers and Accelerate are imported; what they read later than
     that is removed also if it comes afterwards.
@@ -139,7 +139,7 @@ def reject_mpi() -> None:
 
 
 def read_processes() -> Processes:
-    """Return what the environment says of the processes, checked.
+    """Return the processes that the environment describes, after checking it.
 
     A single process needs no variables, and those that say no more than that are removed: libraries
     would take any one of them as a sign that there are others.
@@ -179,7 +179,7 @@ def read_processes() -> Processes:
 
 
 def _number(name: str, text: str, problems: list[Problem]) -> int | None:
-    """Return a variable as a number, None if it is not set; note it if it is no such number."""
+    """Return a variable as a number, or None if it is not set; note a problem if it is invalid."""
     if not text:
         return None
     smallest = 1 if name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT") else 0
@@ -191,7 +191,7 @@ def _number(name: str, text: str, problems: list[Problem]) -> int | None:
 
 
 def _alone(numbers: dict[str, int | None]) -> list[Problem]:
-    """Return what contradicts that this is the only process."""
+    """Return the variables that contradict that this is the only process."""
     return [
         Problem(
             f"`{name}` is {numbers[name]}, and `WORLD_SIZE` does not say that there are others",
@@ -203,7 +203,7 @@ def _alone(numbers: dict[str, int | None]) -> list[Problem]:
 
 
 def _together(given: dict[str, str], numbers: dict[str, int | None]) -> list[Problem]:
-    """Return what is missing or wrong for one of several processes."""
+    """Return the variables that are missing or wrong for one of several processes."""
     size = numbers["WORLD_SIZE"] or 1
     needed = [name for name in PLACING if name != "LOCAL_WORLD_SIZE"]
     if missing := [f"`{name}`" for name in needed if not given[name]]:
@@ -227,7 +227,7 @@ def _wrong(name: str, value: str, wanted: str) -> Problem:
 
 @functools.cache
 def installed_version(package: str) -> str:
-    """Return the version of an installed package, whose metadata is read from the disk once."""
+    """Return the version of an installed package. Its metadata are read from disk only once."""
     from importlib.metadata import version  # `lora --help` does not need it
 
     return version(package)

@@ -1,4 +1,4 @@
-"""Folders and files that appear whole or not at all.
+"""Folders and files that appear completely or not at all.
 
 A folder is written under a temporary name beside its place, every file flushed to the disk, the
 manifest (size and SHA-256 of each file) last, and then renamed: a reader sees all of it or nothing,
@@ -44,7 +44,7 @@ def sha256_of(path: Path) -> str:
 
 
 def read_bounded(path: Path, limit_bytes: int = MOST_JSON_BYTES) -> bytes:
-    """Return the content of a file that others wrote, but not of an endless one.
+    """Return the content of a file that others wrote, up to a limit.
 
     A pipe (`<(command)`) is read too; who waits for one that nobody writes into waits in vain.
 
@@ -69,7 +69,7 @@ def read_bounded(path: Path, limit_bytes: int = MOST_JSON_BYTES) -> bytes:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file so that its name shows the old content or the new, never a part.
+    """Write a file so that its name always shows the old or the new content, never a part.
 
     Secrets in a text are masked.
     """
@@ -171,7 +171,7 @@ def finish_publishing(folder: Path) -> None:
 
 
 def recover(folder: Path) -> None:
-    """Put right what processes left that ended while they wrote into a folder.
+    """Repair what killed processes left in a folder while writing into it.
 
     What was being replaced and has no successor comes back; what was not whole is deleted. No other
     process may be writing there.
@@ -193,7 +193,7 @@ def _delete(path: Path) -> None:
 
 
 def delete_of_dead(target: Path) -> None:
-    """Delete what processes left of a folder or file that ended while they wrote it."""
+    """Delete the temporary files of processes that were killed while writing a folder or file."""
     for path in list(target.parent.glob(".*.tmp")):
         found = LEFTOVER.fullmatch(path.name)
         if found is not None and found[1] == target.name and not is_alive(int(found[2])):
@@ -201,7 +201,7 @@ def delete_of_dead(target: Path) -> None:
 
 
 def is_alive(process: int) -> bool:
-    """Return whether a process of this machine has this number."""
+    """Return whether a process with this ID runs on this machine."""
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
@@ -246,7 +246,7 @@ def verify_manifest(folder: Path, *required: str) -> bool:
 
 
 def forbidden(path: Path) -> ResourceError:
-    """Return what to say of a file or folder that may not be read, and may be whole."""
+    """Return the error for a file or folder without read permission, which may be intact."""
     closed = (up for up in reversed(path.parents) if not os.access(up, os.X_OK, effective_ids=True))
     path = next(closed, path)
     hint = f"let it be read: `chmod -R u+rwX {shlex.quote(str(path))}`, as its owner"
@@ -286,7 +286,7 @@ def _verify(folder: Path, *required: str) -> bool:
 
 
 def _error_of(folder: Path, name: str, size: int, sha256: str) -> Problem | None:
-    """Return what is wrong with a file that a manifest lists."""
+    """Return what is wrong with a file that is listed in a manifest."""
     file = folder / name
     hint = "restore it from a backup or train again"
     if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
@@ -347,12 +347,12 @@ def _is_within(target: Path, root: Path) -> bool:
 
 
 def is_leftover(path: Path) -> bool:
-    """Return whether a file or folder is only what a process leaves that was killed."""
+    """Return whether a file or folder was left over by a killed process."""
     return path.name.startswith(".") and (path.name == LOCK or path.suffix in (".tmp", ".old"))
 
 
 def require_space(folder: Path, needed_bytes: int, at: str | None = None) -> None:
-    """Check that the disk has room for what is about to be written.
+    """Check that the disk has enough space for the next files.
 
     Raises:
         ResourceError: If less is free on the disk of the folder.
@@ -369,14 +369,14 @@ def require_space(folder: Path, needed_bytes: int, at: str | None = None) -> Non
 
 
 def umask_mode(file: Path) -> None:
-    """Give a file the mode that the umask asks for (safetensors makes its files 0600)."""
+    """Set the mode of a file according to the umask (safetensors creates files with 0600)."""
     umask = os.umask(0)
     os.umask(umask)
     file.chmod(0o666 & ~umask)
 
 
 def sync_tree(folder: Path) -> None:
-    """Flush every file and folder to the disk, files with the mode of the umask."""
+    """Flush every file and folder to disk, and set the mode of files according to the umask."""
     for path in folder.rglob("*"):
         if path.is_dir():
             _sync_folder(path)

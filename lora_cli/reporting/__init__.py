@@ -1,7 +1,7 @@
-"""What a run leaves to be read: `report.json`, `report.html`, the learning curve, the model card.
+"""The readable results of a run: `report.json`, `report.html`, the learning curve, the model card.
 
-All are made from the report, the recipe and `metrics.jsonl` alone, so that they can be made again
-at any time. What is not known is left out.
+All are generated from the report, the recipe and `metrics.jsonl` alone, so they can be generated
+again at any time. Unknown values are left out.
 """
 
 from lora_cli.reporting.html_page import write_page

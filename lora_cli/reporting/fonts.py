@@ -1,4 +1,4 @@
-"""Fonts that have the letters of a plot, and which letters none of the installed ones has."""
+"""Fonts for the characters of a plot, and the characters that no installed font has."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ SHAPED = (3, 11)  # the first version of matplotlib that joins letters and write
 
 @dataclass(frozen=True)
 class Fonts:
-    """Families that are tried in order for each letter, and the letters that none of them has."""
+    """Font families to try in order for each character, and the characters that none has."""
 
     families: list[str]
     lacking: frozenset[str]
 
     def can_draw(self, text: str) -> bool:
-        """Return whether every letter of a text is drawn as it should be."""
+        """Return whether every character of a text is rendered correctly."""
         return not self.lacking & set(text)
 
 
 def fonts_for(texts: Iterable[str]) -> Fonts:
-    """Return as few installed fonts as possible that have the letters of some texts."""
+    """Return as few installed fonts as possible that have all characters of some texts."""
     wanted = {c for text in texts for c in text if c.isprintable() and not c.isspace()}
     joined = frozenset(filter(_needs_shaping, wanted)) if _version() < SHAPED else frozenset()
     families = [DEFAULT]
@@ -41,7 +41,7 @@ def fonts_for(texts: Iterable[str]) -> Fonts:
 
 
 def _needs_shaping(letter: str) -> bool:
-    """Return whether a letter is written to the left, or takes its form from its neighbours."""
+    """Return whether a character is written right to left, or is shaped by its neighbours."""
     if unicodedata.bidirectional(letter) in ("R", "AL"):
         return True
     return 0x0900 <= ord(letter) <= 0x109F or 0x1780 <= ord(letter) <= 0x17FF  # Indic, to Khmer
@@ -60,7 +60,7 @@ def _letters_of_default() -> frozenset[str]:
 
 
 def _letters(path: str) -> Collection[str]:
-    """Return the letters of a font's file; none of one that can be drawn in one size only."""
+    """Return the characters of a font file; none for a font with a single size."""
     from matplotlib.ft2font import FT2Font
 
     try:
@@ -72,7 +72,7 @@ def _letters(path: str) -> Collection[str]:
 
 @functools.cache
 def _installed() -> dict[str, frozenset[str]]:
-    """Return the letters of each installed family, those of upright sans-serif fonts first.
+    """Return the characters of each installed family, upright sans-serif fonts first.
 
     Reading hundreds of fonts takes seconds: this is for letters that the default does not have.
     """

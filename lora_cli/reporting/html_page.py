@@ -1,4 +1,4 @@
-"""`report.html`: what was trained on what, whether it is any good, and where it fails.
+"""`report.html`: what was trained on which data, how good it is, and where it fails.
 
 One file that loads and runs nothing, made from the report, the log and the predictions of a run's
 folder, so that it can be made again: `write_page(folder)`. What is not known is left out.
@@ -90,7 +90,7 @@ def _title(report: dict[str, Any]) -> str:
 def _top(
     report: dict[str, Any], title: str, verdict_box: Verdict, log: list[Line], split: str
 ) -> str:
-    """Return the title, what was done, the verdict, and the figures that one asks for first."""
+    """Return the title, a summary of the run, the verdict, and the most important figures."""
     adapter, ran = part(report, "adapter"), part(report, "training")
     data = part(report, "data", "train")
     how = title_of(adapter)
@@ -122,12 +122,12 @@ def _box(tone: str, head: str, text: str) -> str:
 
 
 def _code(text: str) -> str:
-    """Return a text as markup, in which what stands between backticks is code."""
+    """Return a text as markup, with the parts between backticks as code."""
     return re.sub("`([^`]+)`", r"<code>\1</code>", own(text))
 
 
 def _against_baselines(report: dict[str, Any]) -> str:
-    """Return whether the adapter beats what it was to beat, as `lora train` says it."""
+    """Return whether the adapter beats the baselines, as `lora train` says it."""
     words, passed = (part(report, "verdict").get(key) for key in ("words", "passed"))
     if not isinstance(words, str):
         return ""
@@ -145,7 +145,7 @@ def _against_baselines(report: dict[str, Any]) -> str:
 
 
 def _caution(report: dict[str, Any], log: list[Line]) -> str:
-    """Return a warning if the run overfits, and whether the saved adapter is spared."""
+    """Return a warning if the run overfits, and whether the saved adapter is affected."""
     over = page_analysis.overfitting(_smoothed(log), _points(_measured(log), "loss"))
     if over is None:
         return ""
@@ -254,7 +254,7 @@ def _results(report: dict[str, Any], numbers: Sequence[Line], split: str) -> str
 def _constants(
     report: dict[str, Any], split: str, numbers: Sequence[Line]
 ) -> list[tuple[str, str, float]]:
-    """Return (name, metric, value) of what answers without looking, where it can be counted."""
+    """Return (name, metric, value) of each constant answer that can be measured."""
     common, error = page_analysis.majority(report, split), page_analysis.constant_error(numbers)
     found = [("majority", "accuracy", common[1])] if common else []
     return found + ([("constant", "mse", error)] if error is not None else [])
@@ -275,7 +275,7 @@ def _smoothed(log: list[Line]) -> list[page_plots.Point]:
 
 
 def _bases(report: dict[str, Any], metric: str) -> list[tuple[float, str]]:
-    """Return what the baselines reach on validation, to be drawn as lines."""
+    """Return the results of the baselines on validation, to be drawn as lines."""
     common = page_analysis.majority(report, "validation") if metric == "accuracy" else None
     found = {"majority": common[1]} if common else {}
     for name in part(report, "baselines"):

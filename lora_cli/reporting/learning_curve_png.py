@@ -88,7 +88,7 @@ def _model_name(report: dict[str, Any]) -> str:
 def _drawable_names(
     report: dict[str, Any], measured: Log, metric: str
 ) -> tuple[list[str], dict[str, str]]:
-    """Return the fonts for the names in the plot, and what stands for a name without a font.
+    """Return the fonts for the names in the plot, and replacements for names without a font.
 
     The warning says what is what; elsewhere the names stand as they are.
     """

@@ -1,4 +1,4 @@
-"""The model card: what an adapter is, how it is used, what it reaches, where it comes from."""
+"""The model card: what an adapter is, how to use it, its results, and its origin."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def write_derived_card(
     is_exported: bool = False,
     library: str | None = "peft",
 ) -> None:
-    """Write `README.md` of an adapter that was made from others, without a training of its own.
+    """Write `README.md` for an adapter that was derived from others without training.
 
     Args:
         folder: Where it goes.
@@ -140,7 +140,7 @@ def _usage(
     library: str | None,
     for_lora: bool = True,
 ) -> list[str]:
-    """Return how an adapter is used, with this tool and with the library that reads it."""
+    """Return how to use an adapter, with this tool and with the library that reads it."""
     # of the others, only this tool reads the folder, or the reader that it was exported for
     has_code = library in ("peft", "transformers", "diffusers")
     code = _snippet(recipe, _labels(recipe, report), folder) if has_code else ""
@@ -161,7 +161,7 @@ def _table(rows: list[list[str]]) -> str:
 
 
 def plain_text(value: Any) -> str:
-    """Return a value so that Markdown shows its letters, whatever they are; also in a table.
+    """Return a value escaped so that Markdown shows it literally, also in a table.
 
     Labels, names of files and columns come from the data, which may be anybody's.
     """
@@ -175,7 +175,7 @@ def code_span(value: Any) -> str:
 
 
 def _with_code(words: str) -> str:
-    """Return words of this project, in which what comes from data stands between backticks."""
+    """Return text of this project with the values between backticks as code."""
     return re.sub("`([^`]+)`", lambda found: code_span(found[1]), words)
 
 

@@ -1,4 +1,4 @@
-"""The numbers of the page: what a run's predictions and its log say beyond the metrics.
+"""The figures of the page that are computed from a run's predictions and its log.
 
 Everything is computed from the report, the log and the lines of `predictions/*.jsonl`. A line that
 lacks what a figure needs is left out of that figure.
@@ -34,7 +34,7 @@ BINS = 10
 
 
 def read_predictions(path: Path) -> list[Line]:
-    """Return the lines of a file of predictions; those that are no JSON objects are skipped."""
+    """Return the lines of a file of predictions, skipping lines that are not JSON objects."""
     lines = []
     for text in path.read_bytes().splitlines() if path.is_file() else []:
         try:
@@ -53,7 +53,7 @@ def finite(value: Any) -> float | None:
 
 
 def kind_of(report: dict[str, Any], lines: Sequence[Line]) -> Kind:
-    """Return what sort of answers a run's predictions are."""
+    """Return which kind of answers a run's predictions are."""
     kind: Kind | None = report.get("answers")
     if kind is not None:
         return kind if kind == "text" or (lines and kind in OF_LINES) else "other"
@@ -86,7 +86,7 @@ def _as_set(value: Any) -> dict[str, None]:
 
 
 def confusion(labels: Sequence[str], lines: Iterable[Line]) -> list[list[int]]:
-    """Return how often a row of label i was called j, at [i][j]."""
+    """Return the confusion matrix: [i][j] counts the rows of label i with the prediction j."""
     at = {label: i for i, label in enumerate(labels)}
     matrix = [[0] * len(labels) for _ in labels]
     for line in lines:
@@ -97,7 +97,7 @@ def confusion(labels: Sequence[str], lines: Iterable[Line]) -> list[list[int]]:
 
 
 def confused_pairs(labels: Sequence[str], lines: Iterable[Line]) -> list[tuple[int, str, str]]:
-    """Return (rows, label, what it was called instead), the most frequent first.
+    """Return (rows, label, predicted label), the most frequent first.
 
     (Counted by pairs that there are: of 50,000 labels there could be 2.5 billion.)
     """
@@ -109,7 +109,7 @@ def confused_pairs(labels: Sequence[str], lines: Iterable[Line]) -> list[tuple[i
 
 @dataclass(frozen=True)
 class LabelScore:
-    """How well a label is found; None where nothing was there to find, or nothing was found."""
+    """The scores of a label; None if it does not occur, or is never predicted."""
 
     label: str
     rows: int
@@ -144,13 +144,13 @@ def per_label(labels: Sequence[str], lines: Iterable[Line]) -> list[LabelScore]:
 
 @dataclass(frozen=True)
 class Bin:
-    """Predictions whose stated probabilities are near each other."""
+    """Predictions with similar probabilities."""
 
     rows: int
     confidence: float
-    """Mean of the stated probabilities."""
+    """The mean of the predicted probabilities."""
     accuracy: float
-    """Share of them that came true."""
+    """The share of them that are right."""
 
 
 def calibration(
@@ -188,7 +188,7 @@ def calibration(
 
 
 def worst(kind: Kind, lines: Iterable[Line], count: int = 20) -> list[Line]:
-    """Return the rows that are most wrong, the worst first.
+    """Return the rows with the largest errors, the worst first.
 
     Of labels, wrong rows by their loss; of numbers, by the distance; of transcripts, by how many of
     their words are wrong. Of texts, rows by their loss
@@ -217,7 +217,7 @@ def worst(kind: Kind, lines: Iterable[Line], count: int = 20) -> list[Line]:
 
 
 def words_of(line: Line) -> list[Word]:
-    """Return the words of a transcript: what was said, beside what was written for it."""
+    """Return the words of a transcript, reference and prediction side by side."""
     found = line.get("words")
     pairs = [pair for pair in found if len(pair) == 2] if isinstance(found, list) else []
     return [(pair[0], pair[1]) for pair in pairs]
@@ -253,7 +253,7 @@ def majority(report: dict[str, Any], split: str) -> tuple[str, float] | None:
 
 
 def constant_error(lines: Iterable[Line]) -> float | None:
-    """Return the mean squared error of always saying the mean of the references."""
+    """Return the mean squared error of always predicting the mean of the references."""
     known = [y for line in lines if (y := finite(line.get("reference"))) is not None]
     if not known:
         return None
@@ -262,7 +262,7 @@ def constant_error(lines: Iterable[Line]) -> float | None:
 
 
 def interval(share: float, rows: int) -> tuple[float, float]:
-    """Return the 95 % interval of a share that was measured on so many rows (Wilson, 1927)."""
+    """Return the 95 % confidence interval of a share of so many rows (Wilson, 1927)."""
     z = 1.959964
     middle, scale = share + z * z / (2 * rows), 1 + z * z / rows
     half = z * math.sqrt(share * (1 - share) / rows + z * z / (4 * rows * rows))
@@ -271,7 +271,7 @@ def interval(share: float, rows: int) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Overfit:
-    """Validation's loss rises from this step on, while training's goes on falling."""
+    """From this step on, the validation loss rises while the training loss keeps falling."""
 
     step: int
     lowest: float
@@ -283,7 +283,7 @@ class Overfit:
 def overfitting(
     training: Sequence[tuple[float, float]], validation: Sequence[tuple[float, float]]
 ) -> Overfit | None:
-    """Return where overfitting begins, if it shows.
+    """Return where overfitting begins, if the losses show any.
 
     Args:
         training: (step, loss) of training, smoothed.

@@ -1,4 +1,4 @@
-"""The part of the page on the model's answers: which labels it confuses, where it errs, samples."""
+"""The part of the page about the model's answers: confused labels, errors and samples."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MEDIA = re.compile(r"data:(image/(jpeg|png|webp)|audio/(wav|mpeg|flac));base64,[
 
 
 def read_thumbnails(folder: Path, split: str) -> dict[str, str]:
-    """Return small pictures, or the sound, of a split's rows, by row, as `data:` addresses."""
+    """Return small images or sounds of a split's rows as `data:` URLs, by row."""
     try:
         found = json.loads((folder / THUMBNAILS).read_text(encoding="utf-8"))
         pictures = part(found, split) if isinstance(found, dict) else {}
@@ -216,7 +216,7 @@ def _cases(lines: list[Line], unit: str = "") -> str:
 
 
 def _answer(value: Any, scores: dict[str, Any]) -> str:
-    """Return a label, several, or a number, with the probability that the model gave it."""
+    """Return one or several labels or a number, with the model's probability."""
     if isinstance(value, float):
         return f"<b>{shown_number(value)}</b>"
     parts = []
@@ -248,7 +248,7 @@ def sample_section(report: dict[str, Any]) -> str:
 
 
 def _said(text: str) -> str:
-    """Return a sample as markup: a text, or a player for what is heard."""
+    """Return a sample as markup: a text, or a player for a sound."""
     if MEDIA.fullmatch(text):
         return _player(text)
     return own(text.strip() or "(nothing)", "span", "text")

@@ -1,4 +1,4 @@
-"""The part of the page on objects in pictures: how well each label is found, the worst pictures."""
+"""The part of the page about objects in images: the scores of each label, the worst images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Corners = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Box:
-    """A box of a picture: where, what, and how sure."""
+    """A box in an image, with its label and score."""
 
     corners: Corners
     label: str
@@ -64,7 +64,7 @@ def boxes_of(line: Line, key: str) -> list[Box]:
 
 
 def per_label(lines: Iterable[Line]) -> dict[str, tuple[int, int, int]]:
-    """Return how many objects of each label there are, were found, and were found rightly.
+    """Return the numbers of objects, of predictions and of correct predictions of each label.
 
     A box is right if it overlaps one of its label by half of their union that no box with a higher
     score has taken. One on a crowd does not count.
@@ -123,7 +123,7 @@ def _labels(report: dict[str, Any], lines: Sequence[Line], split: str, rows: str
 
 
 def _case(line: Line) -> str:
-    """Return a picture with its boxes drawn, and what they are."""
+    """Return an image with its boxes, and a description of them."""
     wanted, said = boxes_of(line, "reference"), boxes_of(line, "prediction")
     loss = finite(line.get("loss"))
     head = f"<span>loss <b>{DASH if loss is None else f'{loss:.3f}'}</b></span>"
@@ -144,7 +144,7 @@ def _words(box: Box) -> str:
 
 
 def _drawn(line: Line, wanted: Sequence[Box], said: Sequence[Box]) -> str:
-    """Return the picture with the boxes on it, or nothing if it is not kept."""
+    """Return the image with the boxes on it, or nothing if the image was not saved."""
     picture, size = line.get("picture"), line.get("size")
     numbers = [finite(n) for n in size] if isinstance(size, list) else []
     width, height = (numbers[0] or 0.0, numbers[1] or 0.0) if len(numbers) == 2 else (0.0, 0.0)

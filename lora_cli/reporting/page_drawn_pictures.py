@@ -1,4 +1,4 @@
-"""The part of the page that shows what a model draws, before, while and after it is trained."""
+"""The part of the page with generated images from before, during and after training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MOST_COLUMNS = 8
 
 
 def drawing_section(folder: Path) -> str:
-    """Return the section of the pictures in a run's folder; nothing if there are none."""
+    """Return the section of generated images in a run's folder; empty if there are none."""
     try:
         found = json.loads((folder / "samples" / DRAWINGS).read_text(encoding="utf-8"))
         prompts = [str(prompt) for prompt in found["prompts"]]
@@ -40,7 +40,7 @@ def drawing_section(folder: Path) -> str:
 
 
 def _column(value: Any, count: int) -> tuple[str, list[str]] | None:
-    """Return when pictures were drawn, in words, and the pictures; None if they are not whole."""
+    """Return when images were generated, and the images; None if some are incomplete."""
     pictures = [str(picture) for picture in value["pictures"]]
     if len(pictures) != count or not all(PICTURE.fullmatch(picture) for picture in pictures):
         return None
@@ -52,7 +52,7 @@ def _column(value: Any, count: int) -> tuple[str, list[str]] | None:
 
 
 def _evenly(columns: list[tuple[str, list[str]]]) -> list[tuple[str, list[str]]]:
-    """Return at most so many columns as have room, with the first and the last."""
+    """Return as many evenly spaced columns as there is room for, with the first and the last."""
     last = len(columns) - 1
     if last < MOST_COLUMNS:
         return columns

@@ -1,4 +1,4 @@
-"""HTML in pieces: escaping, tables, and the style of the page."""
+"""Building blocks of the page: escaping, tables, and the style sheet."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ DASH = "-"  # what is not known
 
 
 def esc(value: Any) -> str:
-    """Return a value as text that stands for itself, also within an attribute's quotes."""
+    """Return a value escaped for HTML, also within the quotes of an attribute."""
     return html.escape(_UNFIT.sub("\ufffd", str(value)), quote=True)
 
 
 def own(value: Any, tag: str = "span", more: str = "") -> str:
-    """Return a text of the data, which runs in its own direction whatever stands around it."""
+    """Return a text of the data, with its own writing direction."""
     return f'<{tag} dir="auto" class="own {more}">{esc(value)}</{tag}>'
 
 
 def named(value: Any) -> str:
-    """Return a label, which may be divided after its underscores."""
+    """Return a label that may be wrapped after its underscores."""
     return own(value).replace("_", "_<wbr>")
 
 
@@ -47,7 +47,7 @@ def grouped_table(
     name: str,
     strong: str = "",
 ) -> str:
-    """Return a table whose columns stand in named groups.
+    """Return a table whose columns are in named groups.
 
     Args:
         corner: Name of the first column.
@@ -82,7 +82,7 @@ def grouped_table(
 
 
 def scroller(inner: str, name: str) -> str:
-    """Return a box in which what is too wide scrolls, also from the keyboard."""
+    """Return a box that scrolls content that is too wide, also by the keyboard."""
     return f'<div class="scroll" role="region" aria-label="{esc(name)}" tabindex="0">{inner}</div>'
 
 
@@ -106,7 +106,7 @@ def share_bar(share: float | None) -> str:
 
 
 def facts(pairs: Iterable[tuple[str, Any]]) -> str:
-    """Return names and values, without those that are not known."""
+    """Return names and values, without unknown values."""
     rows = "".join(
         f"<div><dt>{esc(name)}</dt><dd>{own(value)}</dd></div>"
         for name, value in pairs

@@ -1,4 +1,4 @@
-"""The part of the page on entities: which types are found, and the sentences with most errors."""
+"""The part of the page about entities: the scores of each type, and the worst sentences."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def _case(line: Line) -> str:
 
 
 def _marked(text: str, these: set[Place], others: set[Place]) -> str:
-    """Return a text as markup with its entities marked, those that the other side lacks as wrong.
+    """Return a text as markup with its entities; those that the other side lacks are marked wrong.
 
     Of a text that was cut, what lies behind the cut is counted.
     """

@@ -1,4 +1,4 @@
-"""The plots of the page as inline SVG: curves over the steps, reliability, predicted and wanted.
+"""The plots of the page as inline SVG: learning curves, calibration, predictions and references.
 
 Colours come from the page's style by class, so that they follow light and dark.
 """
@@ -25,7 +25,7 @@ FAINT = 0.7  # power of a share that is its shade, so that a few confused rows s
 
 @dataclass(frozen=True)
 class Series:
-    """A line of a plot: its points by x, ascending, how it looks and what it is called."""
+    """A line of a plot: its points by ascending x, its style and its name."""
 
     points: Sequence[Point]
     color: str
@@ -37,7 +37,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Frame:
-    """Where values stand on the paper."""
+    """The mapping from values to positions in the drawing."""
 
     x: tuple[float, float]
     y: tuple[float, float]
@@ -47,7 +47,7 @@ class Frame:
     bottom: float = HEIGHT - BOTTOM
 
     def at(self, point: Point) -> Point:
-        """Return the place of a point, clipped a little outside the frame."""
+        """Return the position of a point, clipped slightly outside the frame."""
         (x0, x1), (y0, y1) = self.x, self.y
         across = (point[0] - x0) / (x1 - x0 or 1)
         up = min(max((point[1] - y0) / (y1 - y0 or 1), -0.5), 1.5)
@@ -58,7 +58,7 @@ class Frame:
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Return round numbers between two others, about so many."""
+    """Return about so many round numbers between two values."""
     span = high - low
     if not (math.isfinite(span) and span > 0):
         return [low]
@@ -108,7 +108,7 @@ def curves(
 
 
 def _shade(frame: Frame, start: int) -> list[str]:
-    """Return the part of the paper where the run overfits, with its name."""
+    """Return the shaded region where the run overfits, with its label."""
     x, _ = frame.at((start, 0))
     width, height = frame.right - x, frame.bottom - frame.top
     parts = [
@@ -127,7 +127,7 @@ def _mark(frame: Frame, step: int) -> list[str]:
 
 
 def _titled(series: Series) -> str:
-    """Return a line of a plot in words, for those who do not see it."""
+    """Return a description of a line, for screen readers."""
     (first, start), (last, end) = series.points[0], series.points[-1]
     name = series.name[:1].upper() + series.name[1:] or "It"
     if len(series.points) == 1:
@@ -170,7 +170,7 @@ def _line(frame: Frame, series: Series) -> str:
 def _axes(
     frame: Frame, xs: Sequence[float], ys: Sequence[float], across: str, up: str = ""
 ) -> list[str]:
-    """Return rules, numbers and the names of the axes."""
+    """Return the grid lines, tick labels and axis names."""
     parts = []
     most = max(map(abs, ys))
     for value in ys:
@@ -215,7 +215,7 @@ def _figure(title: str, keys: str, said: str, parts: Iterable[str]) -> str:
 
 
 def reliability(bins: Sequence[Bin], error: float) -> str:
-    """Return the reliability diagram: what was said against what came true."""
+    """Return the reliability diagram: predicted probabilities against the share that is right."""
     frame = Frame((0, 1), (0, 1))
     fifths = [0, 0.2, 0.4, 0.6, 0.8, 1]
     parts = _axes(frame, fifths, fifths, "stated probability", "share that was right")

@@ -1,4 +1,4 @@
-"""The part of the page on search: at which ranks texts are found, and the worst of them."""
+"""The part of the page about search: the ranks of the right texts, and the worst rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BANDS = ((1, 1), (2, 3), (4, 10), (11, 30), (31, 100), (101, None))
 
 
 def search_sections(lines: Sequence[Line], split: str) -> list[str]:
-    """Return the sections on what the anchors of a split's rows find."""
+    """Return the sections about the search results of a split's anchors."""
     known = [(rank, line) for line in lines if (rank := rank_of(line)) is not None]
     rows = counted(len(known), f"{split} row")
     wrong = [(rank, line) for rank, line in known if rank > 1]

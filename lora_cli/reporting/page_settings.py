@@ -1,4 +1,4 @@
-"""The part of the page on what a run was made of: its rows, its settings, its recipe."""
+"""The part of the page about the inputs of a run: its rows, settings and recipe."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ GROUPS = ("adapter", "teacher", "parameters", "training", "best")
 
 
 def data_section(report: dict[str, Any]) -> str:
-    """Return what each split holds, what was found in its rows, and what it shares with others."""
+    """Return the contents of each split, the findings in its rows, and its overlap with others."""
     splits = {name: part(report, "data", name) for name in part(report, "data")}
     overlap = splits.pop("overlap", {})
     columns: dict[str, list[str]] = {}
@@ -58,7 +58,7 @@ def data_section(report: dict[str, Any]) -> str:
 
 
 def _set_rows(name: str, split: dict[str, Any], columns: list[str]) -> list[list[str]]:
-    """Return a row of the table for each set that is mixed in a split."""
+    """Return a row of the table for each data set that is mixed in a split."""
     rows = []
     for one in part(split, "sets"):
         facts = part(split, "sets", one)
@@ -87,7 +87,7 @@ def _source(split: dict[str, Any]) -> str:
 
 
 def _shared(splits: dict[str, Any], overlap: dict[str, Any]) -> Iterable[str]:
-    """Yield in words how many rows of a split stand in another."""
+    """Yield sentences about the rows of a split that are also in another."""
     for name in overlap:
         rows = f"of the {_count(part(splits, name).get('rows'))} {esc(name)} rows"
         for other in part(overlap, name):
@@ -145,7 +145,7 @@ def _name(key: str) -> str:
 
 
 def _value(key: str, value: Any) -> Any:
-    """Return a setting as a person reads it."""
+    """Return a setting in readable form."""
     number = finite(value)
     if number is not None and key.endswith("_bytes"):
         return size(number)
@@ -163,7 +163,7 @@ def _value(key: str, value: Any) -> Any:
 
 
 def clock(seconds: float) -> str:
-    """Return a time as a person says it: 0.5 s, 95 s, 12 min 05 s, 3 h 07 min."""
+    """Return a time in readable form: 0.5 s, 95 s, 12 min 05 s, 3 h 07 min."""
     whole = round(seconds)
     if whole < 100:
         return f"{seconds:.0f}\xa0s" if seconds >= 1 else f"{seconds:.2g}\xa0s"

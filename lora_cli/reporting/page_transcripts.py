@@ -1,4 +1,4 @@
-"""The part of the page on transcripts: which words are wrong, and the recordings to listen to."""
+"""The part of the page about transcripts: wrong words, and recordings to listen to."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def transcript_sections(lines: Sequence[Line], split: str) -> list[str]:
 
 
 def _words(lines: Sequence[Line], rows: str) -> str:
-    """Return how many words are wrong, in which way, and which ones are so most often."""
+    """Return how many words are wrong and how, and the words that are wrong most often."""
     pairs = [pair for line in lines for pair in words_of(line)]
     if not pairs:
         return ""
@@ -67,7 +67,7 @@ def _word(word: str | None) -> str:
 
 
 def _case(line: Line) -> str:
-    """Return a recording with what was said, what was written, and a player if it is small."""
+    """Return a recording with its reference, its transcript, and a player if it is small."""
     pairs = words_of(line)
     errors, total = word_errors(line), sum(wanted is not None for wanted, _ in pairs)
     head = f"<span><b>{errors}</b> wrong of {counted(total, 'word')}</span>"

@@ -14,12 +14,12 @@ from lora_cli.recipe import ADAPTER_TITLES, TASKS
 
 
 def title_of(adapter: dict[str, Any]) -> str:
-    """Return what was trained, in words, for the `adapter` part of a report; of any version."""
+    """Return a title for the `adapter` section of a report of any version."""
     return ADAPTER_TITLES.get(str(adapter.get("type")), "")
 
 
 def goal_of(task: object) -> str:
-    """Return what a type of task is for, in words: `text classification`."""
+    """Return the purpose of a task type in words: `text classification`."""
     spec = TASKS.get(str(task))
     return (spec.pipeline_tag if spec else str(task)).replace("-", " ").replace("_", " ")
 
@@ -30,7 +30,7 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
 
 
 def strict(value: Any) -> Any:
-    """Return a value as strict JSON has it: NaN and infinity become null."""
+    """Return a value for strict JSON: NaN and infinity become null."""
     if isinstance(value, dict):
         return {str(key): strict(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -98,7 +98,7 @@ def part(report: dict[str, Any], *keys: str) -> dict[str, Any]:
 
 
 def shown_number(value: Any) -> str:
-    """Return four decimals, or fewer for large numbers; a dash for what is not known."""
+    """Return a number with four decimals, or fewer if it is large; a dash if it is unknown."""
     if not isinstance(value, int | float) or not math.isfinite(value):
         return "-"
     if isinstance(value, int):
@@ -110,7 +110,7 @@ def shown_number(value: Any) -> str:
 
 
 def trained_rows(facts: dict[str, Any]) -> str:
-    """Return how many rows were trained, and of how many if some left nothing to train."""
+    """Return the number of trained rows, out of all rows if some contain nothing to train."""
     rows, empty = (facts.get(key) or 0 for key in ("rows", "rows_without_example"))
     of = f" of {rows:,}" if empty else ""
     return f"{rows - empty:,}{of} " + ("row" if rows == 1 else "rows")

@@ -1,4 +1,4 @@
-"""What a run reached, in a sentence: better than before, and than an answer without looking?
+"""The verdict on a run in a sentence: is it better than before, and than a constant answer?
 
 No more is said than the rows carry. A difference counts where the 95 % interval of what was
 measured leaves no doubt of its sign; otherwise the sentence says so.
@@ -33,7 +33,7 @@ MANY_ROWS = 100  # with so many, it is not for want of rows that a difference is
 
 
 def main_metric(report: dict[str, Any], split: str) -> tuple[str, bool]:
-    """Return the metric that the page speaks of, and whether less of it is better."""
+    """Return the main metric of the page, and whether lower values are better."""
     best, after = part(report, "best"), part(report, "metrics", "after", split)
     name = str(best.get("metric") or next((k for k in after if k != "loss"), "loss"))
     if name not in after:
@@ -44,7 +44,7 @@ def main_metric(report: dict[str, Any], split: str) -> tuple[str, bool]:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a run reached, in words."""
+    """The verdict on a run, in words."""
 
     tone: Literal["good", "poor", "unknown"]
     head: str
@@ -54,7 +54,7 @@ class Verdict:
 def verdict(
     report: dict[str, Any], split: str, numbers: Sequence[Line] = (), lines: Sequence[Line] = ()
 ) -> Verdict:
-    """Return in a sentence whether the model is better than before, and than a constant answer.
+    """Return the verdict: whether the model is better than before and than a constant answer.
 
     Args:
         report: The report.
@@ -114,7 +114,7 @@ def verdict(
 def _against_before(
     name: str, down: bool, before: float | None, after: float, row: str, rows: int
 ) -> tuple[str, str]:
-    """Return what was measured before and after, and what is poor about it, or nothing.
+    """Return the comparison with the model before training, and a weakness if there is one.
 
     Args:
         name: The metric.
@@ -144,7 +144,7 @@ def _counted_rows(rows: int, row: str) -> str:
 
 
 def measured_rows(report: dict[str, Any], split: str, metric: str = "") -> int:
-    """Return how many rows of a split were measured: those that left something to measure.
+    """Return the number of measured rows of a split, without those that had nothing to measure.
 
     Args:
         report: The report.
@@ -165,7 +165,7 @@ def measured_rows(report: dict[str, Any], split: str, metric: str = "") -> int:
 def is_clear(
     name: str, before: float | None, after: float | None, rows: int, lines: Sequence[Line]
 ) -> bool:
-    """Return whether the rows are enough to say that a metric has changed, or has not.
+    """Return whether the rows suffice to say that a metric has changed, or has not.
 
     Of shares, Newcombe's interval of the difference of two (1998, method 10) and Fisher's exact
     test, which holds for few rows too; of correlations, Fisher's interval; of means over rows,
@@ -193,7 +193,7 @@ def is_clear(
 
 
 def _are_apart(one: float, other: float, rows: int) -> bool:
-    """Return whether two shares of as many rows differ by more than chance."""
+    """Return whether two shares of the same number of rows differ significantly."""
     from scipy.stats import fisher_exact
 
     low, high = sorted((one, other))
@@ -205,7 +205,7 @@ def _are_apart(one: float, other: float, rows: int) -> bool:
 
 
 def _of_rows(name: str, lines: Sequence[Line]) -> list[tuple[float, float]] | None:
-    """Return the sum and the number of items of each row of which a metric is the mean."""
+    """Return the sum and the number of items of each row, whose overall mean is the metric."""
     rows: dict[Any, tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))
     for line in lines:
         loss, items = finite(line.get("loss")), finite(line.get("n_items"))
@@ -222,7 +222,7 @@ def _of_rows(name: str, lines: Sequence[Line]) -> list[tuple[float, float]] | No
 
 
 def _half_width(rows: Sequence[tuple[float, float]]) -> float:
-    """Return half of the 95 % interval of a mean over items, from the differences of rows."""
+    """Return the half-width of the 95 % interval of a mean over items, from rows' differences."""
     from scipy.stats import t
 
     n, items = len(rows), sum(count for _, count in rows)
@@ -234,7 +234,7 @@ def _half_width(rows: Sequence[tuple[float, float]]) -> float:
 
 
 def _change(down: bool, before: float, after: float) -> str:
-    """Return a change of a share in points; of anything else, as of an error, in percent."""
+    """Return the change of a share in points, or of another value, such as an error, in percent."""
     if not down and max(abs(before), abs(after)) <= 1:
         share = min(before, after) >= 0
         text = f"{(after - before) * 100:+.1f} points" if share else f"{after - before:+.4f}"
