@@ -1,1 +1,1 @@
-"""What tasks that read text share: tokens, lengths, padding, several texts in a row."""
+"""Code shared by the tasks that read text: tokens, lengths, padding, packing."""

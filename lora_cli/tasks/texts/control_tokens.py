@@ -1,4 +1,4 @@
-"""Control tokens that stand in a text: recognised, as tokenizers do it, or read as plain text.
+"""Control tokens written out in a text: read as tokens, as tokenizers do, or as plain text.
 
 A tokenizer takes `</s>` or `<|im_end|>` for the token wherever it stands, also in what a user
 typed. `ControlTokens.plain` is a copy of the tokenizer in which every control token has a name that
@@ -40,7 +40,7 @@ class ControlTokens:
 
     Args:
         tokenizer: The tokenizer.
-        more: Other added tokens that have this part: those by which a template ends a turn.
+        more: Other added tokens to include: those with which a chat template ends a turn.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, more: Collection[str] = ()) -> None:
@@ -55,11 +55,11 @@ class ControlTokens:
         pattern = "|".join(map(re.escape, self.names)) or r"(?!)"
         self._pattern = re.compile(pattern)
         self._like = re.compile(pattern, re.IGNORECASE)
-        # a normalizer may make one of what is spelled in another way
+        # a normalizer may turn another spelling into a control token
         self._is_normalized = any(t.normalized for t in added if t.content in names)
 
     def first_in(self, values: Any) -> str | None:
-        """Return the first control token that is spelled out in a text, or in lists of texts."""
+        """Return the first control token that is written out in a text, or in lists of texts."""
         found = self._pattern.search("\0".join(_strings(values)))
         return found[0] if found else None
 
@@ -107,12 +107,12 @@ class ControlTokens:
         return reader
 
     def hide(self, *values: Any) -> Hidden:
-        """Return messages and tools in which no control token stands."""
+        """Return messages and tools without any control tokens."""
         return Hidden(self, values)
 
 
 class Hidden:
-    """Strings in which each control token is replaced by one character, to be put back later."""
+    """Strings whose control tokens are replaced by single characters, to be restored later."""
 
     def __init__(self, control: ControlTokens, values: Collection[Any]) -> None:
         self.control = control
@@ -144,10 +144,10 @@ class Hidden:
     def encode(
         self, text: str, spans: list[tuple[int, int]] | None = None
     ) -> tuple[list[int], list[bool]]:
-        """Return the tokens of what a template wrote, and which stand in some span of it.
+        """Return the tokens of a rendered template, and which of them are within some spans.
 
         Args:
-            text: As the template wrote it, with the characters that stand for control tokens.
+            text: The rendered template, with the characters that replace control tokens.
             spans: Pairs of a first character and the one after the last.
         """
         tokenizer = self.control.tokenizer
@@ -164,7 +164,7 @@ class Hidden:
     def _restored(
         self, text: str, spans: list[tuple[int, int]]
     ) -> tuple[str, list[tuple[int, int]]]:
-        """Return the text with its own control tokens renamed and the others as they were typed."""
+        """Return the text with the template's control tokens renamed, and typed ones restored."""
         parts: list[str] = []
         ends, moved = [0], [0]  # up to where the text is copied, and how far it has moved there
         length = 0
@@ -186,7 +186,7 @@ class Hidden:
 
 
 def _is_word(tokenizer: PreTrainedTokenizerBase, name: str) -> bool:
-    """Return whether a control token is a word of its vocabulary too, such as `!` for padding."""
+    """Return whether a control token is also an ordinary word, such as `!` for padding."""
     model = tokenizer.backend_tokenizer.model if tokenizer.is_fast else None
     if len(name) > 1 and (not isinstance(model, BPE) or model.ignore_merges):
         return False
@@ -194,7 +194,7 @@ def _is_word(tokenizer: PreTrainedTokenizerBase, name: str) -> bool:
 
 
 def _strings(value: Any) -> list[str]:
-    """Return every string that stands in some values."""
+    """Return all strings within some nested values."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, dict):

@@ -19,19 +19,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-WIDTH = 128  # rows are a multiple of so many tokens, or as wide as the model allows
+WIDTH = 128  # the width of rows is a multiple of this, or the number of the model's positions
 TEXT_OF_TOKEN = "text_of_token"  # (R, W): which text of the batch a token belongs to, or -1
 TOKENS = "tokens"  # (B,): where each text begins in the flattened rows; or (B, T): all its tokens
 NOT_FOR_THE_MODEL = (TEXT_OF_TOKEN, TOKENS)
 
 
 def row_width(lengths: Sequence[int], most: int | None, multiple: int) -> int:
-    """Return the width of the rows for texts of so many tokens.
+    """Return the width of the rows for texts of some lengths.
 
     Args:
         lengths: Tokens of each text.
-        most: Tokens that the model has positions for, if that is limited.
-        multiple: Widths that a GPU computes well are multiples of it.
+        most: The number of the model's positions, if it is limited.
+        multiple: The width is a multiple of this, for the speed of GPUs.
     """
     longest, total = max(lengths), -(-sum(lengths) // multiple) * multiple
     return max(longest, min(-(-longest // WIDTH) * WIDTH, total, most or total))
@@ -61,7 +61,7 @@ def share_rows(
 
     Args:
         texts: For `input_ids`, and whatever else a token has, one sequence a text.
-        fill_with: What stands where a row is not filled.
+        fill_with: The values of padding.
         width: Tokens of a row.
         first_position: The position of each text's first token.
         n_answers: How many answers each text gets, one for each token (T); None: the text as a
@@ -96,7 +96,7 @@ def logits_of_shared_rows(
 ) -> Tensor:
     """Return the model's logits for texts in shared rows: (B, C), or (B, T, C) for every token.
 
-    Behind the last token of a text its answers are repeated.
+    After the last token of a text, its answers are repeated.
     """
     given = dict(inputs)
     text, tokens = given.pop(TEXT_OF_TOKEN), given.pop(TOKENS)
@@ -106,7 +106,7 @@ def logits_of_shared_rows(
         return logits.flatten(0, 1)[tokens]
 
     def keep_first_tokens(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-        # what follows reads the first token of each row: from here on a row is a text
+        # the following layers read the first token of each row, so from here on a row is a text
         if isinstance(output, Tensor):
             return output.flatten(0, 1)[tokens].unsqueeze(1)
         hidden = output[0].flatten(0, 1)[tokens].unsqueeze(1)
@@ -124,7 +124,7 @@ def logits_of_shared_rows(
 
 
 def attention_mask(text_of_token: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return what is added to attention's scores (R, 1, W, W): 0 within a text, else the least."""
+    """Return the additive attention mask (R, 1, W, W): 0 within a text, otherwise the minimum."""
     apart = text_of_token[:, None, :, None] != text_of_token[:, None, None, :]
     mask = torch.zeros(apart.shape, dtype=dtype, device=apart.device)
     return mask.masked_fill_(apart, torch.finfo(dtype).min)
@@ -141,7 +141,7 @@ def _dtype_of_attention(model: nn.Module) -> torch.dtype:
 def _layers_of(model: nn.Module) -> nn.Module:
     """Return the module whose output has a row for each row of the input: the encoder itself.
 
-    A pooler behind it reads the first token of each row already.
+    A pooler after it reads only the first token of each row.
     """
     body = model.base_model
     assert isinstance(body, nn.Module)

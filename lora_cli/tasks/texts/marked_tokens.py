@@ -1,4 +1,4 @@
-"""Tokens in words, with those that are trained marked."""
+"""Tokens as text, with the trained ones marked."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ GREEN, PLAIN = "\x1b[32m", "\x1b[0m"
 def marked(
     tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], trained: Sequence[bool], colour: bool
 ) -> str:
-    """Return tokens as text; those that are trained are green, or stand between ⟦ and ⟧."""
+    """Return tokens as text; the trained ones are green, or between ⟦ and ⟧."""
     opening, closing = (GREEN, PLAIN) if colour else ("⟦", "⟧")
     return "".join(
         f"{opening}{text}{closing}" if on else text for on, text in pieces(tokenizer, ids, trained)

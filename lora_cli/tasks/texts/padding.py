@@ -1,4 +1,4 @@
-"""How rows of different lengths become one batch: decided by trying it on the model itself.
+"""How rows of different lengths become one batch, which is decided by trying the model.
 
 What a row means must not depend on the rows next to it. Whether that holds is a matter of the
 architecture: XLNet reads the last position of a row, so filling on the right changes its answer;
@@ -27,7 +27,7 @@ MOST_NOISE = 1e-2  # of the outputs: more than that is no rounding
 
 @dataclass(frozen=True)
 class Padding:
-    """A way to fill rows: on which side, and whether positions and a mask are given with them.
+    """A way to pad rows: on which side, and whether to pass positions and a mask.
 
     `none` computes only rows of the same length together.
     """
@@ -44,7 +44,7 @@ class Padding:
 
 
 RIGHT, NONE = Padding(), Padding("none")
-WITHOUT_MASK = Padding(mask=False)  # no token sees one that comes after it: kernels need no mask
+WITHOUT_MASK = Padding(mask=False)  # causal attention on right-padded rows needs no mask
 
 
 def fill(
@@ -53,7 +53,7 @@ def fill(
     multiple: int,
     padding: Padding = RIGHT,
 ) -> Tensor:
-    """Return rows of numbers as one tensor (B, T), filled to a multiple of so many tokens."""
+    """Return rows of numbers as one tensor (B, T), padded to a multiple of some length."""
     length = max(len(row) for row in rows)
     length = -(-length // multiple) * multiple
     result = np.full((len(rows), length), value, dtype=np.int64)
@@ -66,7 +66,7 @@ def fill(
 def mask_of(
     rows: Sequence[Sequence[int] | NDArray[Any]], multiple: int, padding: Padding = RIGHT
 ) -> Tensor:
-    """Return the attention mask (B, T) of rows that are filled: 1 at tokens, 0 where filled."""
+    """Return the attention mask (B, T) of padded rows: 1 for tokens, 0 for padding."""
     return fill([np.ones(len(row), dtype=np.int64) for row in rows], 0, multiple, padding)
 
 
@@ -76,12 +76,12 @@ def positions_of(mask: Tensor) -> Tensor:
 
 
 def takes_positions(model: nn.Module) -> bool:
-    """Return whether a model's forward can be given the positions of the tokens."""
+    """Return whether a model's forward accepts the positions of the tokens."""
     return "position_ids" in inspect.signature(model.forward).parameters
 
 
 def candidates(model: nn.Module, tokenizer_side: str, without_mask: bool) -> Iterator[Padding]:
-    """Yield ways to fill rows, the tokenizer's own side first.
+    """Yield ways to pad rows, the tokenizer's own side first.
 
     Args:
         model: The model that reads them.
@@ -103,13 +103,13 @@ def candidates(model: nn.Module, tokenizer_side: str, without_mask: bool) -> Ite
 def logits_by_length(
     model: nn.Module, inputs: Mapping[str, Tensor], lengths: Tensor, options: Mapping[str, Any]
 ) -> Tensor:
-    """Return the logits of rows filled on the right, computing those of the same length together.
+    """Return the logits of right-padded rows, computing rows of the same length together.
 
     Args:
-        model: A model that cannot be given filled rows.
+        model: A model that does not support padding.
         inputs: Tensors (B, T).
         lengths: Tokens of each row (B,).
-        options: What else its forward is given.
+        options: Other arguments of its forward.
 
     Returns:
         (B, C), or (B, T, V) with zeros where a row is filled.
@@ -134,12 +134,12 @@ def logits_by_length(
 
 
 def tolerance(alone: Tensor, noise: Tensor | float, dtype: torch.dtype) -> float:
-    """Return how much equal outputs may differ by rounding alone.
+    """Return how much equal outputs may differ because of rounding.
 
     Args:
         alone: The outputs of a row computed alone.
         noise: The largest difference that computing it twice made.
-        dtype: In which it is computed.
+        dtype: The dtype of the computation.
     """
     scale = float(alone.abs().max())
     eps = torch.finfo(dtype).eps

@@ -1,4 +1,4 @@
-"""Before training and before use: what a row means does not depend on the rows next to it."""
+"""Checks, before training and before use, that a row's outputs do not depend on other rows."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ NOT_TRAINED = "the model, before it is used"
 
 @torch.no_grad()
 def choose_padding(task: TextTask, model: nn.Module, longest: int | None = None) -> None:
-    """Choose how the task fills rows of different lengths, by trying it on the model.
+    """Choose how the task pads rows of different lengths, by trying the model.
 
     Args:
-        task: Its `padding` is set.
+        task: The task, whose `padding` is set.
         model: The model that will be used; it is put into eval mode, and back.
         longest: Tokens of the longest row; the task's `max_length` if that is not known.
 
@@ -42,7 +42,7 @@ def choose_padding(task: TextTask, model: nn.Module, longest: int | None = None)
     flash = has_flash_attention(model)
     with torch_attention(model), _trial(task, model):
         alone = _of_first(task, model, [short], "model.name")
-        # before anything is compared: no difference of NaN is small, whatever its cause
+        # before any comparison, since NaN compares as different for any cause
         require_finite(alone.masked_fill(alone == -torch.inf, 0.0), model, task.recipe, NOT_TRAINED)
         noise = float((alone - _of_first(task, model, [short], "model.name")).abs().max())
         dtype = alone.dtype
@@ -76,7 +76,7 @@ def choose_padding(task: TextTask, model: nn.Module, longest: int | None = None)
 
 
 def _worth_sharing(task: TextTask, model: nn.Module) -> bool:
-    """Return whether texts are to share rows: on a CPU, attention in wide rows costs more."""
+    """Return whether packing texts into rows pays; on a CPU, attention in wide rows costs more."""
     kernels = task.recipe.train.kernels
     return kernels == "fused" or (kernels == "auto" and next(model.parameters()).is_cuda)
 
@@ -84,7 +84,7 @@ def _worth_sharing(task: TextTask, model: nn.Module) -> bool:
 def _right_padding(
     task: TextTask, model: nn.Module, short: Example, long: Example, alone: Tensor, allowed: float
 ) -> Padding | None:
-    """Return the first way to fill rows with which the short one is answered as it is alone."""
+    """Return the first way of padding with which the short row has the same outputs as alone."""
     without_mask = task.looks_back_only and task.recipe.train.kernels != "reference"
     for padding in candidates(model, task.tokenizer.padding_side, without_mask):
         if padding.side == "left" and not task.can_fill_left:
@@ -98,7 +98,7 @@ def _right_padding(
 
 @torch.no_grad()
 def check_training(task: TextTask, model: nn.Module, longest: int | None = None) -> None:
-    """Compute a short and a long row as in training, whose forward pass may ask for more.
+    """Run a short and a long row as in training, whose forward pass may require more.
 
     Args:
         task: Its padding has been chosen.
@@ -122,7 +122,7 @@ def check_training(task: TextTask, model: nn.Module, longest: int | None = None)
 def _agrees(
     task: TextTask, model: nn.Module, short: Example, long: Example, padding: Padding
 ) -> bool:
-    """Return whether flash attention, which computes in 16 bits, skips the padding as well."""
+    """Return whether flash attention, which computes in 16 bits, also ignores the padding."""
     with _trial(task, model):
         task.padding = padding
         alone = _of_first(task, model, [short], "model.name")
@@ -142,7 +142,7 @@ def _first_position(
     room = min(longest, (task.positions or LONGEST) - 2 * n_short)
     if config.is_encoder_decoder:
         return None, "texts do not share rows in an encoder-decoder"
-    if longest > LONGEST:  # such rows cost more than padding does, and are not tried
+    if longest > LONGEST:  # such rows would cost more than padding, so they are not tried
         return None, f"texts of more than {LONGEST:,} tokens do not share rows"
     if room < n_short:
         return None, "the model has positions for a single text alone"
@@ -172,12 +172,12 @@ def _first_position(
 
 @contextmanager
 def _trial(task: TextTask, model: nn.Module) -> Iterator[None]:
-    """Compute in float32, without dropout, and without rows filled to a multiple of tokens."""
+    """A context for the trial: float32, no dropout, and no padding to a multiple."""
     was_training, multiple, padding = model.training, task.pad_multiple, task.padding
     model.eval()
     task.pad_multiple, task.padding, task.first_position = 1, RIGHT, None
     try:
-        with full_precision(model):  # rounding would hide, or pass for, what padding changes
+        with full_precision(model):  # rounding could hide an effect of padding, or look like one
             yield
     finally:
         model.train(was_training)
@@ -213,7 +213,7 @@ def _not_repeatable(task: TextTask, noise: float) -> LoraError:
 
 
 def _require_single_rows(task: TextTask, noise: float) -> None:
-    """Reject batches of a model whose answers depend on the other rows even without padding."""
+    """Reject batches for a model whose outputs depend on other rows even without padding."""
     sizes = {
         "train.micro_batch_size": task.micro_batch,
         "evaluate.micro_batch_size": task.recipe.evaluate.micro_batch_size,

@@ -1,4 +1,4 @@
-"""What keeps a table of texts from being learned, for `lora init`: answers in lists or objects."""
+"""Checks of `lora init` on tables of texts, such as for answers in lists or objects."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def check_texts(table: Table, chosen: Proposal) -> None:
 
 
 def _require_decoded(values: Sequence[Any], column: str, place: str) -> None:
-    """Reject texts that are written as Python writes bytes: `b'a film'`.
+    """Reject texts in the form of Python's bytes literals: `b'a film'`.
 
     Raises:
         LoraError: If they are; its hint decodes them.
@@ -65,7 +65,7 @@ def _is_bytes(value: Any) -> bool:
 def reject_rows(
     rows: Sequence[dict[str, Any]], place: str, test: Callable[[dict[str, Any]], Finding | None]
 ) -> None:
-    """Reject rows of which some hold what no task reads.
+    """Reject a table in which some rows contain what no task reads.
 
     Raises:
         LoraError: With how many there are, and what the first one has.

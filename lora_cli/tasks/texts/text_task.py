@@ -43,7 +43,7 @@ from lora_cli.tasks.texts.padding import (
 )
 from lora_cli.tasks.texts.unknown_tokens import MOST_UNKNOWN, count_unknown, unknown_warning
 
-# models that count positions from the id of the padding token on, as RoBERTa does
+# models whose positions start after the id of the padding token, as in RoBERTa
 POSITIONS_AFTER_PADDING = {
     "camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "lilt", "longformer", "luke",
     "markuplm", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
@@ -57,7 +57,7 @@ TRIAL_TEXT = (
 
 
 class TextSpec(Protocol):
-    """What the `task` section of each text task has."""
+    """The keys that the `task` sections of all text tasks have."""
 
     max_length: int
 
@@ -100,7 +100,7 @@ class TextTask(Task):
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)
-        self.n_control_rows = 0  # answered rows with control tokens, since the last warning
+        self.n_control_rows = 0  # answered ones with control tokens, since the last warning
         self.tokenizer: PreTrainedTokenizerBase
 
     def load_processor(self) -> None:
@@ -142,7 +142,7 @@ class TextTask(Task):
 
     @property
     def base_facts(self) -> dict[str, Any]:
-        """What of the base decides the computation besides its tensors."""
+        """Everything about the base that affects the computation, besides its tensors."""
         return base_facts(self.config, self.tokenizer)
 
     @property
@@ -161,7 +161,7 @@ class TextTask(Task):
 
     @property
     def length_note(self) -> str | None:
-        """A warning if `max_length` is more than the model can read, else None."""
+        """A warning if `max_length` is more than the model can read; otherwise None."""
         requested = self.spec.max_length
         if self.max_length == requested or "max_length" not in self.spec.model_fields_set:
             return None
@@ -214,7 +214,7 @@ class TextTask(Task):
 
     @property
     def layout(self) -> str:  # type: ignore[override]
-        """How the texts of a batch lie in its tensors, in words."""
+        """How the texts of a batch are arranged in its tensors, for the report."""
         if self.first_position is not None:
             return "texts share rows"
         return str(self.padding) if self.padding.side == "none" else f"filled {self.padding}"
@@ -264,7 +264,7 @@ class TextTask(Task):
         self, device: torch.device, dtype: torch.dtype | str | None = None
     ) -> tuple[nn.Module, list[str]]:
         """Return the base model, and the names of the modules that the task added to it."""
-        # for each new length, attention chooses its kernels again
+        # cuDNN's attention would plan its kernels again for each new length
         self.pad_multiple = 8 if device.type == "cuda" else 1
         model, new = super().load_model(device, dtype)
         grow_vocabulary(model, self.tokenizer, self.recipe.model.add_tokens)
@@ -402,7 +402,7 @@ class TextTask(Task):
         return [what] if count else []
 
     def cache_key(self) -> list[str]:
-        """Return all that an encoded row depends on, besides the row itself."""
+        """Return everything that an encoded row depends on, besides the row itself."""
         tokenizer = self.tokenizer
         backend = getattr(tokenizer, "backend_tokenizer", None)
         state = backend.to_str() if backend is not None else str(tokenizer.get_vocab())
