@@ -142,7 +142,7 @@ def test_micro_batches_of_each_shape_are_counted(monkeypatch: pytest.MonkeyPatch
     made = engine(GraphEngine)
     for rows in (2, 1, 2, 2):
         train_step(made, [batch(rows)])
-    assert made.seen == {shape_of(batch(1)): 1, shape_of(batch(2)): 3}
+    assert made.n_plain_steps == {shape_of(batch(1)): 1, shape_of(batch(2)): 3}
 
 
 @pytest.mark.parametrize("rarely", [True, False])
