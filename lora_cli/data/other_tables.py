@@ -13,7 +13,7 @@ MIN_LINES = 5  # minimum number of lines to recognise a format by
 MIN_SHARE = 0.95  # share of the lines; the last lines of a sample may be truncated
 LONG_DELIMITERS = ("+++$+++", "::", "@@@")
 # the line below the header of a Markdown table
-MARKDOWN_RULE = re.compile(r"\s*\|?\s*:?-+:?\s*(\|\s*:?-+:?\s*)*\|?\s*")
+MARKDOWN_RULE = re.compile(r"\|?\s*:?-+:?\s*(\|\s*:?-+:?\s*)*\|?")
 FEATURES = re.compile(r"[-+]?\d+(\.\d+)?(\s+(qid|\d+):[-+\d.eE]+)+\s*(#.*)?")
 
 
@@ -39,7 +39,7 @@ def reject_other_tables(text: str, path: Path, has_delimiter: bool) -> None:
     if _share(lines, FEATURES) >= MIN_SHARE:
         what = "these are numbers of features (libsvm), and no text"
         raise LoraError(what, str(path), "give the texts that the features were counted in")
-    if "|" in lines[0] and "|" in lines[1] and MARKDOWN_RULE.fullmatch(lines[1]):
+    if "|" in lines[0] and "|" in lines[1] and MARKDOWN_RULE.fullmatch(lines[1].strip()):
         edits = ["/^[ |:-]*$/d", "s/^ *| *//", "s/ *| *$//", "s/ *| */\\t/g"]
         what = "this is a table of Markdown, whose bars and dashes would be read as values"
         raise LoraError(what, str(path), _tabs_hint(edits, path))
