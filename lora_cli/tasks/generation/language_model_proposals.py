@@ -19,7 +19,7 @@ from lora_cli.data.text_columns import (
 from lora_cli.data.unsupported_rows import unsupported
 from lora_cli.errors import LoraError, counted, printable
 from lora_cli.tasks.classification.labelled_text_proposals import LABEL_NAMES, rank
-from lora_cli.tasks.generation.two_texts import source_and_target
+from lora_cli.tasks.generation.text_pair_names import source_and_target
 from lora_cli.tasks.proposal import BaseFacts, Certainty, Proposal, Table, proposed
 from lora_cli.tasks.texts.text_checks import check_texts, reject_rows
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from lora_cli.data.column_kinds import Column
 from lora_cli.errors import LoraError
 from lora_cli.tasks.generation.language_model_proposals import PROMPT_NAMES
-from lora_cli.tasks.generation.two_texts import LANGUAGES, language_of, source_and_target
+from lora_cli.tasks.generation.text_pair_names import LANGUAGES, language_of, source_and_target
 from lora_cli.tasks.proposal import BaseFacts, Certainty, Proposal, Table, proposed
 from lora_cli.tasks.texts.text_checks import check_texts
 

@@ -1,4 +1,4 @@
-"""Which of two columns of text is written of the other, by what both are called."""
+"""Finds the source and the target among two columns of text, by their names."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from lora_cli.data.column_kinds import Column
 
-# by the code that names columns and files: the code of three letters, and the name that T5 reads
+# two-letter codes, with the three-letter code and the name that T5 reads
 LANGUAGES = {
     "ar": ("arb", "Arabic"), "bg": ("bul", "Bulgarian"), "cs": ("ces", "Czech"),
     "da": ("dan", "Danish"), "de": ("deu", "German"), "el": ("ell", "Greek"),
@@ -22,42 +22,43 @@ LANGUAGES = {
     "tr": ("tur", "Turkish"), "uk": ("ukr", "Ukrainian"), "vi": ("vie", "Vietnamese"),
     "zh": ("zho", "Chinese"),
 }  # fmt: skip
-READ = {
+SOURCE_NAMES = {
     "prompt", "question", "q", "query", "instruction", "input", "source", "src", "request", "user",
     "human", "ask", "problem", "context", "text", "content", "body", "article", "document", "doc",
     "post", "report", "dialogue", "dialog", "passage", "utterance", "conversation", "transcript",
 }  # fmt: skip
-ANSWER = {
+ANSWER_NAMES = {
     "completion", "response", "answer", "a", "output", "reply", "solution", "assistant", "bot",
     "gpt",
 }  # fmt: skip
-WRITTEN_OF_IT = ANSWER | {
+TARGET_NAMES = ANSWER_NAMES | {
     "target", "tgt", "summary", "highlight", "headline", "tldr", "translation"
 }  # fmt: skip
 WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
 
 
 def source_and_target(columns: Sequence[Column]) -> tuple[Column, Column] | None:
-    """Return the text that is read and the one that is written of it.
+    """Return the text that the model reads and the one that it learns to write.
 
-    The two are languages, in their order, or one has the name of an answer, and the other that of
-    what is asked or read: `Context` and `Response`, `src_text` and `tgt_text`.
+    Either both columns are named after languages, and the first is the source; or one has the name
+    of a source and the other that of a target: `Context` and `Response`, `src_text` and `tgt_text`.
 
     Returns:
-        None if there are other columns of text too, or if the names do not say it.
+        None if there are other columns of text, or if the names do not show which is which.
     """
     texts = [column for column in columns if column.kind == "text"]
-    if len(texts) == 1:  # the answer may be a number: no other is the answer to a question
-        answers = (c for c in columns if c.kind in ("number", "id") and _words(c.name) & ANSWER)
-        texts += list(answers)
+    if len(texts) == 1:  # the answer to a question may be a number
+        numbers = [column for column in columns if column.kind in ("number", "id")]
+        texts += [column for column in numbers if _words(column.name) & ANSWER_NAMES]
     if len(texts) != 2:
         return None
     first, second = texts
     if all(language_of(column.name) for column in texts):
         return first, second
     for source, target in ((first, second), (second, first)):
-        asked, said = _words(source.name), _words(target.name)
-        if asked & READ and said & WRITTEN_OF_IT and not asked & WRITTEN_OF_IT:
+        source_words, target_words = _words(source.name), _words(target.name)
+        is_source = source_words & SOURCE_NAMES and not source_words & TARGET_NAMES
+        if is_source and target_words & TARGET_NAMES:
             return source, target
     return None
 
@@ -67,7 +68,7 @@ def _words(name: str) -> set[str]:
 
 
 def language_of(name: str) -> str | None:
-    """Return the code of the language that a column is named after: of `de` and `German`, `de`."""
+    """Return the code of the language that a column is named after: `de` for `German`."""
     lower = name.lower()
     names = {english.lower(): code for code, (_, english) in LANGUAGES.items()}
     longer = {three: code for code, (three, _) in LANGUAGES.items()}
