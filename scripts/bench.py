@@ -15,14 +15,9 @@ usage:
       [--steps 300] [--seeds 3] [--jobs 1]
       The same runs with `train.kernels` `reference` and `fused`, on a GPU: the losses of the first
       steps, step by step, and a metric on the test rows (of the recipe: on the validation rows).
-  python scripts/bench.py speed SHAPE [--steps 40] [--accumulate 1] [--repeat 2] [--cap GIB]
-      [--checkpointing]
-      roberta-large, roberta-base (SST-2 lengths), llama-8b (2 x 4096 tokens), llama-1b (4 x
-      4096) or llama-8b-nf4 (a 4-bit base, 1 x 4096, gradient checkpointing), random weights, on a
-      GPU: `lora train`, PEFT + Trainer and, for a Llama and if liger_kernel is installed, PEFT +
-      Trainer + Liger on the same rows, in turn, each in its own process. The table at the end
-      shows the best repetition of each. `--cap` lets a process have no more than so many GiB of
-      the GPU's memory; `--checkpointing` turns gradient checkpointing on.
+  python scripts/bench.py speed NAME … | all [--work DIR] [--table FILE] …
+      Speed and memory of `lora train` beside PEFT + Trainer, with Liger's kernels, and Unsloth, on
+      a GPU: see speed.py.
 """
 
 from __future__ import annotations
@@ -37,38 +32,21 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from importlib.util import find_spec
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import speed
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-SST2_LENGTHS = (1.6, 7.0)  # shape and scale of a gamma distribution like that of SST-2's phrases
 
 
-def lora(*arguments: str, cap: float = 0.0) -> None:
-    """Run the command line in a process of its own, with so many GiB of the GPU's memory."""
-    paths = (str(Path(__file__).parent), os.getcwd(), os.environ.get("PYTHONPATH"))
-    code = f"import bench; bench.limit_memory({cap}); from lora_cli.cli.app import main; main()"
-    subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        check=True,
-        stdout=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
-    )
-
-
-def limit_memory(gib: float) -> None:
-    """Let this process have so many GiB of the GPU's memory; 0 is no limit."""
-    if gib:
-        import torch
-
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total))
+def lora(*arguments: str) -> None:
+    """Run the command line in a process of its own."""
+    command = [sys.executable, "-m", "lora_cli", *arguments]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
 # ------------------------------------------------------------------------------------- accuracy
@@ -396,331 +374,11 @@ def peft_accuracy(args: argparse.Namespace) -> None:
     print(right / len(texts))
 
 
-# ---------------------------------------------------------------------------------------- speed
-
-
-def speed(args: argparse.Namespace) -> None:
-    """Measure examples or tokens a second, and peak memory, of every side in turn."""
-    work = Path(args.work or tempfile.mkdtemp(prefix="lora-bench-"))
-    work.mkdir(exist_ok=True)
-    flags = [args.shape, "--work", str(work), "--steps", str(args.steps), "--cap", str(args.cap)]
-    flags += ["--checkpointing"] * args.checkpointing
-    make = [sys.executable, __file__, "make", *flags, "--accumulate", str(args.accumulate)]
-    subprocess.run(make, check=True)
-    sides: dict[str, list[str]] = {"lora train": [], "PEFT + Trainer": []}
-    if args.checkpointing:
-        sides["lora train, `offload`"] = ["--set", "train.gradient_checkpointing=offload"]
-    if args.shape.startswith("llama"):
-        sides["lora train, not compiled"] = ["--set", "train.kernels=auto"]  # in so short a run
-        if find_spec("liger_kernel"):
-            sides["PEFT + Trainer + Liger"] = ["--liger"]
-    found: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
-    for repeat, (side, extra) in itertools.product(range(args.repeat), sides.items()):
-        start = time.monotonic()
-        folder = work / f"out-{repeat}"
-        if side.startswith("lora train"):
-            lora("train", str(work / "recipe.json"), "-o", str(folder), *extra, cap=args.cap)
-            figures = lora_figures(folder, args.shape)
-            shutil.rmtree(folder)
-        else:
-            peer = [sys.executable, __file__, "trainer", *flags, *extra]
-            done = subprocess.run(peer, capture_output=True, text=True)
-            if "OutOfMemoryError" in done.stderr:
-                print(args.shape, side, "out of memory", flush=True)
-                continue
-            sys.stderr.write(done.stderr)
-            done.check_returncode()
-            figures = json.loads(done.stdout.splitlines()[-1])
-        figures["seconds"] = round(time.monotonic() - start, 1)
-        print(args.shape, side, json.dumps(figures), flush=True)
-        found[side].append(figures)
-    print(speed_table(args, found))
-    if not args.work:
-        shutil.rmtree(work)
-
-
-def speed_table(args: argparse.Namespace, found: dict[str, list[dict[str, Any]]]) -> str:
-    """Return a Markdown table of the best repetition of each side."""
-    import torch
-
-    rate = "tokens_per_s" if args.shape.startswith("llama") else "examples_per_s"
-    what = args.shape + (", gradient checkpointing" if args.checkpointing else "")
-    card, day = torch.cuda.get_device_name(), time.strftime("%Y-%m-%d")
-    rows = [f"| {what}; {card}, torch {torch.__version__}, {day} "
-            f"| {rate.replace('_per_s', '/s')} | peak | {args.steps} steps from the start |",
-            "|---|---|---|---|"]  # fmt: skip
-    for side, repeats in found.items():
-        if not repeats:
-            rows.append(f"| {side} | out of memory | | |")
-            continue
-        best = max(repeats, key=lambda figures: figures[rate])
-        seconds = min(figures["seconds"] for figures in repeats)
-        rows.append(
-            f"| {side} | {best[rate]:,.0f} | {best['peak_gib']:.1f} GiB | {seconds:.0f} s |"
-        )
-    return "\n".join(rows)
-
-
-def lora_figures(folder: Path, shape: str) -> dict[str, Any]:
-    """Return the median speed after warm-up, from the run's own log, and its peak memory."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    rate = "tokens_per_s" if shape.startswith("llama") else "examples_per_s"
-    warm = [line[rate] for line in lines[2:]]
-    memory = json.loads((folder / "report.json").read_text())["training"]["peak_memory_bytes"]
-    return {
-        rate: round(statistics.median(warm), 1),
-        "peak_gib": round(memory / 2**30, 2),
-        "loss": [round(line["loss"], 4) for line in lines],
-    }
-
-
-SHAPES: dict[str, dict[str, int]] = {
-    "roberta-base": {
-        "hidden_size": 768,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "intermediate_size": 3072,
-    },
-    "roberta-large": {
-        "hidden_size": 1024,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "intermediate_size": 4096,
-    },
-    "llama-8b": {
-        "hidden_size": 4096,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "intermediate_size": 14336,
-    },
-    "llama-8b-nf4": {},  # as llama-8b
-    "llama-1b": {
-        "hidden_size": 2048,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "intermediate_size": 8192,
-        "tie_word_embeddings": True,
-    },
-    "llama-tiny": {
-        "hidden_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "intermediate_size": 128,
-    },
-}
-
-
-def make(args: argparse.Namespace) -> None:
-    """Write a model with random weights, its tokenizer, the rows and the recipe."""
-    import numpy as np
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoModelForMaskedLM,
-        LlamaConfig,
-        PreTrainedTokenizerFast,
-        RobertaConfig,
-    )
-
-    work, llama = Path(args.work), args.shape.startswith("llama")
-    four_bit, shape = args.shape.endswith("-nf4"), args.shape.removesuffix("-nf4")
-    vocabulary = 128256 if llama else 50265
-    torch.manual_seed(0)
-    random = np.random.default_rng(0)
-    if llama:
-        config = LlamaConfig(
-            vocab_size=vocabulary,
-            max_position_embeddings=8192,
-            rope_theta=5e5,
-            bos_token_id=0,
-            eos_token_id=1,
-            pad_token_id=2,
-            **{"tie_word_embeddings": False, **SHAPES[shape]},
-        )
-        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-            torch.set_default_dtype(torch.bfloat16)
-            AutoModelForCausalLM.from_config(config).save_pretrained(work / "model")
-    else:
-        config = RobertaConfig(
-            vocab_size=vocabulary,
-            max_position_embeddings=514,
-            type_vocab_size=1,
-            **SHAPES[shape],
-        )
-        AutoModelForMaskedLM.from_config(config).save_pretrained(work / "model")
-    special = ["<s>", "</s>", "<pad>", "<unk>"] if llama else ["<s>", "<pad>", "</s>", "<unk>"]
-    words = {token: i for i, token in enumerate(special)}
-    words |= {f"w{i}": i for i in range(len(special), vocabulary)}
-    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    if not llama:
-        backend.post_processor = processors.TemplateProcessing(
-            single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
-        )
-    PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        unk_token="<unk>",
-        model_max_length=8192 if llama else 512,
-    ).save_pretrained(work / "model")
-    batch = (1 if four_bit else 4 if shape == "llama-1b" else 2) if llama else 32
-    length = 4096 if llama else 0
-    with (work / "rows.csv").open("w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["text", "label"])
-        for _ in range(args.steps * args.accumulate * batch):
-            count = length - 1 if llama else int(np.clip(random.gamma(*SST2_LENGTHS) + 1, 1, 64))
-            text = " ".join(f"w{i}" for i in random.integers(len(special), vocabulary, count))
-            table.writerow([text, random.integers(0, 2)])
-    task: dict[str, Any] = {"type": "sequence_classification"}
-    if llama:
-        task = {"type": "causal_lm", "text_column": "text", "max_length": length}
-    targets = "all-linear" if llama else ["query", "value"]
-    (work / "recipe.json").write_text(
-        json.dumps(
-            {
-                "model": {
-                    "name": str(work / "model"),
-                    "quantization": "nf4" if four_bit else None,
-                },
-                "task": task,
-                "data": {"train": str(work / "rows.csv")},
-                "adapter": {
-                    "rank": 16,
-                    "alpha": 32,
-                    "dropout": 0.0 if llama else 0.1,
-                    "target_modules": targets,
-                },
-                "train": {
-                    "max_steps": args.steps,
-                    "micro_batch_size": batch,
-                    "gradient_accumulation_steps": args.accumulate,
-                    "kernels": "fused",  # what `auto` does in a long run
-                    "precision": "bf16",
-                    "optimizer": {"learning_rate": 2e-4},
-                    "scheduler": {"type": "constant"},
-                    "log_every_steps": 2 if llama else 10,
-                    "workers": 0,
-                    "gradient_checkpointing": four_bit or args.checkpointing,
-                },
-            }
-        )
-    )
-
-
-def peft_base(auto: Any, folder: Path, dtype: Any, four_bit: bool) -> Any:
-    """Return the base model as PEFT's documentation prepares it."""
-    if not four_bit:
-        return auto.from_pretrained(folder, dtype=dtype).to("cuda")
-    from peft import prepare_model_for_kbit_training
-    from transformers import BitsAndBytesConfig
-
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
-    model = auto.from_pretrained(
-        folder, dtype=dtype, quantization_config=config, device_map={"": 0}
-    )
-    return prepare_model_for_kbit_training(
-        model, gradient_checkpointing_kwargs={"use_reentrant": False}
-    )
-
-
-def trainer(args: argparse.Namespace) -> None:
-    """Train the same rows with PEFT and transformers' Trainer; print its figures."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoModelForSequenceClassification,
-        AutoTokenizer,
-        DataCollatorWithPadding,
-        Trainer,
-        TrainerCallback,
-        TrainingArguments,
-    )
-
-    work, llama = Path(args.work), args.shape.startswith("llama")
-    recipe = json.loads((work / "recipe.json").read_text())
-    tokenizer = AutoTokenizer.from_pretrained(work / "model")
-    auto = AutoModelForCausalLM if llama else AutoModelForSequenceClassification
-    # what its users do: the checkpoint's dtype for a large decoder, float32 for an encoder
-    dtype = torch.bfloat16 if llama else torch.float32
-    torch.manual_seed(0)
-    limit_memory(args.cap)
-    model = peft_base(auto, work / "model", dtype, args.shape.endswith("-nf4"))
-    model = get_peft_model(
-        model,
-        LoraConfig(
-            r=16,
-            lora_alpha=32,
-            lora_dropout=recipe["adapter"]["dropout"],
-            target_modules=recipe["adapter"]["target_modules"],
-            task_type="CAUSAL_LM" if llama else "SEQ_CLS",
-        ),
-    )
-    with (work / "rows.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    data: list[dict[str, Any]] = []
-    for row in rows:
-        ids = tokenizer(row["text"])["input_ids"] + ([1] if llama else [])
-        labels: Any = list(ids) if llama else int(row["label"])
-        data.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
-    times: list[float] = []
-
-    class Clock(TrainerCallback):
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            torch.cuda.synchronize()
-            times.append(time.perf_counter())
-
-    batch = recipe["train"]["micro_batch_size"]
-    options = TrainingArguments(
-        output_dir=str(work / "trainer"),
-        per_device_train_batch_size=batch,
-        gradient_accumulation_steps=recipe["train"]["gradient_accumulation_steps"],
-        max_steps=args.steps,
-        learning_rate=2e-4,
-        lr_scheduler_type="constant",
-        optim="adamw_torch_fused",
-        bf16=True,
-        logging_steps=args.steps // 4,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        gradient_checkpointing=recipe["train"]["gradient_checkpointing"],
-        gradient_checkpointing_kwargs={"use_reentrant": False},
-        use_liger_kernel=args.liger,
-        dataloader_num_workers=0 if llama else 2,
-    )
-    collator: Any = None if llama else DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8)
-    torch.cuda.reset_peak_memory_stats()
-    run = Trainer(
-        model=model, args=options, train_dataset=data, data_collator=collator, callbacks=[Clock()]
-    )
-    run.train()
-    steps = [b - a for a, b in pairwise(times[3:])]
-    examples = batch * recipe["train"]["gradient_accumulation_steps"]
-    rate = examples * (4096 if llama else 1) / statistics.median(steps)
-    figures = {
-        "tokens_per_s" if llama else "examples_per_s": round(rate, 1),
-        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
-        "loss": [round(line["loss"], 4) for line in run.state.log_history if "loss" in line],
-    }
-    print(json.dumps(figures), flush=True)
-
-
 def main() -> None:
     """Read the arguments and measure."""
+    if sys.argv[1:2] == ["speed"]:
+        speed.main(sys.argv[2:])
+        return
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -748,17 +406,6 @@ def main() -> None:
     command.add_argument("--recipe", required=True)
     command.add_argument("--seed", type=int, required=True)
     command.set_defaults(run=peft_accuracy)
-    for name, function in (("speed", speed), ("make", make), ("trainer", trainer)):
-        command = commands.add_parser(name)
-        command.add_argument("shape", choices=SHAPES)
-        command.add_argument("--steps", type=int, default=40)
-        command.add_argument("--accumulate", type=int, default=1)
-        command.add_argument("--repeat", type=int, default=2)
-        command.add_argument("--work", default="")
-        command.add_argument("--cap", type=float, default=0.0)
-        command.add_argument("--checkpointing", action="store_true")
-        command.add_argument("--liger", action="store_true")
-        command.set_defaults(run=function)
     args = parser.parse_args()
     args.run(args)
 
