@@ -329,11 +329,32 @@ def test_the_end_is_added_only_where_the_template_lacks_it(base: Path, tmp_path:
     more = [*QUESTION, *turns(("user", "Oh."), ("assistant", "Yes."), ("user", "Bye."))]
     # what follows the last answer is not trained, nor is an end after it
     assert labels_of(task_of(base, tmp_path, [more], LLAMA2)) == [" Because. </s> Yes. </s>"]
-    assert labels_of(task_of(base, tmp_path, [more], NO_END)) == ["Because.\nYes.\n</s>"]
+    assert labels_of(task_of(base, tmp_path, [more], NO_END)) == ["Because.\n</s>", "Yes.\n</s>"]
     # an end after the first answer alone does not teach to end the second
     first_only = NO_END.replace("\n{% endfor", "{{ '</s>' if loop.index == 2 }}\n{% endfor")
     said = labels_of(task_of(base, tmp_path, [more], first_only))
     assert said == ["Because.</s>\nYes.\n</s>"]
+
+
+def test_each_answer_has_an_end_to_learn_if_the_template_writes_none(
+    base: Path, tmp_path: Path
+) -> None:
+    more = [*QUESTION, *turns(("user", "Oh."), ("assistant", "Yes."))]
+    task = task_of(base, tmp_path, [more], NO_END)
+    examples = list(load_data(task)["train"].examples)
+    assert len(examples) == 2
+    for example, count, answer in zip(examples, (1, 3), ("Because.\n", "Yes.\n"), strict=True):
+        asked = task.tokenizer.apply_chat_template(
+            more[:count], add_generation_prompt=True, tokenize=False
+        )
+        asked, answer = (
+            task.tokenizer.encode(t, add_special_tokens=False) for t in (asked, answer)
+        )
+        assert list(example["input_ids"]) == [*asked, *answer, tiny.EOS]
+        assert list(example["labels"]) == [IGNORED] * len(asked) + [*answer, tiny.EOS]
+    assert labels_of(task_of(base, tmp_path, [more], NO_END, task={"train_on": "last"})) == [
+        "Yes.\n</s>"
+    ]
 
 
 def test_a_refused_conversation_is_named(base: Path, tmp_path: Path) -> None:

@@ -3,8 +3,9 @@
 A conversation is rendered once by the model's chat template. A template with generation markers
 says itself what the assistant wrote. For others, a turn's share of the text is what the template
 adds for it: the difference between the rendering up to the turn and the rendering before it. Where
-a template rewrites earlier turns (Qwen 3 takes their reasoning away), each of the assistant's turns
-becomes an example of its own, rendered up to there: as the model sees it when it is asked.
+a template rewrites earlier turns (Qwen 3 takes their reasoning away), or writes no token that ends a
+turn, each of the assistant's turns becomes an example of its own, rendered up to there: as the
+model sees it when it is asked. So every answer has an end to learn.
 
 What the messages say is text: a control token that stands in it is read as its letters. What a
 template would leave out or cannot write (tools, calls, a turn's words) is an error.
@@ -50,7 +51,7 @@ class ChatTemplate:
 
         DeepSeek's asks with `<think>` and keeps turns without it. The assistant's turn begins
         before that: so it is trained, and so it is asked."""
-        self.end_of_turn = self._end_of_turn()
+        self.end_of_turn, self._ends_turns = self._end_of_turn()
         """The token by which it ends the assistant's turn, if it is one token."""
         self.reopened = self._reopened()
         """What it opens behind an answer though nothing is asked, as the first one of Llama 3 did.
@@ -73,16 +74,18 @@ class ChatTemplate:
         )
         return prompt[len(list(shared)) :]
 
-    def _end_of_turn(self) -> set[int]:
+    def _end_of_turn(self) -> tuple[set[int], bool]:
+        """Return the token that follows an answer, and whether any follows: added ones count."""
         content = "Hello"
         messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": content}]
         try:
             text = self.write(messages)
         except LoraError:  # it takes no such conversation, and says so of the rows
-            return set()
+            return set(), True
         tail = text[text.rfind(content) + len(content) :].strip()
         ids = self.tokenizer(tail, add_special_tokens=False, verbose=False)["input_ids"]
-        return set(ids[:1]) & set(self.tokenizer.added_tokens_decoder)
+        added = set(self.tokenizer.added_tokens_decoder)
+        return set(ids[:1]) & added, not added.isdisjoint(ids)
 
     def _reopened(self) -> str:
         content, question = "Hello", {"role": "user", "content": "Hi"}
@@ -207,7 +210,7 @@ class ChatTemplate:
                 )
             _require_turn(messages[turn], after[len(before) :], turn + 1)
             alone.append((after, [(len(before), len(after))]))
-        if all(whole.startswith(after) for after, _ in alone):
+        if self._ends_turns and all(whole.startswith(after) for after, _ in alone):
             return [(whole, [span for _, spans in alone for span in spans])]
         return alone
 

@@ -48,7 +48,7 @@ POSITIONS_AFTER_PADDING = {
     "camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "lilt", "longformer", "luke",
     "markuplm", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
 }  # fmt: skip
-ENCODING = 4  # version of how rows are encoded; increase it to encode cached rows again
+ENCODING = 5  # version of how rows are encoded; increase it to encode cached rows again
 POSITIONS = ("max_position_embeddings", "max_seq_len")  # the second is the name in MPT
 CONFIG_KEYS = ("vocab_size", "eos_token_id", "is_encoder_decoder")  # what `encode` checks
 TRIAL_TEXT = (
