@@ -173,7 +173,9 @@ def run(
 
 def failure_in(lines: Sequence[str]) -> str:
     """Return the line that says why a process failed, of the last lines that it wrote."""
-    if any(re.search(r"OutOfMemoryError|out of memory", line) for line in lines):
+    if any(
+        re.search(r"OutOfMemoryError|out of memory|memory is full while", line) for line in lines
+    ):
         return "out of memory"
     errors = [line for line in lines if line.startswith("error:")]  # with a hint below
     return "failed: " + (errors or lines)[-1][:160].replace("|", "/")

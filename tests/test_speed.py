@@ -70,6 +70,7 @@ def test_another_order_or_other_tokens_are_a_failure(folder: Path) -> None:
     ("lines", "failure"),
     [
         (["step 1", "torch.OutOfMemoryError: CUDA out of memory. Tried"], "out of memory"),
+        (["error: the GPU's memory is full while training", "hint: x"], "out of memory"),
         (["error: `x` is wrong", "hint: mend | it"], "failed: error: `x` is wrong"),
         (["Traceback", "ValueError: a | b"], "failed: ValueError: a / b"),
     ],
