@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -26,19 +25,26 @@ calls: list[bool] = []
 
 def by_equations(
     gate: Tensor, up: Tensor, gate_h: Tensor, up_h: Tensor, gate_b: Tensor, up_b: Tensor,
-    down_a: Tensor | None, is_gelu: bool,
+    down_a: Tensor | None, down_seed: Tensor | None, down_p: float, is_gelu: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Stands for the kernel, which needs Triton."""
+    """Stands for the kernel, which needs Triton. Its mask is that of `masked`."""
     calls.append(is_gelu)
     act = nn.GELU(approximate="tanh") if is_gelu else nn.SiLU()
     y = act(gate + gate_h @ gate_b.T) * (up + up_h @ up_b.T)
-    return y, gate.new_empty(0) if down_a is None else y @ down_a.T
+    if down_a is None:
+        return y, gate.new_empty(0)
+    return y, (y if down_seed is None else masked(y, down_seed, down_p)) @ down_a.T
+
+
+def masked(x: Tensor, seed: Tensor, p: float) -> Tensor:
+    draw = torch.rand(x.shape, generator=torch.Generator().manual_seed(int(seed)))
+    return x * (draw >= p) / (1 - p)
 
 
 @pytest.fixture
 def gated_mlp(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     calls.clear()
-    kernel = SimpleNamespace(gated_product=by_equations, MAX_RANK=64)
+    kernel = SimpleNamespace(gated_product=by_equations)
     monkeypatch.setitem(sys.modules, "lora_cli.training.gated_mlp_kernel", kernel)
     with_triton = sys.modules.pop(MODULE, None)
     module = importlib.import_module(MODULE)
@@ -93,37 +99,41 @@ def test_an_mlp_equals_that_of_its_architecture(
     assert calls == uses
 
 
-def test_dropout_is_the_same_as_in_the_layers_themselves(
-    gated_mlp: ModuleType,
+def test_each_layer_drops_elements_of_its_input(
+    gated_mlp: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mlp = adapted(LlamaMLP(LlamaConfig(**SIZES)), gate_proj=0.5, up_proj=0.3, down_proj=0.4)
-    x = torch.randn(2, 5, 12, dtype=torch.bfloat16)
-    outputs = []
-    for context in (nullcontext(), gated_mlp.GatedMLPs([mlp])):
-        torch.manual_seed(3)
-        with context:
-            outputs.append(mlp(x))
-    wanted, found = outputs
-    assert calls == [False]
+    mlp: Any = adapted(LlamaMLP(LlamaConfig(**SIZES)), gate_proj=0.5, up_proj=0.3, down_proj=0.4)
+    x, seed = torch.randn(2, 5, 12, dtype=torch.bfloat16), torch.tensor([7])
+    monkeypatch.setattr(gated_mlp, "new_seeds", lambda n, like: seed[:n])
+    torch.manual_seed(3)
+    with gated_mlp.GatedMLPs([mlp]):
+        found = mlp(x)
+    torch.manual_seed(3)
+    y = nn.functional.silu(mlp.gate_proj(x)) * mlp.up_proj(x)
+    wanted = mlp.down_proj.base(y) + mlp.down_proj.update(masked(y, seed, 0.4))
     assert (found - wanted).abs().max() <= 0.03 * wanted.abs().max()
+    mlp.eval()
+    with gated_mlp.GatedMLPs([mlp]):
+        found = mlp(x)
+    assert (found - mlp(x)).abs().max() <= 0.03 * wanted.abs().max()
+    assert calls == [False] * 2
 
 
 @pytest.mark.parametrize("lacks", ["gate_proj", "up_proj", "down_proj"])
-@pytest.mark.parametrize("why", ["dropout", "no adapter", "another adapter", "large rank"])
+@pytest.mark.parametrize("why", ["no adapter", "another adapter", "large rank"])
 def test_the_compiler_leaves_to_the_kernel_the_updates_before_the_gate(
     lacks: str, why: str, gated_mlp: ModuleType
 ) -> None:
-    mlp = adapted(LlamaMLP(LlamaConfig(**SIZES)), **({lacks: 0.1} if why == "dropout" else {}))
+    mlp = adapted(LlamaMLP(LlamaConfig(**SIZES)))
     x = torch.randn(2, 5, 12, dtype=torch.bfloat16)
-    if why != "dropout":
-        base = getattr(mlp, lacks).base
-        other = {
-            "no adapter": base,
-            "another adapter": DoRALinear(base, rank=2, alpha=3),
-            "large rank": LoRALinear(base, rank=65, alpha=3),
-        }[why]
-        nn.init.normal_(getattr(other, "lora_B", torch.empty(1)))
-        setattr(mlp, lacks, other)
+    base = getattr(mlp, lacks).base
+    other = {
+        "no adapter": base,
+        "another adapter": DoRALinear(base, rank=2, alpha=3),
+        "large rank": LoRALinear(base, rank=65, alpha=3),
+    }[why]
+    nn.init.normal_(getattr(other, "lora_B", torch.empty(1)))
+    setattr(mlp, lacks, other)
     by_compiler = gated_mlp.GatedMLPs([mlp], compiled=True)
     assert len(by_compiler.replaced) == (lacks == "down_proj")
     wanted = mlp.eval()(x)

@@ -26,6 +26,7 @@ from lora_cli.training.compiled_layers import CompiledLayers
 from lora_cli.training.stacked_products import (
     StackedProduct,
     StackedUpdates,
+    hidden_of_updates,
     stacked_products,
     stacked_updates,
 )
@@ -174,13 +175,39 @@ def test_updates_of_any_shape_share_one_product(name: str, monkeypatch: pytest.M
     assert not any(set(product.layers) & set(left_out) for product in products)
 
 
-def test_updates_with_dropout_have_inputs_of_their_own() -> None:
-    model = adapted("llama")
-    for layer in model.modules():
-        if isinstance(layer, LoRALinear):
-            layer.dropout.p = 0.1
-    inputs = inputs_of("llama")
-    assert stacked_updates([model], lambda: model(**inputs)) == []
+def test_a_layer_alone_has_its_update_computed_if_it_has_dropout() -> None:
+    model, inputs = adapted("llama"), inputs_of("llama")
+    layers = [layer for layer in model.modules() if isinstance(layer, LoRALinear)]
+    assert all(len(p.layers) > 1 for p in stacked_updates([model], lambda: model(**inputs)))
+    for layer in layers:
+        layer.dropout.p = 0.1
+    products = stacked_updates([model], lambda: model(**inputs))
+    assert {layer for product in products for layer in product.layers} == set(layers)
+    wanted = outputs_and_gradients(model.eval(), inputs)
+    with ExitStack() as stack:
+        for product in products:
+            stack.enter_context(product)
+        for a, b in zip(outputs_and_gradients(model, inputs), wanted, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("ranks", [(2, 2), (2, 3)])
+def test_without_a_kernel_layers_drop_elements_of_their_input_as_torch_does(
+    ranks: tuple[int, int],
+) -> None:
+    layers = [LoRALinear(nn.Linear(50, 4), rank, alpha=3, dropout=0.4) for rank in ranks]
+    for layer in layers:
+        nn.init.normal_(layer.lora_A)
+    x = torch.randn(20, 50)
+    torch.manual_seed(0)
+    found = hidden_of_updates(layers, x)
+    torch.manual_seed(0)
+    for h, layer in zip(found, layers, strict=True):
+        dropped = nn.functional.dropout(x, 0.4)
+        torch.testing.assert_close(h, dropped @ layer.lora_A.T * (3 / layer.rank))
+        layer.eval()
+    for h, layer in zip(hidden_of_updates(layers, x), layers, strict=True):
+        torch.testing.assert_close(h, x @ layer.lora_A.T * (3 / layer.rank))
 
 
 class Pair(nn.Module):

@@ -20,9 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lora_cli.environment import has_triton
 from lora_cli.errors import counted
-from lora_cli.training.stacked_products import StackedUpdates, stacked_updates
-
-IN_16_BITS = (torch.float16, torch.bfloat16)
+from lora_cli.training.stacked_products import IN_16_BITS, StackedUpdates, stacked_updates
 
 
 class ReplacedForward:

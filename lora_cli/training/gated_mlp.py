@@ -12,9 +12,9 @@ from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from lora_cli.adapters.lora import LoRALinear
-from lora_cli.training.fused_modules import IN_16_BITS, ReplacedForward, has_code_of
-from lora_cli.training.gated_mlp_kernel import MAX_RANK, gated_product
-from lora_cli.training.stacked_products import hidden_of_updates
+from lora_cli.training.fused_modules import ReplacedForward, has_code_of
+from lora_cli.training.gated_mlp_kernel import gated_product
+from lora_cli.training.stacked_products import IN_16_BITS, MAX_RANK, hidden_of_updates, new_seeds
 
 SILU = (nn.SiLU, type(ACT2FN["silu"]))
 GELU = (type(ACT2FN["gelu_pytorch_tanh"]), type(ACT2FN["gelu_new"]))  # by the same approximation
@@ -26,16 +26,15 @@ class GatedMLPs(ReplacedForward):
     Args:
         modules: A model, or some of its layers.
         compiled: Whether the modules will be compiled. The compiler fuses the operations of a gate
-            itself, but not the low-rank updates, so only MLPs with updates use the kernel. MLPs
-            with dropout do not: with the kernel, steps took longer and needed more memory.
+            itself, but not the low-rank updates, so only MLPs with updates use the kernel.
     """
 
     def __init__(self, modules: Iterable[nn.Module], compiled: bool = False) -> None:
         parts = [part for module in modules for part in module.modules()]
         mlps: list[Any] = [part for part in parts if _computes_as_llama(part)]
         if compiled:
-            mlps = [mlp for mlp in mlps if _has_plain_lora(mlp.gate_proj, dropout=False)]
-            mlps = [mlp for mlp in mlps if _has_plain_lora(mlp.up_proj, dropout=False)]
+            mlps = [mlp for mlp in mlps if _has_plain_lora(mlp.gate_proj)]
+            mlps = [mlp for mlp in mlps if _has_plain_lora(mlp.up_proj)]
         super().__init__(mlps, _GatedMLP)
 
     @property
@@ -62,9 +61,13 @@ class _GatedMLP(nn.Module):
         if g.dtype != u.dtype or g.dtype not in IN_16_BITS:
             return super().forward(x)
         (gate_h, gate_b), (up_h, up_b) = _updates((gate, up), x, (g, u))
-        a = down.lora_A.to(g.dtype) if _has_plain_lora(down, dropout=False) else None
+        a, seed, p = None, None, 0.0
+        if _has_plain_lora(down):
+            a = down.lora_A.to(g.dtype)
+            if down.training and down.dropout.p:
+                seed, p = new_seeds(1, x), down.dropout.p
         is_gelu = type(self.act_fn) in GELU
-        y, h = gated_product(g, u, gate_h, up_h, gate_b, up_b, a, is_gelu)
+        y, h = gated_product(g, u, gate_h, up_h, gate_b, up_b, a, seed, p, is_gelu)
         if a is None:
             return down(y)
         z = down.base(y)
@@ -89,33 +92,25 @@ def _updates(
     Returns:
         s A x (..., rank) and B (out, rank) of each layer; of rank 0 if the kernel adds no update.
     """
-    if all(_has_plain_lora(layer, dropout=False) for layer in layers):
-        hidden = hidden_of_updates(layers, x)
-    else:
-        hidden = [_hidden(layer, x) for layer in layers]
+    with_update = [layer for layer in layers if _has_plain_lora(layer)]
+    hidden = hidden_of_updates(with_update, x) if with_update else []
     factors = []
-    for layer, h, y in zip(layers, hidden, outputs, strict=True):
-        b = layer.lora_B if _has_plain_lora(layer) else y.new_empty(y.shape[-1], 0)
+    for layer, y in zip(layers, outputs, strict=True):
+        if _has_plain_lora(layer):
+            h, b = hidden.pop(0), layer.lora_B
+        else:
+            h, b = x.new_empty(*x.shape[:-1], 0), y.new_empty(y.shape[-1], 0)
         factors.append((h.to(y.dtype), b.to(y.dtype)))
     return factors
 
 
-def _hidden(layer: Any, x: Tensor) -> Tensor:
-    if not _has_plain_lora(layer):
-        return x.new_empty(*x.shape[:-1], 0)
-    hidden: Tensor = F.linear(layer.dropout(x), layer.lora_A.to(x.dtype)) * layer.scaling
-    return hidden
-
-
-def _has_plain_lora(layer: Any, dropout: bool = True) -> bool:
+def _has_plain_lora(layer: Any) -> bool:
     """Return whether a layer has plain LoRA that is enabled, with a rank that the kernel supports.
 
     Args:
         layer: A linear layer, with LoRA or without it.
-        dropout: Whether a layer with dropout counts.
     """
-    plain = type(layer) is LoRALinear and layer.enabled and layer.rank <= MAX_RANK
-    return plain and (dropout or not layer.dropout.p)
+    return type(layer) is LoRALinear and layer.enabled and layer.rank <= MAX_RANK
 
 
 def _computes_as_llama(module: nn.Module) -> bool:

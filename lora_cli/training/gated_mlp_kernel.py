@@ -28,28 +28,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_cli.training.lora_dropout_kernel import (
+    block_rank,
+    kept_elements,
+    matrix_block,
+    products_with_dropout,
+    store_block,
+    threshold_of,
+)
+
 TOKENS, COLUMNS = 64, 64  # of a block; a program of the forward pass computes one block
 FORWARD_WARPS, BACKWARD_WARPS = 8, 4
-MAX_RANK = 64  # of an update; for larger ranks, the sums of the backward pass exceed the registers
 SEGMENT = 1024  # tokens over which a program of the backward pass sums
 # it loads blocks ahead if its shared memory is large enough for them, as on an A100 and later
 STAGES, SHARED_BYTES = 3, 160_000
-
-
-@triton.jit
-def _matrix(x, rows, columns, n_rows, n_columns):  # type: ignore[no-untyped-def]
-    """Load the block of a matrix (n_rows, n_columns) at some rows and columns; 0 outside of it."""
-    rows, columns = rows[:, None], columns[None, :]
-    inside = (rows < n_rows) & (columns < n_columns)
-    return tl.load(x + rows.to(tl.int64) * n_columns + columns, inside, other=0.0)
-
-
-@triton.jit
-def _store(x, block, rows, columns, n_rows, n_columns):  # type: ignore[no-untyped-def]
-    """Write a block of a matrix (n_rows, n_columns)."""
-    rows, columns = rows[:, None], columns[None, :]
-    place = x + rows.to(tl.int64) * n_columns + columns
-    tl.store(place, block.to(x.dtype.element_ty), (rows < n_rows) & (columns < n_columns))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -63,6 +55,12 @@ def _sigmoid_and_slope(g, IS_GELU: tl.constexpr):  # type: ignore[no-untyped-def
     return tl.sigmoid(z), slope
 
 
+@triton.jit
+def _dropped(x, seed, rows, columns, scale, threshold):  # type: ignore[no-untyped-def]
+    """Return a block of a matrix after dropout."""
+    return tl.where(kept_elements(tl.load(seed), rows, columns, threshold), x * scale, 0.0)
+
+
 @triton.jit  # type: ignore[untyped-decorator]
 def _forward(  # type: ignore[no-untyped-def]
     gate, up, gate_h, up_h, gate_b, up_b, y,
@@ -72,90 +70,96 @@ def _forward(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     tokens = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
-    g = _matrix(gate, tokens, columns, n_tokens, n_columns)
-    u = _matrix(up, tokens, columns, n_tokens, n_columns)
+    g = matrix_block(gate, tokens, columns, n_tokens, n_columns)
+    u = matrix_block(up, tokens, columns, n_tokens, n_columns)
     if GATE_RANK:
         ranks = tl.arange(0, GATE_RANK)
-        g_h = _matrix(gate_h, tokens, ranks, n_tokens, gate_rank)
-        g_b = _matrix(gate_b, columns, ranks, n_columns, gate_rank)
+        g_h = matrix_block(gate_h, tokens, ranks, n_tokens, gate_rank)
+        g_b = matrix_block(gate_b, columns, ranks, n_columns, gate_rank)
     if UP_RANK:
         ranks = tl.arange(0, UP_RANK)
-        u_h = _matrix(up_h, tokens, ranks, n_tokens, up_rank)
-        u_b = _matrix(up_b, columns, ranks, n_columns, up_rank)
+        u_h = matrix_block(up_h, tokens, ranks, n_tokens, up_rank)
+        u_b = matrix_block(up_b, columns, ranks, n_columns, up_rank)
     g, u = g.to(tl.float32), u.to(tl.float32)
     if GATE_RANK:
         g += tl.dot(g_h, tl.trans(g_b))
     if UP_RANK:
         u += tl.dot(u_h, tl.trans(u_b))
     share, _ = _sigmoid_and_slope(g, IS_GELU)
-    _store(y, g * share * u, tokens, columns, n_tokens, n_columns)
+    store_block(y, g * share * u, tokens, columns, n_tokens, n_columns)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["threshold"])  # type: ignore[untyped-decorator]
 def _backward(  # type: ignore[no-untyped-def]
     gate, up, gate_h, up_h, gate_b, up_b, down_a, dy, dh, dgate, dup, dgate_b, dup_b, ddown_a,
-    n_tokens, n_columns, gate_rank, up_rank, down_rank, n_blocks,
+    down_seed, n_tokens, n_columns, gate_rank, up_rank, down_rank, scale, threshold, n_blocks,
     TOKENS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,  # noqa: N803
     GATE_RANK: tl.constexpr, UP_RANK: tl.constexpr, DOWN_RANK: tl.constexpr,  # noqa: N803
-    IS_GELU: tl.constexpr,  # noqa: N803
+    IS_GELU: tl.constexpr, DROPOUT: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     segment = tl.program_id(1)
     dtype = dgate.dtype.element_ty
     if GATE_RANK:
         g_ranks = tl.arange(0, GATE_RANK)
-        g_b = tl.trans(_matrix(gate_b, columns, g_ranks, n_columns, gate_rank))
+        g_b = tl.trans(matrix_block(gate_b, columns, g_ranks, n_columns, gate_rank))
         sum_gate = tl.zeros((COLUMNS, GATE_RANK), tl.float32)
     if UP_RANK:
         u_ranks = tl.arange(0, UP_RANK)
-        u_b = tl.trans(_matrix(up_b, columns, u_ranks, n_columns, up_rank))
+        u_b = tl.trans(matrix_block(up_b, columns, u_ranks, n_columns, up_rank))
         sum_up = tl.zeros((COLUMNS, UP_RANK), tl.float32)
     if DOWN_RANK:
         d_ranks = tl.arange(0, DOWN_RANK)
-        d_a = _matrix(down_a, d_ranks, columns, down_rank, n_columns)
+        d_a = matrix_block(down_a, d_ranks, columns, down_rank, n_columns)
         sum_down = tl.zeros((DOWN_RANK, COLUMNS), tl.float32)
     for block in tl.range(0, n_blocks, num_stages=STAGES):
         tokens = (segment * n_blocks + block) * TOKENS + tl.arange(0, TOKENS)
-        g = _matrix(gate, tokens, columns, n_tokens, n_columns).to(tl.float32)
-        u = _matrix(up, tokens, columns, n_tokens, n_columns).to(tl.float32)
-        slope = _matrix(dy, tokens, columns, n_tokens, n_columns).to(tl.float32)
+        g = matrix_block(gate, tokens, columns, n_tokens, n_columns).to(tl.float32)
+        u = matrix_block(up, tokens, columns, n_tokens, n_columns).to(tl.float32)
+        slope = matrix_block(dy, tokens, columns, n_tokens, n_columns).to(tl.float32)
         if GATE_RANK:
-            g_h = _matrix(gate_h, tokens, g_ranks, n_tokens, gate_rank)
+            g_h = matrix_block(gate_h, tokens, g_ranks, n_tokens, gate_rank)
             g += tl.dot(g_h, g_b)
         if UP_RANK:
-            u_h = _matrix(up_h, tokens, u_ranks, n_tokens, up_rank)
+            u_h = matrix_block(up_h, tokens, u_ranks, n_tokens, up_rank)
             u += tl.dot(u_h, u_b)
         if DOWN_RANK:
-            d_h = _matrix(dh, tokens, d_ranks, n_tokens, down_rank)
-            slope += tl.dot(d_h, d_a)
+            d_h = matrix_block(dh, tokens, d_ranks, n_tokens, down_rank)
+            slope_of_y = tl.dot(d_h, d_a)
+            if DROPOUT:
+                slope_of_y = _dropped(slope_of_y, down_seed, tokens, columns, scale, threshold)
+            slope += slope_of_y
         share, inner = _sigmoid_and_slope(g, IS_GELU)
         dg = (slope * u * share * (1 + g * (1 - share) * inner)).to(dtype)
         du = (slope * g * share).to(dtype)
-        _store(dgate, dg, tokens, columns, n_tokens, n_columns)
-        _store(dup, du, tokens, columns, n_tokens, n_columns)
+        store_block(dgate, dg, tokens, columns, n_tokens, n_columns)
+        store_block(dup, du, tokens, columns, n_tokens, n_columns)
         if GATE_RANK:
             sum_gate += tl.dot(tl.trans(dg), g_h)
         if UP_RANK:
             sum_up += tl.dot(tl.trans(du), u_h)
         if DOWN_RANK:
-            sum_down += tl.dot(tl.trans(d_h), (g * share * u).to(dtype))
+            y = g * share * u
+            if DROPOUT:
+                y = _dropped(y, down_seed, tokens, columns, scale, threshold)
+            sum_down += tl.dot(tl.trans(d_h), y.to(dtype))
     n_sums = segment.to(tl.int64) * n_columns  # those of earlier segments, for each rank
     if GATE_RANK:
-        _store(dgate_b + n_sums * gate_rank, sum_gate, columns, g_ranks, n_columns, gate_rank)
+        store_block(dgate_b + n_sums * gate_rank, sum_gate, columns, g_ranks, n_columns, gate_rank)
     if UP_RANK:
-        _store(dup_b + n_sums * up_rank, sum_up, columns, u_ranks, n_columns, up_rank)
+        store_block(dup_b + n_sums * up_rank, sum_up, columns, u_ranks, n_columns, up_rank)
     if DOWN_RANK:
-        _store(ddown_a + n_sums * down_rank, sum_down, d_ranks, columns, down_rank, n_columns)
+        store_block(ddown_a + n_sums * down_rank, sum_down, d_ranks, columns, down_rank, n_columns)
 
 
 def _block_ranks(*ranks: int) -> dict[str, int]:
-    """Return the ranks of a program's blocks: powers of two of at least 16, as `tl.dot` needs.
+    """Return the ranks of a program's blocks.
 
     Args:
         ranks: The ranks of gate, up and, in the backward pass, down; 0 if there is no update.
     """
-    sizes = [max(triton.next_power_of_2(rank), 16) if rank else 0 for rank in ranks]
-    return dict(zip(("GATE_RANK", "UP_RANK", "DOWN_RANK"), sizes, strict=False))
+    names = ("GATE_RANK", "UP_RANK", "DOWN_RANK")
+    return dict(zip(names, map(block_rank, ranks), strict=False))
 
 
 @functools.cache
@@ -173,11 +177,15 @@ def gated_product(
     gate_b: Tensor,
     up_b: Tensor,
     down_a: Tensor | None,
+    down_seed: Tensor | None,
+    down_p: float,
     is_gelu: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return y = act(g) u and h = y A_d^T, as the equations above say.
 
-    All tensors have one dtype, of 16 bits on a GPU. No rank may be larger than `MAX_RANK`.
+    With dropout in down, h is that of `products_with_dropout`.
+
+    All tensors have one dtype, of 16 bits on a GPU. No rank may be larger than 64.
 
     Args:
         gate: The output of the frozen layer gate, G (..., n).
@@ -187,6 +195,8 @@ def gated_product(
         gate_b: The B of gate, (n, rank).
         up_b: The B of up, (n, rank).
         down_a: The A of down, (rank, n); None if down has no plain LoRA.
+        down_seed: The seed of the mask of down's dropout, (1,), in int64; None without dropout.
+        down_p: The probability of dropout in down.
         is_gelu: Whether the activation is GELU (its tanh approximation); otherwise it is SiLU.
 
     Returns:
@@ -202,7 +212,11 @@ def gated_product(
                 *parts, y, n_tokens, n_columns, *ranks, TOKENS=TOKENS, COLUMNS=COLUMNS,
                 IS_GELU=is_gelu, num_warps=FORWARD_WARPS, **_block_ranks(*ranks),
             )  # fmt: skip
-    return y, gate.new_empty(0) if down_a is None else y @ down_a.T
+    if down_a is None:
+        return y, gate.new_empty(0)
+    if down_seed is None:
+        return y, y @ down_a.T
+    return y, products_with_dropout(y, down_a[None], down_seed, down_p).squeeze(-2)
 
 
 @gated_product.register_fake
@@ -215,7 +229,8 @@ def _(gate: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("lora_cli::gated_product_backward", mutates_args=())
 def _gradients(
     dy: Tensor, dh: Tensor | None, gate: Tensor, up: Tensor, gate_h: Tensor, up_h: Tensor,
-    gate_b: Tensor, up_b: Tensor, down_a: Tensor | None, is_gelu: bool,
+    gate_b: Tensor, up_b: Tensor, down_a: Tensor | None, down_seed: Tensor | None,
+    down_p: float, is_gelu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients of G and U (..., n), of B_g and B_u (n, rank), and of A_d (rank, n).
 
@@ -238,9 +253,10 @@ def _gradients(
     if n_tokens:
         with torch.cuda.device(gate.device):
             _backward[triton.cdiv(n_columns, COLUMNS), n_segments](
-                *parts, a, dy.contiguous(), through_h, dgate, dup, *sums,
-                n_tokens, n_columns, *ranks, n_blocks,
+                *parts, a, dy.contiguous(), through_h, dgate, dup, *sums, down_seed,
+                n_tokens, n_columns, *ranks, 1 / (1 - down_p), threshold_of(down_p), n_blocks,
                 TOKENS=tokens, COLUMNS=COLUMNS, STAGES=_stages(gate.device), IS_GELU=is_gelu,
+                DROPOUT=down_seed is not None and len(a) > 0,
                 num_warps=BACKWARD_WARPS, **_block_ranks(*ranks),
             )  # fmt: skip
     dgate_b, dup_b, ddown_a = (part.sum(0).to(gate.dtype) for part in sums)
@@ -250,7 +266,7 @@ def _gradients(
 @_gradients.register_fake
 def _(
     dy: Tensor, dh: Any, gate: Tensor, up: Tensor, gate_h: Tensor, up_h: Tensor,
-    gate_b: Tensor, up_b: Tensor, down_a: Any, is_gelu: bool,
+    gate_b: Tensor, up_b: Tensor, down_a: Any, down_seed: Any, down_p: float, is_gelu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     of_g, of_u = (torch.empty_like(gate, memory_format=torch.contiguous_format) for _ in range(2))
     rank = 0 if down_a is None or dh is None else len(down_a)
@@ -259,17 +275,17 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.is_gelu = inputs
+    *tensors, ctx.down_p, ctx.is_gelu = inputs
     ctx.save_for_backward(*tensors)
     ctx.set_materialize_grads(False)
 
 
 def _backward_of(ctx: Any, dy: Tensor, dh: Tensor | None) -> tuple[Tensor | None, ...]:
-    gate, up, gate_h, up_h, gate_b, up_b, down_a = ctx.saved_tensors
-    parts = (gate, up, gate_h, up_h, gate_b, up_b, down_a)
-    dgate, dup, dgate_b, dup_b, ddown_a = _gradients(dy, dh, *parts, ctx.is_gelu)
+    *_, gate_b, up_b, down_a, _ = ctx.saved_tensors
+    gradients = _gradients(dy, dh, *ctx.saved_tensors, ctx.down_p, ctx.is_gelu)
+    dgate, dup, dgate_b, dup_b, ddown_a = gradients
     of_a = None if down_a is None or dh is None else ddown_a
-    return dgate, dup, dgate @ gate_b, dup @ up_b, dgate_b, dup_b, of_a, None
+    return dgate, dup, dgate @ gate_b, dup @ up_b, dgate_b, dup_b, of_a, None, None, None
 
 
 gated_product.register_autograd(_backward_of, setup_context=_keep)

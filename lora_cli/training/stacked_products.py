@@ -8,7 +8,7 @@ pass is observed to find out which layers share an input, so this works for any 
 With long texts, stacking the frozen weights gains nothing: their products are large anyway, and
 their gradients would have to be copied into one matrix. But A x of their updates takes as long as
 reading x, so computing it once instead of three times saves most of that, also in the backward
-pass.
+pass. If the layers have dropout, a kernel does the same without writing their masks to memory.
 """
 
 from __future__ import annotations
@@ -21,6 +21,11 @@ import torch.nn.functional as F  # noqa: N812 - the usual name for it
 from torch import Tensor, nn
 
 from lora_cli.adapters.lora import LoRALinear
+from lora_cli.environment import has_triton
+
+IN_16_BITS = (torch.float16, torch.bfloat16)
+MAX_RANK = 64  # of kernels; for larger ranks, the sums of their backward pass exceed the registers
+MAX_LAYERS = 3  # that share a kernel
 
 
 class StackedProduct:
@@ -71,7 +76,7 @@ class StackedUpdates:
         layers: The layers in the order in which they are called.
         batched: Whether to compute batched products, which requires equal shapes, scaling and
             dropout. With dropout, each layer draws its own mask, as it does alone. Otherwise A x is
-            one product for all layers, which must not have dropout.
+            one product for all layers.
     """
 
     def __init__(self, layers: list[LoRALinear], batched: bool = True) -> None:
@@ -119,7 +124,7 @@ class StackedUpdates:
 
 
 def hidden_of_updates(layers: Sequence[LoRALinear], x: Tensor) -> list[Tensor]:
-    """Return s A x of each layer by one product, without dropout.
+    """Return s A x of each layer, with dropout of x in training.
 
     Args:
         layers: LoRA layers with one input.
@@ -128,9 +133,35 @@ def hidden_of_updates(layers: Sequence[LoRALinear], x: Tensor) -> list[Tensor]:
     Returns:
         A matrix (..., rank) for each layer.
     """
-    a = torch.cat([layer.lora_A for layer in layers]).to(x.dtype)
-    parts = torch.split_with_sizes(F.linear(x, a), [layer.rank for layer in layers], -1)
+    if any(layer.training and layer.dropout.p for layer in layers):
+        parts = _products_with_dropout(layers, x)
+    else:
+        a = torch.cat([layer.lora_A for layer in layers]).to(x.dtype)
+        parts = torch.split_with_sizes(F.linear(x, a), [layer.rank for layer in layers], -1)
     return [part * layer.scaling for part, layer in zip(parts, layers, strict=True)]
+
+
+def _products_with_dropout(layers: Sequence[LoRALinear], x: Tensor) -> Iterable[Tensor]:
+    """Return A x of each layer with dropout of x, by a kernel if it supports these layers."""
+    if torch.is_autocast_enabled("cuda") and x.is_cuda:
+        x = x.to(torch.get_autocast_dtype("cuda"))
+    settings = {(layer.rank, layer.dropout.p) for layer in layers}
+    by_kernel = x.is_cuda and x.dtype in IN_16_BITS and has_triton()
+    if not by_kernel or any(rank > MAX_RANK for rank, _ in settings):
+        return [F.linear(layer.dropout(x), layer.lora_A.to(x.dtype)) for layer in layers]
+    if len(settings) > 1 or len(layers) > MAX_LAYERS:
+        return [part for layer in layers for part in _products_with_dropout([layer], x)]
+    from lora_cli.training.lora_dropout_kernel import products_with_dropout
+
+    a = torch.stack([layer.lora_A for layer in layers]).to(x.dtype)
+    seeds = new_seeds(len(layers), x)
+    products: Tensor = products_with_dropout(x, a, seeds, layers[0].dropout.p)
+    return products.unbind(-2)
+
+
+def new_seeds(n: int, x: Tensor) -> Tensor:
+    """Draw n seeds for masks of x from torch's generator, on the device of x."""
+    return torch.randint(2**63 - 1, (n,), device=x.device)
 
 
 class _PartOfUpdates(LoRALinear):
@@ -182,7 +213,7 @@ def stacked_products(
     for parameter in (p for module in candidates for p in module.parameters()):
         n_uses[id(parameter)] = n_uses.get(id(parameter), 0) + 1
     candidates = [m for m in candidates if all(n_uses[id(p)] == 1 for p in m.parameters())]
-    groups = _layers_with_one_input(candidates, compute)
+    groups = [g for g in _layers_with_one_input(candidates, compute) if len(g) > 1]
     adapters = {module.base: module for module in modules if type(module) is LoRALinear}
     adapted = [[adapters[layer] for layer in group if layer in adapters] for group in groups]
     updates = [StackedUpdates(group) for group in adapted if len(group) > 1 and _match(group)]
@@ -192,7 +223,7 @@ def stacked_products(
 def stacked_updates(
     parts: Iterable[nn.Module], compute: Callable[[], Any], but: Iterable[nn.Module] = ()
 ) -> list[StackedUpdates]:
-    """Return the low-rank updates within some modules that can share the product A x.
+    """Return the low-rank updates within some modules that can share A x, or have dropout.
 
     Args:
         parts: The modules that contain the adapted layers.
@@ -202,8 +233,9 @@ def stacked_updates(
     left_out = set(but)
     modules = [module for part in parts for module in part.modules() if module not in left_out]
     layers = [module for module in modules if type(module) is LoRALinear and module.enabled]
-    layers = [layer for layer in layers if not layer.dropout.p]
     groups = _layers_with_one_input(layers, compute)
+    # a layer alone gains from the kernel if it has dropout
+    groups = [group for group in groups if len(group) > 1 or group[0].dropout.p]
     return [StackedUpdates(group, batched=False) for group in groups]
 
 
@@ -258,10 +290,10 @@ def _are_alike(one: Any, other: Any) -> bool:
 
 
 def _always_together(groups: list[list[Layer]]) -> Iterable[list[Layer]]:
-    """Return the groups of several layers that are always called together, without repetitions."""
+    """Return the groups of layers that are always called together, without repetitions."""
     companions: dict[Layer, set[tuple[int, ...]]] = {}
     for group in groups:
         for layer in group:
             companions.setdefault(layer, set()).add(tuple(map(id, group)))
-    several = {tuple(map(id, group)): group for group in groups if len(set(group)) > 1}
-    return [g for g in several.values() if all(len(companions[layer]) == 1 for layer in g)]
+    distinct = {tuple(map(id, group)): group for group in groups if len(set(group)) == len(group)}
+    return [g for g in distinct.values() if all(len(companions[layer]) == 1 for layer in g)]

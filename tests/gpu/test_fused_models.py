@@ -59,7 +59,9 @@ def test_it_learns_the_same_in_less_memory(tmp_path: Path, settings: tuple[str, 
     steps = reports["auto"]["kernels"]["steps"]
     norms = "" if "adapter.type=full" in settings else " and 17 norms"
     assert steps.startswith(f"plain autograd with 8 gated MLPs{norms} by one kernel each")
-    assert losses(tmp_path / "auto") == pytest.approx(losses(tmp_path / "reference"), rel=0.01)
+    tolerance = 0.05 if "dropout" in str(settings) else 0.01  # the kernel draws other masks
+    wanted = losses(tmp_path / "reference")
+    assert losses(tmp_path / "auto") == pytest.approx(wanted, rel=tolerance)
     if "train.gradient_checkpointing" not in str(settings):  # which leaves little to save
         assert peaks["auto"] < (0.95 if settings else 0.85) * peaks["reference"]
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_lora_dropout_kernel import mask
 from test_precision import pytestmark as on_a_gpu
 from torch import Tensor, nn
 from transformers.models.gemma.modeling_gemma import GemmaConfig, GemmaMLP
@@ -14,18 +15,22 @@ from transformers.models.mistral.modeling_mistral import MistralConfig, MistralM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Config, Qwen3MLP
 
 from lora_cli.adapters.lora import LoRALinear
+from lora_cli.training.stacked_products import new_seeds
 
 pytestmark = on_a_gpu
 SIZES = {"hidden_size": 96, "intermediate_size": 136}
 
 
-def reference(tensors: list[Tensor | None], is_gelu: bool) -> tuple[Tensor, Tensor | None]:
+def reference(
+    tensors: list[Tensor | None], is_gelu: bool, kept: Tensor | float = 1.0
+) -> tuple[Tensor, Tensor | None]:
     gate, up, gate_h, up_h, gate_b, up_b, a = tensors
     act = nn.GELU(approximate="tanh") if is_gelu else nn.SiLU()
     y = act(gate + gate_h @ gate_b.T) * (up + up_h @ up_b.T)
-    return y, None if a is None else y @ a.T
+    return y, None if a is None else (y * kept) @ a.T
 
 
+@pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("is_gelu", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
@@ -39,8 +44,9 @@ def reference(tensors: list[Tensor | None], is_gelu: bool) -> tuple[Tensor, Tens
     ],
 )  # fmt: skip
 def test_results_and_gradients_equal_those_of_the_equations(
-    shape: tuple[int, int], n: int, ranks: tuple[Any, ...], dtype: torch.dtype, is_gelu: bool
-) -> None:
+    shape: tuple[int, int], n: int, ranks: tuple[Any, ...], dtype: torch.dtype, is_gelu: bool,
+    p: float,
+) -> None:  # fmt: skip
     from lora_cli.training.gated_mlp_kernel import gated_product
 
     torch.manual_seed(0)
@@ -51,8 +57,12 @@ def test_results_and_gradients_equal_those_of_the_equations(
         for size in sizes
     ]
     exact = [x if x is None else x.detach().double().requires_grad_() for x in given]
-    y, h = gated_product(*given, is_gelu)
-    wanted_y, wanted_h = reference(exact, is_gelu)
+    seed, kept = None, 1.0
+    if p:
+        seed = new_seeds(1, given[0])
+        kept = mask(int(seed), shape[0] * shape[1], n, p).view(*shape, n) / (1 - p)
+    y, h = gated_product(*given, seed, p, is_gelu)
+    wanted_y, wanted_h = reference(exact, is_gelu, kept)
     slopes = [torch.randn_like(x) if x is not None else None for x in (wanted_y, wanted_h)]
     found, wanted = [y], [wanted_y]
     for tensors, results, kept in ((given, (y, h), found), (exact, (wanted_y, wanted_h), wanted)):
@@ -133,14 +143,29 @@ def test_an_mlp_equals_that_of_its_architecture(
         assert (a - b).abs().max() <= 0.03 * b.abs().max()
 
 
-def test_dropout_is_the_same_as_in_the_layers_themselves() -> None:
-    from lora_cli.training.gated_mlp import GatedMLPs
+@pytest.mark.parametrize("compiled", [False, True])
+def test_each_layer_drops_elements_of_its_input(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lora_cli.training import gated_mlp, stacked_products
 
-    mlp = adapted("llama", dropout={"gate_proj": 0.5, "up_proj": 0.3, "down_proj": 0.4})
-    x = torch.randn(2, 33, 96, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    wanted = outputs_and_gradients(mlp, x)
-    with GatedMLPs([mlp]):
-        found = outputs_and_gradients(mlp, x)
-    for a, b in zip(found, wanted, strict=True):
-        assert (a - b).abs().max() <= 0.03 * b.abs().max()
-    assert GatedMLPs([mlp], compiled=True).replaced == []
+    torch._dynamo.reset()
+    mlp: Any = adapted("llama", dropout={"gate_proj": 0.5, "up_proj": 0.5, "down_proj": 0.4})
+    x = torch.randn(2, 33, 96, device="cuda", dtype=torch.bfloat16)
+    for module, first in ((stacked_products, 5), (gated_mlp, 9)):
+        monkeypatch.setattr(
+            module, "new_seeds",
+            lambda n, x, first=first: torch.arange(first, first + n, device="cuda"),
+        )  # fmt: skip
+    with gated_mlp.GatedMLPs([mlp], compiled=compiled):
+        found = (torch.compile(mlp) if compiled else mlp)(x)
+
+    def of(layer: Any, x: Tensor, seed: int) -> Tensor:
+        p, n = layer.dropout.p, x.shape[-1]
+        kept = mask(seed, 66, n, p).view(2, 33, n)
+        y: Tensor = layer.base(x)
+        return y + layer.update(kept * x / (1 - p)).to(y.dtype)
+
+    y = nn.functional.silu(of(mlp.gate_proj, x, 5)) * of(mlp.up_proj, x, 6)
+    wanted = of(mlp.down_proj, y, 9)
+    assert (found - wanted).abs().max() <= 0.03 * wanted.abs().max()

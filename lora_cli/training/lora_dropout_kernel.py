@@ -1,0 +1,232 @@
+"""Kernels for A x of LoRA layers with dropout, forward and backward.
+
+Layers with the same input x (tokens, n), such as query, key and value, drop other elements of it:
+
+    h_i = A_i (m_i * x) / (1 - p)        m_i (tokens, n) is 0 with probability p, otherwise 1
+
+As separate operations, each layer writes its mask and its copy of x to memory, keeps them for the
+backward pass, and reads them again. Here the masks are never written: each element of a mask is a
+hash of a seed, the row and the column, which costs less than reading it.
+
+A program of the forward pass sums over some columns of a block of rows, for one layer. A program of
+the backward pass loops over many rows of some columns: it writes the gradient of x, summed over the
+layers, and sums the gradient of each A.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ROWS, COLUMNS = 64, 64  # of a block
+COLUMN_SEGMENT, ROW_SEGMENT = 1024, 1024  # over which a program sums, forward and backward
+WARPS, STAGES = 4, 3
+
+
+@triton.jit
+def _mixed(x):  # type: ignore[no-untyped-def]
+    """Return a hash of 32 bits (the constants come from https://github.com/skeeto/hash-prospector).
+
+    A change of any bit of x changes each bit of the result with a probability close to one half.
+    """
+    x ^= x >> 16
+    x *= 0x7FEB352D
+    x ^= x >> 15
+    x *= 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def kept_elements(seed, rows, columns, threshold):  # type: ignore[no-untyped-def]
+    """Return the block of a mask at some rows and columns.
+
+    Args:
+        seed: Of 64 bits.
+        rows: The numbers of rows.
+        columns: The numbers of columns.
+        threshold: The value of `threshold_of(p)`.
+    """
+    row = _mixed(rows.to(tl.uint32) * 0x9E3779B1 + seed.to(tl.uint32))
+    column = _mixed(columns.to(tl.uint32) * 0x85EBCA77 + (seed >> 32).to(tl.uint32))
+    return _mixed(row[:, None] + column[None, :]).to(tl.int32, bitcast=True) >= threshold
+
+
+def threshold_of(p: float) -> int:
+    """Return the signed number of 32 bits below which a share p of all such numbers lies."""
+    return min(int(p * 2**32), 2**32 - 1) - 2**31
+
+
+@triton.jit
+def matrix_block(x, rows, columns, n_rows, n_columns):  # type: ignore[no-untyped-def]
+    """Load the block of a matrix (n_rows, n_columns) at some rows and columns; 0 outside of it."""
+    rows, columns = rows[:, None], columns[None, :]
+    inside = (rows < n_rows) & (columns < n_columns)
+    return tl.load(x + rows.to(tl.int64) * n_columns + columns, inside, other=0.0)
+
+
+@triton.jit
+def store_block(x, block, rows, columns, n_rows, n_columns):  # type: ignore[no-untyped-def]
+    """Write a block of a matrix (n_rows, n_columns)."""
+    rows, columns = rows[:, None], columns[None, :]
+    place = x + rows.to(tl.int64) * n_columns + columns
+    tl.store(place, block.to(x.dtype.element_ty), (rows < n_rows) & (columns < n_columns))
+
+
+@triton.jit(do_not_specialize=["threshold"])  # type: ignore[untyped-decorator]
+def _forward(  # type: ignore[no-untyped-def]
+    x, a, seeds, h, n_rows, n_columns, n_layers, rank, scale, threshold, n_blocks,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr, STAGES: tl.constexpr,  # noqa: N803
+):  # fmt: skip
+    layer, segment = tl.program_id(0), tl.program_id(2)
+    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    ranks = tl.arange(0, RANK)
+    seed = tl.load(seeds + layer)
+    total = tl.zeros((ROWS, RANK), tl.float32)
+    for block in tl.range(0, n_blocks, num_stages=STAGES):
+        columns = (segment * n_blocks + block) * COLUMNS + tl.arange(0, COLUMNS)
+        x_block = matrix_block(x, rows, columns, n_rows, n_columns)
+        a_block = matrix_block(a + layer * rank * n_columns, ranks, columns, rank, n_columns)
+        kept = kept_elements(seed, rows, columns, threshold)
+        total += tl.dot(tl.where(kept, x_block, 0.0), tl.trans(a_block))
+    h += (segment.to(tl.int64) * n_rows * n_layers + layer) * rank  # (segment, row, layer, rank)
+    place = h + rows[:, None].to(tl.int64) * n_layers * rank + ranks[None, :]
+    tl.store(place, total * scale, (rows[:, None] < n_rows) & (ranks[None, :] < rank))
+
+
+@triton.jit
+def _add_layer(  # type: ignore[no-untyped-def]
+    dx, da, x, a, dh, seeds, layer, rows, columns, ranks, n_rows, n_layers, rank, threshold
+):
+    """Add one layer's part to a block of the gradient of x, and to the gradient of its A."""
+    kept = kept_elements(tl.load(seeds + layer), rows, columns, threshold)
+    place = dh + rows[:, None].to(tl.int64) * n_layers * rank + layer * rank + ranks[None, :]
+    slope = tl.load(place, (rows[:, None] < n_rows) & (ranks[None, :] < rank), other=0.0)
+    dx += tl.where(kept, tl.dot(slope, a), 0.0)
+    da += tl.dot(tl.trans(slope), tl.where(kept, x, 0.0))
+    return dx, da
+
+
+@triton.jit(do_not_specialize=["threshold"])  # type: ignore[untyped-decorator]
+def _backward(  # type: ignore[no-untyped-def]
+    x, a, seeds, dh, dx, da, n_rows, n_columns, rank, scale, threshold, n_blocks,
+    LAYERS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,  # noqa: N803
+    RANK: tl.constexpr, STAGES: tl.constexpr,  # noqa: N803
+):  # fmt: skip
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    segment = tl.program_id(1)
+    ranks = tl.arange(0, RANK)
+    size = rank * n_columns
+    a_0 = matrix_block(a, ranks, columns, rank, n_columns)
+    da_0 = tl.zeros((RANK, COLUMNS), tl.float32)
+    if LAYERS > 1:
+        a_1 = matrix_block(a + size, ranks, columns, rank, n_columns)
+        da_1 = tl.zeros((RANK, COLUMNS), tl.float32)
+    if LAYERS > 2:
+        a_2 = matrix_block(a + 2 * size, ranks, columns, rank, n_columns)
+        da_2 = tl.zeros((RANK, COLUMNS), tl.float32)
+    for block in tl.range(0, n_blocks, num_stages=STAGES):
+        rows = (segment * n_blocks + block) * ROWS + tl.arange(0, ROWS)
+        x_block = matrix_block(x, rows, columns, n_rows, n_columns)
+        total = tl.zeros((ROWS, COLUMNS), tl.float32)
+        total, da_0 = _add_layer(
+            total, da_0, x_block, a_0, dh, seeds, 0, rows, columns, ranks,
+            n_rows, LAYERS, rank, threshold,
+        )  # fmt: skip
+        if LAYERS > 1:
+            total, da_1 = _add_layer(
+                total, da_1, x_block, a_1, dh, seeds, 1, rows, columns, ranks,
+                n_rows, LAYERS, rank, threshold,
+            )  # fmt: skip
+        if LAYERS > 2:
+            total, da_2 = _add_layer(
+                total, da_2, x_block, a_2, dh, seeds, 2, rows, columns, ranks,
+                n_rows, LAYERS, rank, threshold,
+            )  # fmt: skip
+        store_block(dx, total * scale, rows, columns, n_rows, n_columns)
+    da += segment.to(tl.int64) * LAYERS * size
+    store_block(da, da_0 * scale, ranks, columns, rank, n_columns)
+    if LAYERS > 1:
+        store_block(da + size, da_1 * scale, ranks, columns, rank, n_columns)
+    if LAYERS > 2:
+        store_block(da + 2 * size, da_2 * scale, ranks, columns, rank, n_columns)
+
+
+def block_rank(rank: int) -> int:
+    """Return the rank of a program's blocks: a power of two of at least 16, as `tl.dot` needs."""
+    return max(triton.next_power_of_2(rank), 16) if rank else 0
+
+
+@torch.library.custom_op("lora_cli::products_with_dropout", mutates_args=())
+def products_with_dropout(x: Tensor, a: Tensor, seeds: Tensor, p: float) -> Tensor:
+    """Return A_i (m_i * x) / (1 - p) of layers with the same input.
+
+    Args:
+        x: Their input (..., n), in 16 bits, on a GPU.
+        a: Their A (layers, rank, n), for at most three layers, in the same dtype.
+        seeds: One seed per layer (layers,), in int64; it determines the layer's mask.
+        p: The probability of dropout, below 1.
+
+    Returns:
+        The products (..., layers, rank).
+    """
+    x, a = x.contiguous(), a.contiguous()
+    n_layers, rank, n_columns = a.shape
+    n_rows = x.numel() // n_columns
+    n_segments = triton.cdiv(n_columns, COLUMN_SEGMENT)
+    n_blocks = triton.cdiv(n_columns, n_segments * COLUMNS)
+    sums = torch.empty(n_segments, n_rows, n_layers, rank, device=x.device)
+    if n_rows:
+        with torch.cuda.device(x.device):
+            _forward[n_layers, triton.cdiv(n_rows, ROWS), n_segments](
+                x, a, seeds, sums, n_rows, n_columns, n_layers, rank,
+                1 / (1 - p), threshold_of(p), n_blocks,
+                ROWS=ROWS, COLUMNS=COLUMNS, RANK=block_rank(rank), STAGES=STAGES, num_warps=WARPS,
+            )  # fmt: skip
+    return sums.sum(0).to(x.dtype).view(*x.shape[:-1], n_layers, rank)
+
+
+@products_with_dropout.register_fake
+def _(x: Tensor, a: Tensor, seeds: Tensor, p: float) -> Tensor:
+    return x.new_empty(*x.shape[:-1], *a.shape[:2])
+
+
+@torch.library.custom_op("lora_cli::products_with_dropout_backward", mutates_args=())
+def _gradients(dh: Tensor, x: Tensor, a: Tensor, seeds: Tensor, p: float) -> tuple[Tensor, Tensor]:
+    """Return the gradients of x (..., n) and of all A (layers, rank, n)."""
+    dh, x, a = dh.contiguous(), x.contiguous(), a.contiguous()
+    n_layers, rank, n_columns = a.shape
+    n_rows = x.numel() // n_columns
+    n_segments = triton.cdiv(n_rows, ROW_SEGMENT)
+    n_blocks = triton.cdiv(n_rows, max(n_segments, 1) * ROWS)
+    dx, sums = torch.empty_like(x), torch.empty(n_segments, *a.shape, device=x.device)
+    if n_rows:
+        with torch.cuda.device(x.device):
+            _backward[triton.cdiv(n_columns, COLUMNS), n_segments](
+                x, a, seeds, dh, dx, sums, n_rows, n_columns, rank,
+                1 / (1 - p), threshold_of(p), n_blocks, LAYERS=n_layers,
+                ROWS=ROWS, COLUMNS=COLUMNS, RANK=block_rank(rank), STAGES=STAGES, num_warps=WARPS,
+            )  # fmt: skip
+    return dx, sums.sum(0).to(a.dtype)
+
+
+@_gradients.register_fake
+def _(dh: Tensor, x: Tensor, a: Tensor, seeds: Tensor, p: float) -> tuple[Tensor, Tensor]:
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return dx, torch.empty_like(a, memory_format=torch.contiguous_format)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.p = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward_of(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
+    dx, da = _gradients(dh, *ctx.saved_tensors, ctx.p)
+    return dx, da, None, None
+
+
+products_with_dropout.register_autograd(_backward_of, setup_context=_save)
