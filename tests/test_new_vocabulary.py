@@ -265,8 +265,8 @@ def test_a_new_output_layer_is_known_without_a_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("task", "message"),
     [
-        ({"letters": "ab c"}, "' ' is no letter"),
-        ({"letters": "a|"}, "'|' is no letter"),
+        ({"letters": "ab c"}, "' ' is not a letter"),
+        ({"letters": "a|"}, "'|' is not a letter"),
         ({"letters": ""}, "letters"),
     ],
 )

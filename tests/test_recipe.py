@@ -214,7 +214,7 @@ def test_all_problems_come_together_each_with_its_line(problems: Any) -> None:
         ("rank (r.yaml:15)", "unknown key `rank`"),
         (
             "evaluate.early_stopping (r.yaml:14)",
-            "`evaluate.early_stopping` looks at `data.validation`, and there is none",
+            "`evaluate.early_stopping` needs `data.validation`, and there is none",
         ),
     }
     hints = {p.at.split(" ")[0]: p.hint for p in found}
@@ -224,7 +224,7 @@ def test_all_problems_come_together_each_with_its_line(problems: Any) -> None:
     assert hints["train.learning_rate"] == "did you mean `train.optimizer.learning_rate`?"
     assert hints["rank"] == "did you mean `adapter.rank`?"
     assert hints["adapter.rank"].startswith("Rank of the update")
-    assert hints["task.max_length"].startswith("Longest input in tokens")
+    assert hints["task.max_length"].startswith("Maximum length of an input")
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_all_problems_come_together_each_with_its_line(problems: Any) -> None:
         ("adapter: {alpha: .nan}", "adapter.alpha", "finite", "scaled"),
         ("adapter: {alpha: 1e999}", "adapter.alpha", "finite", "scaled"),
         ("adapter: {type: lroa}", "adapter.type", "`lora` or `dora`", "did you mean `lora`"),
-        ("train: {trackers: [wandb]}", "train.trackers.0", "`trackio`", "Where else"),
+        ("train: {trackers: [wandb]}", "train.trackers.0", "`trackio`", "Other places"),
         ("evaluate: {metrics: f1}", "evaluate.metrics", "should be a list", "accuracy"),
         ("train: {optimizer: {betas: [0.9]}}", "train.optimizer.betas", "at least 2", "AdamW"),
         ("train: {optimizer: {groups: {layers: {x: {}}}}}",
@@ -272,7 +272,7 @@ def test_a_split_names_all_its_forms(split: str, problems: Any) -> None:
 
 def test_train_cannot_be_drawn_from_another_split(problems: Any) -> None:
     (problem,) = problems(LINES.replace("csv}", "csv, train: {fraction: 0.5}}"))
-    assert (problem.at, problem.hint[:14]) == ("data.train (r.yaml:3)", "The rows to tr")
+    assert (problem.at, problem.hint[:14]) == ("data.train (r.yaml:3)", "The rows for t")
 
 
 def test_the_type_of_a_task_is_asked_for(problems: Any) -> None:
@@ -345,7 +345,7 @@ def test_keys_that_do_not_go_together(
 
 def test_a_16_bit_base_does_not_pass_for_fp32(problems: Any) -> None:
     (problem,) = problems(LINES.replace("name: ", "dtype: bfloat16, name: "))
-    assert problem.what.startswith("a base that is kept in bfloat16 cannot compute in")
+    assert problem.what.startswith("a base that is stored in bfloat16 cannot compute in")
     assert "train.precision=bf16" in problem.hint
 
 

@@ -394,7 +394,7 @@ def test_rows_that_an_annotator_put_aside_are_left_out(base: Path, tmp_path: Pat
         ({"text_column": "text"}, "`text_column` and `spans_column` go together"),
         ({"text_column": "a", "spans_column": "b", "tags_column": "c"}, "for rows of words"),
         ({"text_column": "a", "spans_column": "b", "scheme": "io"}, "for rows of words"),
-        ({"labels": ["O", "PER", "LOC"]}, "`labels` are not O and"),
+        ({"labels": ["O", "PER", "LOC"]}, "`labels` must be O and"),
         ({"labels": ["O", "B-PER", "I-PER", "O"]}, "appears 2 times"),
     ],
 )

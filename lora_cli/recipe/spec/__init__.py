@@ -1,6 +1,6 @@
-"""The sections of a recipe, a module each; a field is documented once, beneath it.
+"""The sections of a recipe, one module for each; the docstring of a field is below it.
 
-The JSON schema, the reference in the docs and the hints in error messages are made from these
+The JSON schema, the reference in the docs and the hints in error messages come from these
 docstrings. Units: a *step* is an optimizer step, a *micro-batch* is one forward pass.
 """
 

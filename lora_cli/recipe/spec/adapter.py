@@ -1,4 +1,4 @@
-"""`adapter`: what is trained."""
+"""`adapter`: which parameters are trained."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from lora_cli.recipe.spec.section import (
     Word,
 )
 
-Rank = Annotated[int, Field(gt=0, le=65_536)]  # no layer is so wide that more would add to it
-Alpha = Annotated[float, Field(gt=0, le=1e30)]  # float32 ends at 3e38
+Rank = Annotated[int, Field(gt=0, le=65_536)]  # wider than any layer, so more would be no use
+Alpha = Annotated[float, Field(gt=0, le=1e30)]  # the largest float32 is 3e38
 
 
 AdapterType = Literal["lora", "dora", "loha", "lokr", "full", "none", "bitfit"]
 PissaSteps = Annotated[str, Field(pattern=r"^pissa_niter_[1-9]\d?$")]
 Init = Literal["default", "pissa", "olora", "eva", "loftq", "orthogonal"] | PissaSteps
 LOW_RANK_TYPES: tuple[AdapterType, ...] = ("lora", "dora", "loha", "lokr")
-WHOLE_TYPES: tuple[AdapterType, ...] = ("loha", "lokr")
-"""Their update is computed as a whole weight; they have neither rsLoRA's scale nor biases."""
+LYCORIS_TYPES: tuple[AdapterType, ...] = ("loha", "lokr")
+"""Types whose update is computed as a full weight; they support neither rsLoRA nor biases."""
 ADAPTER_TITLES: dict[str, str] = {
     "lora": "LoRA adapter",
     "dora": "DoRA adapter",
@@ -34,23 +34,23 @@ ADAPTER_TITLES: dict[str, str] = {
     "none": "Newly trained head",
     "bitfit": "Fine-tuned biases",
 }
-"""What was trained, in the words of reports."""
+"""What was trained, as reports name it."""
 
 
 class AdapterSpec(Section):
-    """What is trained. Keys of low-rank adapters are ignored by the other types."""
+    """Which parameters are trained. Keys of low-rank adapters are ignored by the other types."""
 
     type: AdapterType = "lora"
-    """`lora`: low-rank adapters. `dora`: the same, and a trained length for the weights of each
+    """`lora`: low-rank adapters. `dora`: the same, plus a trained magnitude for the weights of each
     output; a step takes longer. `loha`: the entrywise product of two low-rank updates; `lokr`: the
-    Kronecker product of two small matrices: updates of a higher rank on linear layers and
-    convolutions, known from picture models; a step takes longer. `full`: every weight. `none`: the
-    task's head alone. `bitfit`: the biases. The last three are the baselines of the others, in the
-    same loop."""
+    Kronecker product of two small matrices. Both give updates of a higher rank on linear layers and
+    convolutions, are common for image models, and take longer per step. `full`: every weight.
+    `none`: only the task's head. `bitfit`: only the biases. The last three are baselines for the
+    others, trained by the same loop."""
 
     from_: Word | None = Field(default=None, alias="from")
-    """A trained adapter to start from: a folder (relative to the recipe), or a Hub id. Its rank,
-    alpha, targets, biases and head are trained further; the optimizer starts from scratch."""
+    """A trained adapter to start from: a folder (relative to the recipe) or a Hub id. Training
+    continues with its rank, alpha, targets, biases and head; the optimizer starts from scratch."""
 
     rank: Rank = 8
     """Rank of the update: the inner dimension of B A."""
@@ -59,75 +59,81 @@ class AdapterSpec(Section):
     """The update is scaled by alpha / rank."""
 
     dropout: Probability = 0.0
-    """Dropout on the input of the low-rank path."""
+    """Dropout probability on the input of the low-rank path."""
 
     use_rslora: bool = False
-    """Scale by alpha / sqrt(rank) instead (rsLoRA), so that large ranks keep learning."""
+    """Scale by alpha / sqrt(rank) instead (rsLoRA), so that adapters of a large rank still learn
+    well."""
 
     init: Init = "default"
-    """How the matrices of linear layers start. `default`: A at random, B at zero. `pissa`: at the
-    largest singular values of the weight (`pissa_niter_4`: found approximately, in 4 iterations,
-    which is much faster). `olora`: at a part of its QR decomposition. `eva`: A at the main
-    directions of the layer's inputs on the train rows, and ranks are moved to where they explain
-    most. `loftq`: at what quantising the base has taken from the weight. `orthogonal`: both at
-    random, so that B A is zero."""
+    """How the matrices of linear layers are initialised. `default`: A at random, B with zeros.
+    `pissa`: from the largest singular values of the weight (`pissa_niter_4`: approximated in 4
+    iterations, which is much faster). `olora`: from a part of its QR decomposition. `eva`: A from
+    the principal directions of the layer's inputs on the train rows, and ranks are moved to the
+    modules where they explain most. `loftq`: from the error that quantising the base makes.
+    `orthogonal`: both at random, but so that B A is zero."""
 
     eva_rho: Annotated[float, Field(ge=1, le=1000)] = 2.0
-    """With `init: eva`: a module's rank grows at most to `eva_rho` times what it was; 1 leaves
-    equal ranks as they are."""
+    """With `init: eva`: the rank of a module grows to at most `eva_rho` times its original value; 1
+    leaves equal ranks unchanged."""
 
     target_modules: Word | list[Word] | None = None
-    """Which modules get an adapter: a list of name suffixes, a regular expression that matches
-    whole names, or `all-linear`. Default: `all-linear` for language models, the attention's query
-    and value for encoders."""
+    """Which modules get an adapter: a list of name suffixes, a regular expression that matches the
+    whole name, or `all-linear`. Default: `all-linear` for language models, the query and value
+    layers of attention for encoders."""
 
     target_parameters: list[Word] = Field(default_factory=list)
-    """Parameters that get an adapter besides, by the ends of their names: the experts of a mixture,
-    which are one tensor of three dimensions (`mlp.experts.gate_up_proj`), each expert with an
-    update of its own. Not with `dropout` or DoRA. `target_modules: []` adapts nothing else."""
+    """Parameters that also get an adapter, by the ends of their names. Meant for the experts of a
+    mixture-of-experts model, which are one tensor of three dimensions (`mlp.experts.gate_up_proj`);
+    each expert gets its own update. Not with `dropout` or DoRA. With `target_modules: []`, nothing
+    else is adapted."""
 
     exclude_modules: Word | list[Word] | None = None
-    """Modules that get none, written in the same way."""
+    """Modules that get no adapter, written in the same way."""
 
     layers: LayerRange | list[LayerNumber] | None = None
-    """Only these layers: `0-11`, `3`, or a list of numbers."""
+    """Adapt only these layers: `0-11`, `3`, or a list of numbers."""
 
     freeze: Word | list[Word | LayerNumber] | None = None
-    """With `full` and `bitfit`: what stays as it is. `embeddings`, a range of layers (`0-5`), or a
-    list of these, of layers' numbers and of names of modules (`[embeddings, 0-5, pooler]`). What
-    the task adds is always trained. If nothing below a layer is trained, it runs without dropout,
-    and what enters the first trained layer is computed once: see `data.cache_limit`."""
+    """With `full` and `bitfit`: what is not trained. `embeddings`, a range of layers (`0-5`), or a
+    list of these, layer numbers and module names (`[embeddings, 0-5, pooler]`). Modules that the
+    task adds are always trained. Layers with nothing trained in or below them run without dropout,
+    and the input of the first trained layer is computed only once: see `data.cache_limit`."""
 
     rank_pattern: dict[str, Rank] = Field(default_factory=dict)
-    """Other ranks for some modules: name suffix or regular expression, and rank."""
+    """Different ranks for some modules: a mapping from name suffixes or regular expressions to
+    ranks."""
 
     alpha_pattern: dict[str, Alpha] = Field(default_factory=dict)
-    """Other alphas for some modules: name suffix or regular expression, and alpha."""
+    """Different alphas for some modules: a mapping from name suffixes or regular expressions to
+    alphas."""
 
     bias: Literal["none", "lora_only", "all"] = "none"
-    """Which biases are trained besides: none, those of adapted modules, or all."""
+    """Which biases are trained as well: none, those of the adapted modules, or all."""
 
     train_modules: list[Word] = Field(default_factory=list)
-    """Modules trained in full and saved with the adapter, besides the task's new head."""
+    """Modules that are trained in full and saved with the adapter, in addition to the task's new
+    head."""
 
     train_tokens: list[Word | Annotated[int, Field(ge=0)]] = Field(default_factory=list)
-    """Tokens (or their ids) of which the rows of the embedding are trained too, besides those of
+    """Tokens (or their ids) whose rows of the embedding are also trained, in addition to those of
     `model.add_tokens`. All other rows stay as they are."""
 
     ensure_weight_tying: bool = True
-    """Modules of `train_modules` that share a weight, as an embedding and the output layer do, stay
-    one. `false` trains a copy of each that is named, and leaves the others as they are."""
+    """Whether modules of `train_modules` that share a weight, such as an embedding and the output
+    layer, continue to share it. `false` trains a separate copy for each module that is named, and
+    leaves the others as they are."""
 
     def conflicts(self) -> Conflicts:
-        """Yield a start from an adapter for what has none, and an `init` that cannot be."""
+        """Yield keys that do not fit the adapter's type, or that exclude each other."""
         if self.from_ is not None and self.type == "full":
             what = "`from` starts from an adapter, and `type: full` has none"
             yield "from", what, "name the model to start from as `model.name`"
         for key, off in (("use_rslora", False), ("bias", "none")):
-            if self.type in WHOLE_TYPES and getattr(self, key) != off:
+            if self.type in LYCORIS_TYPES and getattr(self, key) != off:
                 what = f"PEFT's format has no `{key}` for adapters of type `{self.type}`"
                 yield key, what, "leave it out, or use `type: lora`"
-        if self.target_parameters and self.type in ("dora", *WHOLE_TYPES):
+        if self.target_parameters and self.type in ("dora", *LYCORIS_TYPES):
             what = f"`type: {self.type}` has no update of a parameter such as a tensor of experts"
             yield "target_parameters", what, "use `type: lora`, or leave `target_parameters` out"
         if self.train_tokens and self.type not in ("lora", "dora"):
@@ -136,54 +142,54 @@ class AdapterSpec(Section):
                 what = "`type: full` trains every row of the embedding"
             yield "train_tokens", what, "leave `train_tokens` out, or use `type: lora`"
         if self.target_parameters and self.type == "lora" and self.dropout:
-            what = "`dropout` has no place in the update of a parameter, which never sees an input"
+            what = "`dropout` acts on the input of a layer, and the update of a parameter has none"
             yield "dropout", what, "set `dropout` to 0, or leave `target_parameters` out"
         if self.target_parameters and self.init != "default":
-            what = f"`init: {self.init}` has no way to start the update of a parameter"
-            yield "init", what, "leave `init` out, or `target_parameters`"
+            what = f"`init: {self.init}` cannot initialise the update of a parameter"
+            yield "init", what, "leave out `init` or `target_parameters`"
         if self.eva_rho != type(self).model_fields["eva_rho"].default and self.init != "eva":
-            what = f"`eva_rho` moves the ranks of `init: eva`, and the init is `{self.init}`"
+            what = f"`eva_rho` limits the ranks of `init: eva`, and the init is `{self.init}`"
             yield "eva_rho", what, "leave it out, or set `init: eva`"
         yield from self._freeze_conflicts()
         if self.init == "default":
             return
         if self.type != "lora":
-            what = f"`init: {self.init}` is a start of LoRA, and the type is `{self.type}`"
+            what = f"`init: {self.init}` initialises LoRA, and the type is `{self.type}`"
             yield "init", what, "leave `init` out, or set `type: lora`"
         if self.from_ is not None:
-            what = f"`init: {self.init}` starts anew, and `from` starts from a trained adapter"
+            what = f"`init: {self.init}` initialises a new adapter, and `from` is a trained one"
             yield "init", what, "leave one of the two out"
         if self.dropout and self.starts_at_weights:
-            what = f"with `init: {self.init}`, `dropout` would drop parts of the base's own weights"
+            what = f"with `init: {self.init}`, `dropout` would drop a part of the base's weights"
             yield "init", what, "leave `dropout` out"
 
     def _freeze_conflicts(self) -> Conflicts:
         if self.freeze in (None, []):
             return
         if self.from_ is not None:
-            what = "`from` trains what the adapter holds, and nothing else"
+            what = "`from` trains what the adapter contains, and nothing else"
             yield "freeze", what, "leave one of the two out"
             return
         if self.type in ("full", "bitfit"):
             return
         if self.type == "none":
-            what = "`type: none` trains the task's head alone, so all else is frozen already"
+            what = "`type: none` trains only the task's head, so all else is already frozen"
             yield "freeze", what, "leave `freeze` out, or use `type: full`"
             return
-        what = f"with `type: {self.type}` the whole base is frozen already"
-        hint = "leave `freeze` out; `layers` says which layers get adapters: `layers: 6-11`"
+        what = f"with `type: {self.type}` the whole base is already frozen"
+        hint = "leave `freeze` out; `layers` selects the layers that get adapters: `layers: 6-11`"
         yield "freeze", what, hint
 
     @property
     def frozen_entries(self) -> list[str | int]:
-        """The entries of `freeze`."""
+        """The entries of `freeze`, as a list."""
         if self.freeze is None:
             return []
         return [self.freeze] if isinstance(self.freeze, str) else list(self.freeze)
 
     @property
     def starts_at_weights(self) -> bool:
-        """Whether A and B start at a part of the weight, which is taken out of the base."""
+        """Whether A and B start from a part of the weight, which is subtracted from the base."""
         return self.init.startswith("pissa") or self.init == "olora"
 
     @property

@@ -1,4 +1,4 @@
-"""`task.augmentation`: how pictures are changed at random in training."""
+"""`task.augmentation`: how images are changed at random in training."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from lora_cli.recipe.spec.section import Conflicts, Section
 
 
 class AugmentationSpec(Section):
-    """How a picture is changed in training, another way in every step."""
+    """How an image is changed in training: at random, and differently in every step."""
 
     crop: bool = False
-    """Train on a random part of each picture, stretched to the size that the model reads."""
+    """Train on a random part of each image, resized to the input size of the model."""
 
     smallest_crop: Annotated[float, Field(gt=0, le=1)] = 0.25
-    """The smallest part that `crop` takes, as a share of the picture's area."""
+    """The smallest part that `crop` takes, as a share of the image's area."""
 
     flip: bool = False
-    """Mirror half of the pictures, left to right. Not for letters, digits and whatever else has a
-    left and a right."""
+    """Mirror half of the images, left to right. Not for letters, digits and other things for which
+    left and right matter."""
 
     def conflicts(self) -> Conflicts:
-        """Yield a size of crops without crops."""
+        """Yield `smallest_crop` without `crop`."""
         default = type(self).model_fields["smallest_crop"].default
         if self.smallest_crop != default and not self.crop:
             what = "`smallest_crop` has no meaning without `crop`"
@@ -31,11 +31,11 @@ class AugmentationSpec(Section):
 
 
 class BoxAugmentationSpec(AugmentationSpec):
-    """How a picture and its boxes are changed in training, another way in every step."""
+    """How an image and its boxes are changed in training: at random, differently in every step."""
 
     crop: bool = False
-    """Train on a random part of each picture. Boxes are cut at its edge; those whose centre lies
-    outside are left out. A part holds at least one object, if the picture has any."""
+    """Train on a random part of each image. Boxes are clipped at its edge; those whose centre lies
+    outside are left out. The part contains at least one object, if the image has any."""
 
     smallest_crop: Annotated[float, Field(gt=0, le=1)] = 0.3
-    """The smallest part that `crop` takes, as a share of the picture's area."""
+    """The smallest part that `crop` takes, as a share of the image's area."""

@@ -33,7 +33,7 @@ class CausalLMSpec(TaskSection):
     peft_task_type = "CAUSAL_LM"
     pipeline_tag = "text-generation"
     suitable_models = (
-        "take a decoder such as GPT-2, Llama or Qwen; encoders, and models that translate one text "
+        "use a decoder such as GPT-2, Llama or Qwen; encoders, and models that translate one text "
         "into another, can be used for `sequence_classification`"
     )
     can_pack = True
@@ -43,63 +43,67 @@ class CausalLMSpec(TaskSection):
     can_distill = True
 
     type: Literal["causal_lm"]
-    """Which task."""
+    """The type of task."""
 
     text_column: Word | None = None
-    """Column of plain text. Every token is trained; texts longer than `max_length` are divided
-    into several examples. `text` if no column is named."""
+    """Column of plain text. Every token is trained; texts longer than `max_length` are split into
+    several examples. Default: `text`, if no other column is named."""
 
     prompt_column: Word | None = None
-    """Column of the prompt, which is read but not trained."""
+    """Column of the prompt. The model reads it, but is not trained to write it."""
 
     completion_column: Word | None = None
-    """Column of the completion, which is trained."""
+    """Column of the completion, which the model is trained to write."""
 
     separator: str = ""
-    """Text between the prompt and the completion, counted to the prompt."""
+    """Text between the prompt and the completion; it counts as a part of the prompt."""
 
     messages_column: Word | None = None
-    """Column of a conversation, written with the model's chat template."""
+    """Column of a conversation, which is formatted with the model's chat template."""
 
     format: Literal["openai", "sharegpt", "pairs", "alpaca", "self_instruct"] = "openai"
-    """How a conversation is stored: `openai` (role, content), `sharegpt` (from, value), `pairs`
-    (each a question and its answer: human and assistant, or input and output), `alpaca` (the
-    columns instruction, input, output), or `self_instruct` (the columns instruction and instances,
-    a list of input and output). The last two do not use `messages_column`."""
+    """How a conversation is stored: `openai` (role, content), `sharegpt` (from, value), `pairs` (a
+    list of questions with their answers, under the keys human and assistant, or input and output),
+    `alpaca` (the columns instruction, input, output), or `self_instruct` (the columns instruction
+    and instances, a list of inputs with their outputs). The last two do not use
+    `messages_column`."""
 
     chat_template: Word | None = None
-    """File of a Jinja chat template, where the model has none or another is wanted."""
+    """File with a Jinja chat template, if the model has none or should use another."""
 
     train_on: Literal["assistant", "all", "last"] = "assistant"
-    """Which turns of a conversation are trained: the assistant's, all, or the assistant's last."""
+    """Which turns of a conversation are trained: all turns of the assistant, the turns of every
+    speaker, or only the assistant's last turn."""
 
     pad_token: Word | None = None
-    """The padding token, where the tokenizer has none of its own."""
+    """The padding token, if the tokenizer does not have one."""
 
     max_length: Positive = 1024
-    """Longest example in tokens. Never more than the model can take."""
+    """Maximum length of an example in tokens. It never exceeds what the model supports."""
 
     truncate: Truncation = "right"
-    """What happens to a longer row of a prompt or a conversation: it loses its end (`right`; where
-    the prompt alone is as long, nothing is left to train), or its beginning (`left`; a token that
-    begins every text stays), it is left out (`drop`), or it is an error (`error`). Plain texts are
-    divided, not cut. With `left`, a prompt that leaves no room for an answer loses its beginning
-    too, also where plain texts are trained."""
+    """What happens to a prompt with its completion, or a conversation, that is longer: its end is
+    cut off (`right`; if the prompt alone is that long, nothing is left to train), its beginning is
+    cut off (`left`; a token that begins every text stays), the row is left out (`drop`), or it is
+    an error (`error`). Plain texts are split, not truncated. With `left`, a prompt that leaves no
+    room for an answer also loses its beginning, even if the model was trained on plain texts."""
 
     answer_pattern: Word | None = None
-    """A regular expression that finds the final answer in what the model writes and in what the row
-    wants, such as `"#### (-?[0-9.,]+)"`: the last match counts, of it the first group, if it has
-    one. `exact_match` then compares these answers, numbers by their value without commas (`1,234.0`
-    is 1234); `no_answer` is the share of texts without one, measured with it. A row that wants a
-    text in which nothing is found is compared as a whole."""
+    """A regular expression that finds the final answer in the text that the model writes and in the
+    expected text, such as `"#### (-?[0-9.,]+)"`. The last match counts; if the expression has
+    groups, its first group. `exact_match` then compares these answers, and numbers by their value
+    without commas (`1,234.0` is 1234). The metric `no_answer`, which is added, is the share of
+    texts in which nothing is found. If nothing is found in the expected text of a row, whole texts
+    are compared."""
 
     split_special_tokens: bool | None = None
-    """Read a control token that is spelled out in a text, such as `</s>`, as its letters and not as
-    the token. Default: not in plain texts, prompts and completions, as transformers does it; always
-    in conversations, where only the chat template writes control tokens."""
+    """Whether a control token that is spelled out in a text, such as `</s>`, is read as ordinary
+    characters instead of the token. Default: no in plain texts, prompts and completions, as in
+    transformers; always yes in conversations, where only the chat template writes control
+    tokens."""
 
     def conflicts(self) -> Conflicts:
-        """Yield what keeps a row from being read in exactly one way."""
+        """Yield what prevents a row from being read in exactly one way."""
         pair = self.prompt_column is not None or self.completion_column is not None
         if (self.prompt_column is None) != (self.completion_column is None):
             given = "prompt_column" if self.prompt_column else "completion_column"
@@ -115,7 +119,7 @@ class CausalLMSpec(TaskSection):
             )
         if self.is_chat and self.split_special_tokens is False:
             what = "in a conversation, control tokens in a text are always read as letters"
-            yield "split_special_tokens", what, "leave it out: else a text could forge a turn"
+            yield "split_special_tokens", what, "leave it out: otherwise a text could forge a turn"
         if self.truncate in ("drop", "error") and not (self.is_chat or pair):
             what = f"`truncate: {self.truncate}` has no meaning with a text column"
             yield "truncate", what, "leave it out: plain texts are divided into several examples"
@@ -130,7 +134,7 @@ class CausalLMSpec(TaskSection):
 
     @property
     def instruction_columns(self) -> list[str]:
-        """The columns that the format itself names."""
+        """The columns that the format defines by itself."""
         columns = {
             "alpaca": ["instruction", "input", "output"],
             "self_instruct": ["instruction", "instances"],
@@ -164,7 +168,7 @@ class CausalLMSpec(TaskSection):
         return ["chat_template"] if self.chat_template else []
 
     def usage(self, labels: list[str], settings: Any) -> Usage:
-        """Return how the model continues a text, or answers in a chat."""
+        """Return how to continue a text with the model, or to let it answer in a chat."""
         text, setup = repr(f"Some text{self.separator}"), ""
         code = GENERATING.format(text=text, length=settings.max_new_tokens)
         if self.is_chat:

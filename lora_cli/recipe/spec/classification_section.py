@@ -1,4 +1,4 @@
-"""What the specs of tasks share that answer with a label, several labels, or a number."""
+"""The keys that all classification tasks share: the label, several labels, or a number."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lora_cli.errors import counted
 from lora_cli.recipe.spec.section import Conflicts, Probability, Word
 from lora_cli.recipe.spec.task_section import AnswerKind, TaskSection
 
-ANSWERS = {  # how a model card prints what the model says
+ANSWERS = {  # Python that a model card uses to print an answer
     "single_label": "model.config.id2label[scores.argmax().item()]",
     "multi_label": "[model.config.id2label[i] for i, score in enumerate(scores) if score > 0]",
     "regression": "scores.item()",
@@ -19,47 +19,48 @@ ANSWERS = {  # how a model card prints what the model says
 
 
 def head_of(labels: list[str]) -> str:
-    """Return the arguments by which a model card gives the model its head."""
+    """Return the arguments that create the model's head in the code of a model card."""
     if labels:
         return ", num_labels=len(labels), id2label=dict(enumerate(labels))"
     return ", num_labels=1"
 
 
 class ClassificationSection(TaskSection):
-    """The keys of the label."""
+    """The keys of the labels."""
 
     baselines = frozenset({"base", "majority", "none"})
 
     type: str
-    """Which task."""
+    """The type of task."""
 
     label_column: Word = "label"
-    """Column of the label: a word, an integer, a number (regression), or several labels."""
+    """Column of the label: a word, an integer, a number (for regression), or several labels."""
 
     label_columns: Annotated[list[Word], Field(min_length=2)] | None = None
-    """Columns of 0 and 1 (or false and true), one for each label, instead of `label_column`. Their
-    names are the labels, unless `labels` gives others. With `single_label`, each row has one 1."""
+    """Columns of 0 and 1 (or false and true), one for each label, instead of `label_column`. The
+    names of the columns are the labels, unless `labels` gives others. With `single_label`, each row
+    has exactly one 1."""
 
     labels: Annotated[list[str | int], Field(min_length=1)] | None = None
-    """Names of the labels, in order. Integers in the data are read as positions in this list.
-    Default: the values found in the train split, sorted."""
+    """Names of the labels, in order. Integers in the data are read as positions in this list,
+    counted from 0. Default: the values found in the train split, sorted."""
 
     skip_labels: list[str | int] = Field(default_factory=list)
-    """Labels that mark a row without an answer, such as `-` in SNLI: rows with one of them are left
+    """Labels that mark a row without an answer, such as `-` in SNLI. Rows with one of them are left
     out of every split, and counted."""
 
     problem: Literal["single_label", "multi_label", "regression"] = "single_label"
-    """One label a row, any number of labels a row, or one number a row."""
+    """One label per row, any number of labels per row, or one number per row."""
 
     label_separator: Word | None = None
-    """The separator between the labels of a row, where a multi-label column is text."""
+    """The separator between the labels of a row, if a column with several labels is text."""
 
     class_weights: Literal["balanced"] | dict[str, float] | None = None
-    """Weight of each label in the loss: by name, or `balanced` (rows / (labels x rows of the
-    label), from the train split)."""
+    """Weight of each label in the loss: by name, or `balanced` (number of rows / (number of labels
+    x number of rows with the label), counted in the train split)."""
 
     label_smoothing: Probability = 0.0
-    """Share of the target probability that is spread over all labels."""
+    """Share of the target probability that is spread evenly over all labels."""
 
     def conflicts(self) -> Conflicts:
         """Yield the keys that do not go with `problem`, and labels that appear twice."""
@@ -107,7 +108,7 @@ class ClassificationSection(TaskSection):
 
     @property
     def target_columns(self) -> list[str]:
-        """The columns that hold the label, or a label each."""
+        """The column of the label, or the columns of the labels."""
         return self.label_columns or [self.label_column]
 
     @property

@@ -23,25 +23,26 @@ from lora_cli.recipe.spec.section import (
 
 
 class HeldOutSpec(Section):
-    """Rows drawn from another split, and taken away from it."""
+    """Rows that are drawn from another split, and removed from it."""
 
     from_: Word = Field("train", alias="from")
-    """The split that the rows are drawn from."""
+    """The split from which the rows are drawn."""
 
     fraction: Share
-    """Share of the rows. (Where `test` is drawn from the same split, of those that it leaves.)"""
+    """Share of the rows. (If `validation` and `test` are drawn from the same split, `test` is a
+    share of what `validation` leaves.)"""
 
     disjoint: Literal["exact", "substring"] | None = "exact"
-    """`exact`: a text is never on both sides, however it is typed (see `max_overlap`). `substring`:
-    nor does a text of one side stand inside a text of the other, word for word, or letter for
-    letter in scripts without spaces (Chinese, Japanese, Thai, …); a text that stands inside texts
-    of both sides is dropped."""
+    """`exact`: no text is on both sides, however it is typed (see `max_overlap`). `substring`:
+    also, no text of one side is contained in a text of the other, word for word, or character for
+    character in scripts without spaces (Chinese, Japanese, Thai, …); a text that is contained in
+    texts of both sides is dropped."""
 
     stratify: bool = False
     """Keep the proportions of the labels."""
 
     group_by: Word | None = None
-    """Rows with the same value in this column stay on one side (a customer, a document)."""
+    """Keep rows with the same value in this column (a customer, a document) on one side."""
 
     def conflicts(self) -> Conflicts:
         """Yield the two ways of keeping rows together that exclude each other."""
@@ -68,56 +69,57 @@ SplitSpec = Annotated[
 
 
 class FormatSpec(Section):
-    """How a data file is read, where its name does not say."""
+    """How a data file is read, where its name does not say it."""
 
     type: Literal["csv", "json", "parquet", "text", "conll"] | None = None
-    """Kind of file. Default: by its suffix; `json` covers JSON lines; `conll` has a word a line
-    with its tags, and a blank line between sentences."""
+    """Format of the file. Default: by its suffix. `json` includes JSON lines; `conll` has one word
+    per line with its tags, and a blank line between sentences."""
 
     encoding: Annotated[Word, AfterValidator(python_name)] = "utf-8"
-    """Encoding of the text (utf-8, latin-1, cp1252, cp932, utf-16); a byte order mark is
-    dropped."""
+    """Encoding of the text (utf-8, latin-1, cp1252, cp932, utf-16). A byte order mark is
+    removed."""
 
     delimiter: Annotated[str, Field(pattern=r'^[^"\r\n]$')] | None = None
-    """The one character between the columns of a csv file; a tab is written `"\\t"`, with the
-    quotation marks. Default: a tab in `.tsv`, a comma elsewhere."""
+    """The character between the columns of a csv file; write a tab as `"\\t"`, with the quotation
+    marks. Default: a tab in `.tsv` files, a comma in others."""
 
     quoting: Literal["auto", "csv", "backslash", "none"] = "auto"
-    """How quotation marks in a csv file are meant. `csv`: they enclose fields that may hold
-    delimiters and line ends, and `""` is a mark inside; `backslash`: the same, with `\\"` for a
-    mark inside; `none`: they are letters of the text, and every line is a row (GLUE's tsv files).
-    `auto` reads the whole file in each way, takes the one that gives every row the fields of the
-    header, and prints which it took where they differ."""
+    """What quotation marks in a csv file mean. `csv`: they enclose fields that may contain
+    delimiters and line breaks, and `""` is a quotation mark inside; `backslash`: the same, with
+    `\\"` for a mark inside; `none`: they are ordinary characters, and every line is a row (GLUE's
+    tsv files). `auto` reads the whole file in each way and uses the one that gives every row as
+    many fields as the header; it prints its choice if the ways differ."""
 
     header: bool = True
-    """The first line of a csv file names the columns."""
+    """Whether the first line of a csv file contains the names of the columns."""
 
     columns: Words | None = None
-    """Names of the columns, instead of those in the header; the name of a text file's column; the
-    names of a CoNLL file's columns, of which the first is else `tokens` and the last `tags`."""
+    """Names of the columns, instead of those in the header. For a text file, the name of its only
+    column; for a CoNLL file, the names of its columns (by default, the first is `tokens` and the
+    last `tags`)."""
 
     skip_lines: Annotated[int, Field(ge=0)] = 0
-    """Lines of a csv file before its header, or before its rows, that are neither: a title, a
-    remark."""
+    """Lines to skip at the beginning of a csv file, before the header or the first row, such as a
+    title or a remark."""
 
     decimal: Literal[".", ","] = "."
-    """The decimal mark of a number that is text: `0,5` is a half with `","`."""
+    """The decimal mark of numbers that are stored as text: with `","`, `0,5` is a half."""
 
     thousands: Literal[".", ","] | None = None
-    """The thousands separator of a number that is text: `2,301` is 2301 with `","`.
-    (Spaces and apostrophes between them need no key.)"""
+    """The thousands separator of numbers that are stored as text: with `","`, `2,301` is 2301.
+    (Spaces and apostrophes as separators need no key.)"""
 
     sample_by: Literal["line", "paragraph", "document"] = "line"
-    """What is one row of a text file."""
+    """What forms a row of a text file."""
 
     label_from: Literal["folder", "first_word", "fasttext"] | None = None
-    """Where a text file holds its label, which becomes the column `label`: in the name of the
-    `folder` that it is in (then each file is a row, and only folders that hold no folders count);
-    in the `first_word` of each line; or in the words that begin with `__label__` (`fasttext`;
-    several are joined by a space, so `task.label_separator: " "` divides them)."""
+    """Where a text file contains its label, which becomes the column `label`: in the name of its
+    `folder` (each file is then a row; only folders without subfolders count); in the `first_word`
+    of each line; or in the words that begin with `__label__` (`fasttext`; several are joined by a
+    space, so add `task.label_separator: " "`)."""
 
     def conflicts(self) -> Conflicts:
-        """Yield an encoding that does not exist, and columns that are named twice."""
+        """Yield an unknown encoding, columns named twice, and keys that exclude each other."""
         try:
             io.TextIOWrapper(io.BytesIO(), encoding=self.encoding)
         except (LookupError, ValueError):
@@ -130,35 +132,35 @@ class FormatSpec(Section):
             what = f"`label_from: {self.label_from}` already says what a row is"
             yield "sample_by", what, "leave `sample_by` out"
         if self.thousands == self.decimal:
-            what = f"`{self.decimal}` cannot stand both before the fraction and between thousands"
-            yield "thousands", what, "name another for one of the two, or leave it out"
+            what = f"`{self.decimal}` cannot be both the decimal mark and the thousands separator"
+            yield "thousands", what, "use another character for one of them, or leave it out"
         for name, times in Counter(self.columns or ()).items():
             if times > 1:
                 what = f"the column `{name}` appears {times} times in `columns`"
-                yield "columns", what, "give each column a name of its own"
+                yield "columns", what, "give each column a different name"
 
 
 class CheckSpec(Section):
-    """What is looked for in the rows before a model is loaded."""
+    """What is checked in the rows before a model is loaded."""
 
     max_overlap: Annotated[float, Field(ge=0, le=1)] = 0.01
-    """Largest share of the validation or test rows whose text also occurs in train; more is an
-    error, for their metrics would measure memory. Case, spaces, width, Unicode's normal form,
-    characters that cannot be seen and the punctuation at the end do not count. (Honest data sets
-    share short texts by chance: SST-2's test rows and Banking77's 0.3 %. A copied or overlapping
-    split shares far more.)"""
+    """Largest share of the validation or test rows whose text also occurs in train. More is an
+    error, since their metrics would measure memorisation. Texts are compared without regard to
+    case, spaces, character width, Unicode normal form, invisible characters and punctuation at the
+    end. (Good data sets share short texts by chance: 0.3 % of the test rows of SST-2 and Banking77.
+    A copied or overlapping split shares far more.)"""
 
     near_duplicates: bool = True
-    """Look for texts that are nearly equal too (four fifths of their runs of a few characters are
-    the same), within and between the splits, and warn of them; about a second for 100,000 short
-    texts."""
+    """Also look for texts that are nearly equal (they share four fifths of their runs of a few
+    characters), within and between the splits, and warn of them. Takes about a second for 100,000
+    short texts."""
 
 
 class SourceSpec(Section):
-    """Where rows come from, and which are held out."""
+    """Where the rows come from, and which of them are held out."""
 
     name: Word | None = None
-    """A data set on the Hub, or a folder that is laid out like one (relative to the recipe)."""
+    """A data set on the Hub, or a folder with the layout of one (relative to the recipe)."""
 
     config: Word | None = None
     """Configuration of the data set on the Hub (`sst2` of `nyu-mll/glue`)."""
@@ -167,32 +169,32 @@ class SourceSpec(Section):
     """Branch, tag or commit of the data set on the Hub."""
 
     path: Word | None = None
-    """A file, a folder, or a pattern of files (csv, tsv, json lines, parquet, txt; also .gz). Text
-    files that belong together line by line are named at once: `train.{en,de}.txt` has the columns
+    """A file, a folder, or a pattern of file names (csv, tsv, json lines, parquet, txt; also .gz).
+    Name text files that belong together line by line as one: `train.{en,de}.txt` has the columns
     `en` and `de`."""
 
     split_column: Word | None = None
-    """Column of the files in `path` that says which split a row is of. `train`, `validation` and
-    `test` then name its values, such as `dev`."""
+    """Column of the files in `path` that contains the split of each row. `train`, `validation` and
+    `test` are then values of this column, such as `dev`."""
 
     columns: dict[Word, Word] = Field(default_factory=dict)
-    """Other names for columns: `{question: prompt}` reads the column `question` as `prompt`. All
+    """New names for columns: `{question: prompt}` reads the column `question` as `prompt`. All
     other keys use the new names."""
 
     train: Word = "train"
-    """The rows to train on: a split, a slice, or a file."""
+    """The rows for training: a split, a slice, or a file."""
 
     validation: SplitSpec | None = None
-    """The rows to choose the best adapter by."""
+    """The rows by which the best adapter is chosen."""
 
     test: SplitSpec | None = None
-    """The rows that are used once, at the end."""
+    """The rows that are used only once, at the end."""
 
     format: FormatSpec = Field(default_factory=FormatSpec)
     """How the files are read."""
 
     def conflicts(self) -> Conflicts:
-        """Yield what keeps the rows from having exactly one source."""
+        """Yield what prevents the rows from having exactly one source."""
         if self.name and self.path:
             what = "`name` and `path` exclude each other"
             yield "path", what, "keep `name` for a data set on the Hub, `path` for files"
@@ -200,11 +202,11 @@ class SourceSpec(Section):
             yield (
                 "",
                 "the recipe does not say where the rows are",
-                "add `path: FILE` (or a folder), `train: FILE`, or `name:` with a Hub id; several "
-                "sets stand in `mix`",
+                "add `path: FILE` (or a folder), `train: FILE`, or `name:` with a Hub id; or name "
+                "several sets in `mix`",
             )
         if self.config and not self.name:
-            what = "`config` is of a data set on the Hub, and `name` is missing"
+            what = "`config` belongs to a data set on the Hub, and `name` is missing"
             yield "config", what, "leave it out, or add `name:` with the Hub id"
         if self.split_column and not self.path:
             what = "`split_column` divides the rows of files, and `path` is missing"
@@ -212,49 +214,52 @@ class SourceSpec(Section):
         for name, times in Counter(self.columns.values()).items():
             if times > 1:
                 what = f"{times} columns get the name `{name}`"
-                yield "columns", what, "give each a name of its own"
+                yield "columns", what, "give each a different name"
 
 
 class MixedSpec(SourceSpec):
-    """One of the data sets that are mixed: where its rows come from, and its share."""
+    """One of the data sets of a mixture: where its rows come from, and its share."""
 
     weight: Annotated[float, Field(gt=0)] | None = None
-    """Its share of the trained examples: this over the sum of all weights. All sets have one, or
-    none; without, every example is trained once an epoch."""
+    """The set's share of the training examples: this divided by the sum of all weights. Give a
+    weight to every set, or to none. Without weights, every example is trained once per epoch."""
 
 
 SET_NAME = re.compile(r"[\w-]+")
 
 
 class DataSpec(SourceSpec):
-    """Where the rows come from, and which are held out."""
+    """Where the rows come from, and which of them are held out."""
 
     mix: dict[Word, MixedSpec] = Field(default_factory=dict)
-    """Several data sets by name, instead of `name`, `path` and what goes with them:
-    `{math: {path: gsm8k, weight: 2}, talk: {path: talk.jsonl, weight: 1}}`. Each has validation and
-    test rows of its own; metrics are of all rows together, and of each set (`math/loss`). An epoch
-    has as many examples as all sets together: with weights, a set with a larger share than its size
-    is repeated, evenly; of one with a smaller share each epoch takes other examples, until all had
-    their turn. (With `train.packing`, the shares are of the filled rows, so of the tokens.)"""
+    """Several data sets by name, instead of `name`, `path` and the keys that go with them: `{math:
+    {path: gsm8k, weight: 2}, talk: {path: talk.jsonl, weight: 1}}`. Each set has its own validation
+    and test rows; metrics are computed on all rows together, and on each set (`math/loss`). An
+    epoch has as many examples as all sets together. With weights, a set whose share is larger than
+    its size is repeated evenly; a set whose share is smaller contributes other examples in each
+    epoch, until all have been used. (With `train.packing`, shares are counted in packed rows, and
+    therefore in tokens.)"""
 
     split_seed: Seed = 0
-    """Seed of the draw of held-out rows; `train.seed` does not change them."""
+    """Seed of the draw of held-out rows. `train.seed` does not change which rows are drawn."""
 
     streaming: bool = False
-    """Read the train rows as they come, for data larger than the disk. Needs `train.max_steps`."""
+    """Read the train rows while training, for data larger than the disk. Needs
+    `train.max_steps`."""
 
     on_bad_row: Literal["error", "skip"] = "error"
-    """What happens to a row that cannot be read: stop, or skip and count it."""
+    """What happens when a row cannot be read: stop (`error`), or leave it out and count it
+    (`skip`)."""
 
     check: CheckSpec = Field(default_factory=CheckSpec)
-    """What is looked for in the rows before a model is loaded."""
+    """What is checked in the rows before a model is loaded."""
 
     cache_limit: Size = "16GB"
-    """How much of the disk a run may take for what the frozen parts of a model compute of each
-    example, once: an encoder's features, an autoencoder's latents, and the hidden states that enter
-    the first trained layer, where all below it is frozen. A split that takes more is computed again
-    in every step, and that is printed. `0B` keeps nothing. The folder is that of the encoded rows,
-    `HF_DATASETS_CACHE`."""
+    """Disk space that a run may use to cache what the frozen parts of a model compute for each
+    example: the features of an encoder, the latents of an autoencoder, and the input of the first
+    trained layer if all layers below it are frozen. A split that needs more is not cached but
+    computed again in every step, and a message says so. `0B` turns the cache off. It is in the same
+    folder as the encoded rows, `HF_DATASETS_CACHE`."""
 
     @property
     def cache_bytes(self) -> int:
@@ -263,31 +268,31 @@ class DataSpec(SourceSpec):
 
     @property
     def sources(self) -> list[SourceSpec]:
-        """The sets that are mixed, or the section itself."""
+        """The data sets of `mix`, or the section itself."""
         return list(self.mix.values()) or [self]
 
     @property
     def number_forms(self) -> list[tuple[str, str | None]]:
-        """The decimal marks and thousands separators of the sources, each pair once."""
+        """The pairs of decimal mark and thousands separator of the sources, without duplicates."""
         forms = [(source.format.decimal, source.format.thousands) for source in self.sources]
         return list(dict.fromkeys(forms))
 
     def has(self, split: str) -> bool:
-        """Return whether there are rows of a split."""
+        """Return whether any source has rows of a split."""
         return any(getattr(source, split) is not None for source in self.sources)
 
     def of_set(self, name: str) -> DataSpec:
-        """Return the section that a set would have alone."""
+        """Return the `data` section of a recipe that trains on one set alone."""
         chosen = {key: getattr(self.mix[name], key) for key in SourceSpec.model_fields}
         return self.with_values({**chosen, "mix": {}})
 
     def set_of_metric(self, metric: str) -> tuple[str | None, str]:
-        """Return the set and the metric of `math/loss`; None for a metric of all rows."""
+        """Split `math/loss` into the set and the metric; the set is None for a metric of all."""
         name, slash, rest = metric.partition("/")
         return (name, rest) if slash and name in self.mix else (None, metric)
 
     def conflicts(self) -> Conflicts:
-        """Yield what keeps the rows from having exactly one source, and what cannot be streamed."""
+        """Yield what prevents exactly one source of the rows, and what cannot be streamed."""
         if self.mix:
             yield from self._mix_conflicts()
         else:
@@ -304,14 +309,18 @@ class DataSpec(SourceSpec):
     def _mix_conflicts(self) -> Conflicts:
         for key, field in SourceSpec.model_fields.items():
             if getattr(self, key) != field.get_default(call_default_factory=True):
-                what = f"`{key}` is of one data set, and `mix` names several"
+                what = f"`{key}` belongs to one data set, and `mix` names several"
                 yield key, what, f"write it into a set: `mix: {{NAME: {{{key}: …}}}}`"
         if self.streaming:
-            what = "the sets of `mix` are drawn from by position, so they cannot be streamed"
+            what = (
+                "examples are drawn from the sets of `mix` by position, so they cannot be streamed"
+            )
             yield "streaming", what, "leave `streaming` out"
         for name in self.mix:
             if not SET_NAME.fullmatch(name):
-                what = f"`{name}` is no name of a set, which stands before its metrics"
+                what = (
+                    f"`{name}` cannot be the name of a set, which becomes a prefix of its metrics"
+                )
                 yield f"mix.{name}", what, "use letters, digits, `_` and `-`"
         without = [name for name, spec in self.mix.items() if spec.weight is None]
         if without and len(without) < len(self.mix):
@@ -326,13 +335,14 @@ DATA_SUFFIXES = (
 
 
 def is_file(split: SplitSpec | None) -> bool:
-    """Return whether a split is given as a file: it has a folder, a known suffix, or a pattern.
+    """Return whether a split is the name of a file: with a folder, a known suffix, or a pattern.
 
     `train.{en,de}.gz` stands for two files.
     """
     if not isinstance(split, str):
         return False
     name = re.sub(r"\[[^\[\]/]*\]$", "", split).lower()
-    name = re.sub(r"\?[\w.-]+=.*", "", name).removesuffix(".gz")  # of an address; rejected later
+    # the query of a URL, which is rejected later
+    name = re.sub(r"\?[\w.-]+=.*", "", name).removesuffix(".gz")
     is_pair = re.search(r"\{[^{},]+(,[^{},]+)+\}", name) is not None
     return "/" in name or is_pair or name.endswith(DATA_SUFFIXES)

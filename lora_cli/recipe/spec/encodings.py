@@ -1,4 +1,4 @@
-"""Names of encodings that other programs use, and Python does not know."""
+"""Names of encodings that other programs use, but Python does not know."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _NAMES = {other: name for name, others in OTHER_NAMES.items() for other in other
 
 
 def python_name(name: str) -> str:
-    """Return Python's name of an encoding that goes by another; any other name as it is."""
+    """Return Python's name of an encoding that goes by another name; other names unchanged."""
     try:
         codecs.lookup(name)
     except (LookupError, ValueError):  # a NUL is a ValueError

@@ -1,4 +1,4 @@
-"""`evaluate`: how the result is measured, and which is the best."""
+"""`evaluate`: how the result is measured, and how the best adapter is chosen."""
 
 from __future__ import annotations
 
@@ -13,53 +13,55 @@ class BestSpec(Section):
     """How the best adapter is chosen."""
 
     metric: Word = "loss"
-    """A metric of the validation split, or `loss`; with `data.mix` also one of a set:
-    `math/exact_match`."""
+    """A metric of the validation split, or `loss`; with `data.mix` also a metric of one set, such
+    as `math/exact_match`."""
 
     mode: Literal["min", "max"] | None = None
-    """Whether less or more is better. Default: as the metric is known to be."""
+    """Whether a smaller or a larger value is better. Default: what is usual for the metric."""
 
 
 class EarlyStoppingSpec(Section):
-    """Stop when validation has ceased to improve."""
+    """Stop when validation no longer improves."""
 
     patience: Positive
-    """Evaluations without improvement before stopping."""
+    """Number of evaluations without improvement after which training stops."""
 
     min_delta: Annotated[float, Field(ge=0)] = 0.0
-    """Smallest change that counts as an improvement."""
+    """Smallest change of the metric that counts as an improvement."""
 
 
 class GenerationSpec(Section):
-    """How a model that writes texts does so when it is evaluated or asked."""
+    """How a model that generates texts does so in evaluation and prediction."""
 
     max_new_tokens: Positive = 128
-    """Longest answer in tokens, with the codes of language and task that it may begin with."""
+    """Maximum length of an answer in tokens, including the codes of language and task that it may
+    begin with."""
 
     max_rows: Positive | None = None
-    """Rows of a split (of each set, where `data.mix` has several) that are answered when the model
-    is measured, spread evenly over it; the loss is of all rows. Default: all. Writing an answer
-    takes as long as measuring the loss of many rows."""
+    """Rows of a split (of each set, with `data.mix`) for which evaluation generates answers, spread
+    evenly over the split; the loss is computed on all rows. Default: all. Generating one answer
+    takes as long as computing the loss of many rows."""
 
     temperature: Annotated[float, Field(ge=0)] = 0.0
-    """0 takes the most likely token every time."""
+    """Temperature of sampling. 0 always takes the most likely token."""
 
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Sample from the likeliest tokens that make up this probability."""
+    """Sample only from the most likely tokens whose probabilities add up to this value."""
 
     num_beams: Positive = 1
-    """Answers that are followed at the same time, of which the likeliest is given (beam search).
-    1 takes the most likely token every time."""
+    """Number of beams in beam search: candidates that are extended in parallel, of which the most
+    likely is returned. 1 is no beam search."""
 
     length_penalty: float = 1.0
-    """With several beams: the sum of an answer's log-probabilities is divided by its length to this
-    power, so more than 1 favours long answers, and less than 1 short ones."""
+    """With several beams: the sum of a candidate's log-probabilities is divided by its length to
+    this power, so values above 1 favour long answers, and values below 1 short ones."""
 
     no_repeat_ngram_size: Annotated[int, Field(ge=0)] = 0
-    """So many tokens in a row are not written twice in an answer; 0 forbids nothing."""
+    """Sequences of this many tokens are not repeated within an answer; 0 allows every
+    repetition."""
 
     def conflicts(self) -> Conflicts:
-        """Yield settings that exclude each other, or that change nothing."""
+        """Yield keys that exclude each other, or that have no effect."""
         if self.num_beams > 1 and self.temperature > 0:
             what = "beam search takes the likeliest answer, and `temperature` samples one"
             yield "num_beams", what, "leave one of them out"
@@ -69,57 +71,58 @@ class GenerationSpec(Section):
 
 
 class DrawingSpec(Section):
-    """How a model that draws pictures does so."""
+    """How a model that generates images does so."""
 
     steps: Positive = 30
-    """Steps from noise to a picture, with the base's own scheduler."""
+    """Denoising steps from noise to an image, with the base's own scheduler."""
 
     guidance_scale: Annotated[float, Field(ge=0)] = 7.5
-    """How far a picture is moved away from what the model would draw for an empty text
-    (classifier-free guidance); 1 or less moves nothing."""
+    """How strongly an image is moved away from what the model would generate for an empty text
+    (classifier-free guidance); 1 or less turns guidance off."""
 
     negative_prompt: Word | None = None
-    """A text instead of the empty one: what is not to be drawn."""
+    """A text to use instead of the empty one: what the image should not show."""
 
     seed: Seed = 0
-    """Decides the noise that every picture starts from, also that of pictures that are drawn at the
-    same time: the same text, seed and settings give the same picture."""
+    """Seed of the noise that every image starts from, including images that are generated in one
+    batch: the same text, seed and settings give the same image."""
 
 
 class EvaluateSpec(Section):
-    """When validation is measured, by what, and what follows from it."""
+    """When validation is measured, with which metrics, and what follows from it."""
 
     every_steps: Positive | None = None
-    """Steps between two evaluations. Default: once an epoch."""
+    """Steps between two evaluations. Default: one evaluation per epoch."""
 
     metrics: list[Word] | None = None
     """Metrics: accuracy, f1, precision, recall, matthews_correlation, pearson, spearman, mse,
     perplexity, exact_match, no_answer, bleu, chrf, rouge, wer, cer; or any other name or script
-    that `evaluate` can load. What each of them measures is printed below the results: of which
-    label or average f1 is, on which scale and of what words bleu is."""
+    that `evaluate` can load. The definition of each metric is printed below the results, for
+    example which label or average f1 refers to, and the scale and the tokenization of bleu."""
 
     best: BestSpec | None = None
     """How the best adapter is chosen. Default: by the task's main metric."""
 
     early_stopping: EarlyStoppingSpec | None = None
-    """Stop when validation has ceased to improve."""
+    """Stop when validation no longer improves."""
 
     micro_batch_size: Positive | None = None
-    """Examples of one forward pass. Default: twice `train.micro_batch_size`."""
+    """Examples per forward pass. Default: twice `train.micro_batch_size`."""
 
     samples: Annotated[int, Field(ge=0)] = 5
-    """Rows of validation of which the report shows what a model that writes says of them: before
-    training, at each evaluation, and after it. 0 shows none."""
+    """Number of validation rows for which the report shows the generated answers: before training,
+    at each evaluation, and after training. 0 shows none."""
 
     baseline: bool = True
-    """Measure validation and test before training too."""
+    """Also measure validation and test before training."""
 
     baselines: list[Literal["majority", "none", "base"]] = Field(default_factory=list)
-    """What the adapter has to beat: `majority`, the commonest label of train (or the mean of its
-    numbers); `none`, the head alone, trained by this recipe; `base`, the model before training."""
+    """Baselines that the adapter has to beat: `majority`, the most common label of train (or the
+    mean of its numbers); `none`, the head alone, trained with this recipe; `base`, the model before
+    training."""
 
     generation: GenerationSpec = Field(default_factory=GenerationSpec)
-    """How a model that writes texts writes its answers."""
+    """How a model that generates texts writes its answers."""
 
     drawing: DrawingSpec = Field(default_factory=DrawingSpec)
-    """How a model that draws pictures draws them."""
+    """How a model that generates images draws them."""

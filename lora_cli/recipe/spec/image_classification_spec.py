@@ -19,44 +19,44 @@ print({answer})"""
 
 
 class ImageClassificationSpec(ClassificationSection):
-    """Classify a picture."""
+    """Classify images."""
 
     pipeline_tag = "image-classification"
     suitable_models = (
-        "take a model that transformers can make a classifier of pictures of, such as ViT, Swin, "
-        "ConvNeXt, ResNet or EfficientNet"
+        "use a model for which transformers has an image classifier, such as ViT, Swin, ConvNeXt, "
+        "ResNet or EfficientNet"
     )
     default_targets = "layers"
     usual_training = UsualTraining(
         learning_rate=1e-3,
         all_linear=False,
-        targets_note="of its linear layers; where it has none, of its convolutions",
+        targets_note="of its linear layers; without any, of its convolutions",
     )
     example_input = "picture.jpg"
 
     type: Literal["image_classification"]
-    """Which task."""
+    """The type of task."""
 
     image_column: Word = "image"
-    """Column of the picture: a path relative to the file that names it (csv, JSON), or the encoded
-    picture itself (parquet, the Hub). In a folder of pictures (`data.path`) each file is a row, and
-    the folder that it is in is its `label`."""
+    """Column of the image: a path relative to the file that contains it (csv, JSON), or the encoded
+    image itself (parquet, the Hub). In a folder of images (`data.path`), each file is a row, and
+    the name of its folder is its `label`."""
 
     augmentation: AugmentationSpec = Field(default_factory=AugmentationSpec)
-    """How pictures are changed in training. Evaluation and prediction read them as they are."""
+    """How images are changed in training. Evaluation and prediction use them unchanged."""
 
     @property
     def input_columns_by_key(self) -> dict[str, str]:
-        """The column of the picture."""
+        """The column of the image."""
         return {"task.image_column": self.image_column}
 
     @property
     def media_columns(self) -> dict[str, MediaKind]:
-        """The column of the picture."""
+        """The column of the image."""
         return {self.image_column: "image"}
 
     def usage(self, labels: list[str], settings: Any) -> Usage | None:
-        """Return how a picture is classified."""
+        """Return how to classify an image with the model."""
         if self.problem != "regression" and not labels:
             return None
         return Usage(

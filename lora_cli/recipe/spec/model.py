@@ -20,29 +20,30 @@ class ModelSpec(Section):
     """Branch, tag or commit of the model on the Hub."""
 
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    """Storage of the frozen base's weights. Default: that of `train.precision`; `float32` with
-    `adapter.type: full`. It is `float32`, or that of the precision. Trained weights are float32
-    always."""
+    """Data type in which the base's frozen weights are stored: `float32`, or that of
+    `train.precision`. Default: that of `train.precision`; with `adapter.type: full`, `float32`.
+    Trained weights are always float32."""
 
     quantization: Literal["nf4", "int8", "fp8"] | None = None
-    """Keep the weights of the frozen linear layers in 4 bits (`nf4`, as QLoRA does) or in 8 bits.
-    They are quantised while they are read, and turned back into numbers of `dtype` for each
-    product, except `fp8` on GPUs that multiply in it (Ada, Hopper and later): there the inputs and
-    gradients of these layers are rounded to 8 bits too, which is faster, and less exact.
-    Embeddings, the output layer and what is trained in full keep their numbers."""
+    """Keep the weights of the frozen linear layers in 4 bits (`nf4`, as in QLoRA) or in 8 bits
+    (`int8`, `fp8`). They are quantised while the model is loaded, and converted back to `dtype` for
+    each product. On GPUs that can multiply in `fp8` (Ada, Hopper and later), the inputs and
+    gradients of these layers are rounded to 8 bits too, which is faster but less exact. Embeddings,
+    the output layer and modules that are trained in full are not quantised."""
 
     add_tokens: list[Word] = Field(default_factory=list)
-    """New tokens: the tokenizer gets them, and the embedding a row for each, at first the mean of
-    the others. An adapter trains these rows and no others of the embedding, and of the output layer
-    where that has rows of its own; the tokenizer is saved beside it, and by `lora merge`."""
+    """New tokens to add to the tokenizer. Each gets a row of the embedding, which starts as the
+    mean of the others. An adapter trains these rows and no other rows of the embedding, and the
+    same rows of the output layer if that has its own. The tokenizer is saved with the adapter, and
+    by `lora merge`."""
 
     attention: Literal["sdpa", "eager", "flash_attention_2"] | None = None
-    """Implementation of the attention. Default: the one transformers chooses."""
+    """Implementation of attention. Default: the one that transformers chooses."""
 
     trust_remote_code: bool = False
-    """Run Python code that comes with the model, or with a metric of the Hub. Leave it off unless
+    """Run Python code that comes with the model, or with a metric on the Hub. Leave it off unless
     you have read that code."""
 
     allow_other_base: bool = False
-    """Use an adapter, or go on with a run, on a base whose weights are not those that it was
-    trained on. A warning says so, and it is written down."""
+    """Use an adapter, or continue a run, on a base whose weights differ from those that it was
+    trained on. A warning says so, and the report records it."""

@@ -29,10 +29,10 @@ for label, score, box in zip(found["labels"], found["scores"], found["boxes"]):
 
 
 class ObjectDetectionSpec(TaskSection):
-    """Find objects in a picture: a box and a label for each."""
+    """Find objects in an image: a box and a label for each."""
 
     pipeline_tag = "object-detection"
-    suitable_models = "take YOLOS, or DETR with a backbone of transformers, such as ResNet"
+    suitable_models = "use YOLOS, or DETR with a backbone from transformers, such as ResNet"
     default_targets = "attention"
     usual_training = UsualTraining(
         learning_rate=5e-4,
@@ -44,45 +44,47 @@ class ObjectDetectionSpec(TaskSection):
     example_input = "picture.jpg"
 
     type: Literal["object_detection"]
-    """Which task."""
+    """The type of task."""
 
     image_column: Word = "image"
-    """Column of the picture: a path relative to the file that names it (csv, JSON), or the encoded
-    picture itself (parquet, the Hub). COCO files, and folders of pictures with Pascal VOC or YOLO
+    """Column of the image: a path relative to the file that contains it (csv, JSON), or the encoded
+    image itself (parquet, the Hub). COCO files, and folders of images with Pascal VOC or YOLO
     files, are read as such a column and `objects_column`."""
 
     objects_column: Word = "objects"
     """Column of the objects: `{bbox: [[x, y, width, height], …], category: [cat, …]}`, or a list of
-    `{bbox, category}`. Objects with `iscrowd: 1` are regions of many objects: they are not trained,
-    and finding something there counts neither for nor against the model."""
+    `{bbox, category}`. Objects with `iscrowd: 1` are regions with many objects: they are not
+    trained, and detections in them count neither for nor against the model."""
 
     labels: Annotated[list[str | int], Field(min_length=1)] | None = None
-    """Names of the labels, in order. Integers in the data are read as positions in this list.
-    Default: the names that the data set gives its categories, else those found in the train split,
-    sorted."""
+    """Names of the labels, in order. Integers in the data are read as positions in this list,
+    counted from 0. Default: the category names of the data set, or the labels found in the train
+    split, sorted."""
 
     box_format: BoxFormat = "xywh"
     """How the boxes in `objects_column` are written: the upper left corner and the size (`xywh`),
-    two corners (`xyxy`), or the centre and the size (`cxcywh`), in pixels; `relative_…` in shares
-    of the picture's width and height. COCO, Pascal VOC and YOLO files have their own."""
+    two corners (`xyxy`), or the centre and the size (`cxcywh`), in pixels; for `relative_…`, as
+    shares of the image's width and height. COCO, Pascal VOC and YOLO files have their own formats,
+    which are known."""
 
     clip_boxes: bool = False
-    """Cut boxes at the edge of the picture. Else a box that leaves it by more than a pixel is an
-    error."""
+    """Clip boxes at the edge of the image. By default, a box that exceeds it by more than a pixel
+    is an error."""
 
     image_size: Annotated[int, Field(ge=32, le=4096)] | None = None
-    """Pictures are made as large as fits into a square of so many pixels, and filled up to it.
-    Default: as the model's own image processor has it; one that gives pictures of other shapes
-    other sizes fills up to a square of its longest edge, which is slow: name a size then."""
+    """Images are resized to fit into a square with this side in pixels, and padded to it. Default:
+    the size that the model's own image processor uses. If that depends on the shape of the image,
+    images are padded to a square of the longest side, which is slow; name a size in this case."""
 
     threshold: Probability = 0.5
-    """What `lora predict` and the report show has at least this score. Metrics see all."""
+    """Smallest score of the objects that `lora predict` and the report show. Metrics use all
+    objects."""
 
     augmentation: BoxAugmentationSpec = Field(default_factory=BoxAugmentationSpec)
-    """How pictures are changed in training. Evaluation and prediction read them as they are."""
+    """How images are changed in training. Evaluation and prediction use them unchanged."""
 
     def conflicts(self) -> Conflicts:
-        """Yield labels that are blank, or appear twice."""
+        """Yield labels that are blank or appear twice."""
         for label, times in Counter(str(label).strip() for label in self.labels or ()).items():
             if not label:
                 yield "labels", "a label of `labels` is blank", "give it a name"
@@ -92,12 +94,12 @@ class ObjectDetectionSpec(TaskSection):
 
     @property
     def input_columns_by_key(self) -> dict[str, str]:
-        """The column of the picture."""
+        """The column of the image."""
         return {"task.image_column": self.image_column}
 
     @property
     def media_columns(self) -> dict[str, MediaKind]:
-        """The column of the picture."""
+        """The column of the image."""
         return {self.image_column: "image"}
 
     @property
@@ -111,7 +113,7 @@ class ObjectDetectionSpec(TaskSection):
         return "boxes"
 
     def usage(self, labels: list[str], settings: Any) -> Usage | None:
-        """Return how objects are found in a picture."""
+        """Return how to find objects in an image with the model."""
         if not labels:
             return None
         return Usage(

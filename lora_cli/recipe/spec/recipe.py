@@ -1,4 +1,4 @@
-"""The recipe: its sections, and what must agree between them."""
+"""The recipe: its sections, and the checks across sections."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field, PrivateAttr
 
-from lora_cli.recipe.spec.adapter import WHOLE_TYPES, AdapterSpec
+from lora_cli.recipe.spec.adapter import LYCORIS_TYPES, AdapterSpec
 from lora_cli.recipe.spec.checkpoint import CheckpointSpec
 from lora_cli.recipe.spec.data import DataSpec, HeldOutSpec, SourceSpec
 from lora_cli.recipe.spec.evaluate import EvaluateSpec
@@ -24,10 +24,10 @@ class Origin:
     """Where a recipe comes from.
 
     Args:
-        places: For each key that was written, where: `recipe.yaml:14`, or the `--set` flag.
-        metrics_of_adapter: The metrics are named by a recipe beside an adapter, which may be
-            anybody's.
-        of_set: The set of `data.mix` that the data section is of, where it is of one alone.
+        places: Where each key was written: `recipe.yaml:14`, or the `--set` flag.
+        metrics_of_adapter: Whether the metrics come from a recipe that was saved with an adapter,
+            and may therefore not be trusted to run code.
+        of_set: The set of `data.mix` that the data section describes, if it is only one.
     """
 
     places: Mapping[str, str] = field(default_factory=dict)
@@ -36,23 +36,23 @@ class Origin:
 
 
 class Recipe(Section):
-    """A fine-tuning run: which model, on which data, how."""
+    """A fine-tuning run: which model, which data, and how it is trained."""
 
     format: Literal[1] = 1
-    """The version of the recipe's keys. Recipes that lora writes name it; others may leave it
-    out."""
+    """The version of the recipe format. Recipes that lora writes contain it; in others it may be
+    left out."""
 
     model: ModelSpec
     """The pretrained base model."""
 
     task: TaskSpec
-    """What the model should do."""
+    """What the model should learn to do."""
 
     data: DataSpec
     """Where the rows come from."""
 
     adapter: AdapterSpec = Field(default_factory=AdapterSpec)
-    """What is trained."""
+    """Which parameters are trained."""
 
     train: TrainSpec = Field(default_factory=TrainSpec)
     """The training loop."""
@@ -61,19 +61,19 @@ class Recipe(Section):
     """How the result is measured."""
 
     checkpoint: CheckpointSpec = Field(default_factory=CheckpointSpec)
-    """What is saved on the way."""
+    """When the state of training is saved, and where to."""
 
     output_dir: Word = "out"
-    """Folder of the result, relative to the working directory."""
+    """Folder for the result, relative to the working directory."""
 
     _origin: Origin = PrivateAttr(default_factory=Origin)
 
     def conflicts(self) -> Conflicts:
-        """Yield what is wrong between sections."""
+        """Yield what does not agree between sections."""
         data, task, train = self.data, self.task, self.train
         dtype, own = self.model.dtype, {"float16": "fp16", "bfloat16": "bf16"}
         if dtype in own and train.precision != own[dtype]:
-            what = f"a base that is kept in {dtype} cannot compute in "
+            what = f"a base that is stored in {dtype} cannot compute in "
             what += f"`train.precision: {train.precision}`"
             yield "model.dtype", what, f"`--set train.precision={own[dtype]}`, or leave `dtype` out"
         if data.streaming and train.max_steps is None:
@@ -91,12 +91,12 @@ class Recipe(Section):
             yield "train.micro_batch_size", what, "name a number: `--set train.micro_batch_size=8`"
         if data.streaming and train.gradient_checkpointing == "auto":
             what = "`auto` tries the longest rows, and `data.streaming` does not know them"
-            yield "train.gradient_checkpointing", what, "say `true`, `false` or `offload`"
+            yield "train.gradient_checkpointing", what, "use `true`, `false` or `offload`"
         if self.model.quantization is not None and self.adapter.type == "full":
             what = "`adapter.type: full` trains all weights, and quantised ones cannot be trained"
             hint = "leave one of the two out: LoRA on a quantised base is `adapter.type: lora`"
             yield "model.quantization", what, hint
-        if train.optimizer.lora_plus_ratio is not None and self.adapter.type in WHOLE_TYPES:
+        if train.optimizer.lora_plus_ratio is not None and self.adapter.type in LYCORIS_TYPES:
             what = f"`adapter.type: {self.adapter.type}` has no `lora_B` that could learn faster"
             hint = "leave `lora_plus_ratio` out, or use `adapter.type: lora`"
             yield "train.optimizer.lora_plus_ratio", what, hint
@@ -104,7 +104,7 @@ class Recipe(Section):
         yield from self._distill_conflicts()
         yield from self._token_conflicts()
         if train.kernels == "fused" and task.couples_examples:
-            what = "`kernels: fused` records micro-batches, and this loss is of a whole step"
+            what = "`kernels: fused` records micro-batches, and this loss compares the whole step"
             yield "train.kernels", what, "leave `kernels` out"
         if data.streaming and "label_column" in task.model_fields_set and task.couples_examples:
             what = "positives are drawn among all rows, which `data.streaming` does not have"
@@ -113,7 +113,7 @@ class Recipe(Section):
             what = f"`train.packing` has no meaning with `task.type: {task.type}`"
             yield "train.packing", what, task.packing_hint
         if not data.has("validation") and self.evaluate.early_stopping is not None:
-            what = "`evaluate.early_stopping` looks at `data.validation`, and there is none"
+            what = "`evaluate.early_stopping` needs `data.validation`, and there is none"
             hint = "name one, `data.validation: {from: train, fraction: 0.1}`, or leave it out"
             yield "evaluate.early_stopping", what, hint
         yield from self._baseline_conflicts()
@@ -132,16 +132,16 @@ class Recipe(Section):
     def _mix_conflicts(self) -> Conflicts:
         weighted = any(source.weight is not None for source in self.data.mix.values())
         if weighted and self.task.couples_examples:
-            what = "a pair that is drawn twice in a step would count as wrong for itself"
+            what = "a pair that is drawn twice in a step would be its own negative"
             yield "data.mix", what, "leave `weight` out of the sets"
         if len(self.data.number_forms) > 1 and self.task.answer_kind == "regression":
-            what = "the sets write numbers in several ways, and those of all sets are read alike"
-            yield "data.mix", what, "write them alike, with one `decimal` and one `thousands`"
+            what = "the sets write numbers in several ways, but all sets are read in the same way"
+            yield "data.mix", what, "write them all with the same `decimal` and `thousands`"
 
     def _init_conflicts(self) -> Conflicts:
         init, key = self.adapter.init, "adapter.init"
         if init == "loftq" and self.model.quantization is None:
-            what = "`init: loftq` makes up for what quantising takes, and the base is not quantised"
+            what = "`init: loftq` reduces the error of quantising, and the base is not quantised"
             yield key, what, "`--set model.quantization=nf4`, or leave `init` out"
         if init == "eva" and self.data.streaming:
             what = "`init: eva` reads train rows before the first step, and `data.streaming` reads "
@@ -152,10 +152,10 @@ class Recipe(Section):
             return
         if not self.task.can_distill:
             what = f"`distill` has no meaning with `task.type: {self.task.type}`"
-            hint = "leave it out: `sequence_classification` and `causal_lm` can learn so"
+            hint = "leave it out: `sequence_classification` and `causal_lm` support it"
             yield "train.distill", what, hint
         elif self.task.answer_kind == "regression":
-            what = "a teacher's number has no probabilities to compare with, which `distill` learns"
+            what = "`distill` learns probabilities, and a regression has no probabilities"
             yield "train.distill", what, "let the teacher answer the rows: `lora predict --input`"
 
     def _token_conflicts(self) -> Conflicts:
@@ -197,9 +197,9 @@ class Recipe(Section):
             yield key, what, hint
 
     def at(self, key: str) -> str:
-        """Return where a key is, for an error: `adapter.rank (recipe.yaml:14)`.
+        """Return where a key is, for an error message: `adapter.rank (recipe.yaml:14)`.
 
-        A key that the recipe leaves out is placed where its section stands.
+        A key that the recipe leaves out is located at its section.
         """
         parts = key.split(".")
         if self._origin.of_set is not None and parts[0] == "data":
@@ -213,7 +213,7 @@ class Recipe(Section):
         return key
 
     def is_overridden(self, key: str) -> bool:
-        """Return whether a `--set` flag gives a key its value."""
+        """Return whether the value of a key comes from a `--set` flag."""
         return self._origin.places.get(key, "").startswith("--set")
 
     @property
@@ -222,13 +222,13 @@ class Recipe(Section):
         return self._origin
 
     def with_origin(self, origin: Origin) -> Recipe:
-        """Return a copy that comes from elsewhere."""
+        """Return a copy with another origin."""
         copied = self.model_copy()
         copied._origin = origin
         return copied
 
     def for_set(self, name: str) -> Recipe:
-        """Return the recipe of a set of `data.mix` alone; errors place its keys in the mixture."""
+        """Return the recipe for one set of `data.mix`; errors name its keys within `data.mix`."""
         alone = self.with_values({"data": self.data.of_set(name)})
         return alone.with_origin(replace(self._origin, of_set=name))
 

@@ -1,4 +1,4 @@
-"""What every section of a recipe shares."""
+"""The base class of all sections of a recipe, and the types that they share."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-Conflicts = Iterator[tuple[str, str, str]]  # of each: the key, what is wrong, how to fix it
+Conflicts = Iterator[tuple[str, str, str]]  # the key, what is wrong, how to fix it
 Word = Annotated[str, Field(min_length=1)]
 Words = Annotated[list[Word], Field(min_length=1)]
 Positive = Annotated[int, Field(gt=0)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what every library takes
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # the range that all libraries accept
 LayerNumber = Annotated[int, Field(ge=0)]
 LayerRange = Annotated[str, Field(pattern=r"^\d+(-\d+)?$")]
 Size = Annotated[str, Field(pattern=r"^\d+(\.\d+)? ?([kMGT]i?)?B$")]  # of memory or of a disk
@@ -22,7 +22,7 @@ Probability = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
-    """A section of the recipe: frozen; unknown keys are rejected, values are not converted."""
+    """A section of the recipe. It is immutable, rejects unknown keys and converts no values."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -34,14 +34,14 @@ class Section(BaseModel):
     )
 
     def conflicts(self) -> Conflicts:
-        """Yield what is wrong between keys that are each right by themselves."""
+        """Yield what is wrong between keys whose values are valid one by one."""
         yield from ()
 
     def with_values(self, values: Mapping[str, Any]) -> Self:
-        """Return a copy in which some keys have other values, which are not checked.
+        """Return a copy in which some keys have other values, which are not validated.
 
         Args:
-            values: By the name of the field; with dots, of a section: `{"data.test": None}`.
+            values: By field name; keys of inner sections have dots: `{"data.test": None}`.
         """
         changed = self
         for key, value in values.items():
@@ -60,7 +60,7 @@ class Section(BaseModel):
 
 
 def bytes_of(size: str) -> int:
-    """Return the bytes of a size: 4,000,000,000 of `4GB`, 4,294,967,296 of `4GiB`."""
+    """Return a size in bytes: 4,000,000,000 for `4GB`, 4,294,967,296 for `4GiB`."""
     number, unit = re.fullmatch(r"([\d.]+) ?(.*)B", size).groups()  # type: ignore[union-attr]
     base = 1024 if unit.endswith("i") else 1000
     return int(float(number) * base ** " kMGT".index(unit[:1] or " "))

@@ -29,12 +29,12 @@ if around[0] == tokenizer.eos_token_id:  # this model begins with the language b
 
 
 class Seq2SeqLMSpec(TaskSection):
-    """Read one text and write another: translation, summaries, data to text."""
+    """Read a text and write another: translation, summarisation, data to text."""
 
     peft_task_type = "SEQ_2_SEQ_LM"
     pipeline_tag = "text2text-generation"
     suitable_models = (
-        "take an encoder-decoder such as T5, BART, Marian (opus-mt), mBART or NLLB; models that "
+        "use an encoder-decoder such as T5, BART, Marian (opus-mt), mBART or NLLB; models that "
         "continue a text learn pairs of texts as `causal_lm`, by `prompt_column` and "
         "`completion_column`"
     )
@@ -45,57 +45,58 @@ class Seq2SeqLMSpec(TaskSection):
     length_keys = ("max_source_length", "max_target_length")
 
     type: Literal["seq2seq_lm"]
-    """Which task."""
+    """The type of task."""
 
     source_column: Word = "source"
-    """Column of the text that is read."""
+    """Column of the text that the model reads."""
 
     target_column: Word = "target"
-    """Column of the text that is written. A list of texts is several right answers: each is
-    trained, and metrics compare an answer with all of them."""
+    """Column of the text that the model should write. A list of texts stands for several correct
+    answers: each is trained, and metrics compare an answer with all of them."""
 
     prefix: str = ""
-    """Text before every source, which the model was trained to expect: T5's
-    `"translate English to German: "`, or `">>fra<< "` of a Marian model that writes several
-    languages."""
+    """Text before every source that the model was trained with, such as T5's `"translate English to
+    German: "`, or `">>fra<< "` for a Marian model that writes several languages."""
 
     source_language: Word | None = None
-    """The code of the language that is read, where the tokenizer has such codes: `eng_Latn` for
-    NLLB, `en_XX` for mBART, `en` for M2M100."""
+    """The code of the source language, if the tokenizer has such codes: `eng_Latn` for NLLB,
+    `en_XX` for mBART, `en` for M2M100."""
 
     target_language: Word | None = None
-    """The code of the language that is written. Every answer is made to begin with it."""
+    """The code of the target language. Every answer is forced to begin with it."""
 
     max_source_length: Positive = 256
-    """Longest source in tokens, with the prefix and those that begin and end it. Never more than
-    the model has positions for; nor, unless the recipe has this key, than its tokenizer expects."""
+    """Maximum length of a source in tokens, including the prefix and the special tokens at both
+    ends. It never exceeds the model's positions; nor, unless the recipe has this key, what its
+    tokenizer expects."""
 
     max_target_length: Positive = 128
-    """Longest target in tokens, likewise, in training. (`evaluate.generation.max_new_tokens` limits
-    what the model writes.)"""
+    """Maximum length of a target in training, counted in the same way.
+    (`evaluate.generation.max_new_tokens` limits what the model writes.)"""
 
     truncate_source: Truncation = "right"
-    """What happens to a longer source: it loses its end (`right`) or its beginning (`left`), while
-    the prefix and the tokens that begin and end every text stay; its row is left out (`drop`); or
-    it is an error (`error`)."""
+    """What happens to a longer source: its end (`right`) or its beginning (`left`) is cut off,
+    while the prefix and the special tokens at both ends stay; its row is left out (`drop`); or it
+    is an error (`error`)."""
 
     truncate_target: Truncation = "right"
-    """What happens to a longer target, likewise. Where it is cut, the model learns to stop there,
-    as it does with the tokenizer's own truncation."""
+    """What happens to a longer target, with the same values. If it is truncated, the model learns
+    to stop there, as with the tokenizer's own truncation."""
 
     answer_pattern: Word | None = None
-    """A regular expression that finds the final answer in what the model writes and in what the row
-    wants, such as `"#### (-?[0-9.,]+)"`: the last match counts, of it the first group, if it has
-    one. `exact_match` then compares these answers, numbers by their value without commas (`1,234.0`
-    is 1234); `no_answer` is the share of texts without one, measured with it. A row that wants a
-    text in which nothing is found is compared as a whole."""
+    """A regular expression that finds the final answer in the text that the model writes and in the
+    expected text, such as `"#### (-?[0-9.,]+)"`. The last match counts; if the expression has
+    groups, its first group. `exact_match` then compares these answers, and numbers by their value
+    without commas (`1,234.0` is 1234). The metric `no_answer`, which is added, is the share of
+    texts in which nothing is found. If nothing is found in the expected text of a row, whole texts
+    are compared."""
 
     split_special_tokens: bool | None = None
-    """Read a control token that is spelled out in a text, such as `</s>`, as its letters and not as
-    the token. Default: no, as transformers does it."""
+    """Whether a control token that is spelled out in a text, such as `</s>`, is read as ordinary
+    characters instead of the token. Default: no, as in transformers."""
 
     def conflicts(self) -> Conflicts:
-        """Yield what keeps a row from being read."""
+        """Yield what prevents a row from being read."""
         if (self.source_language is None) != (self.target_language is None):
             given = "source_language" if self.source_language else "target_language"
             other = "target_language" if self.source_language else "source_language"
@@ -116,7 +117,7 @@ class Seq2SeqLMSpec(TaskSection):
         return {"task.source_column": self.source_column}
 
     def usage(self, labels: list[str], settings: Any) -> Usage:
-        """Return how the model writes the target of a source."""
+        """Return how to write the target of a source with the model."""
         options = f"max_new_tokens={settings.max_new_tokens}, num_beams={settings.num_beams}"
         options += ", do_sample=False"
         setup = ""

@@ -16,38 +16,38 @@ print({answer})"""
 
 
 class SequenceClassificationSpec(ClassificationSection):
-    """Classify a text, or a pair of texts."""
+    """Classify texts, or pairs of texts."""
 
     peft_task_type = "SEQ_CLS"
     pipeline_tag = "text-classification"
     suitable_models = (
-        "take a model that transformers can make a classifier of, such as BERT, RoBERTa or Llama"
+        "use a model for which transformers has a classifier, such as BERT, RoBERTa or Llama"
     )
     packing_hint = "leave it out; `train.group_by_length: true` saves padding here"
     can_distill = True
 
     type: Literal["sequence_classification"]
-    """Which task."""
+    """The type of task."""
 
     text_column: Word = "text"
     """Column of the text."""
 
     text_pair_column: Word | None = None
-    """Column of the second text, for pairs."""
+    """Column of the second text, to classify pairs."""
 
     max_length: Positive = 512
-    """Longest input in tokens; longer texts are cut. Never more than the model can take."""
+    """Maximum length of an input in tokens. It never exceeds what the model supports."""
 
     truncate: Truncation = "right"
-    """What happens to a longer text: it loses its end (`right`) or its beginning (`left`), its row
-    is left out (`drop`), or it is an error (`error`)."""
+    """What happens to a longer text: its end (`right`) or its beginning (`left`) is cut off, its
+    row is left out (`drop`), or it is an error (`error`)."""
 
     split_special_tokens: bool = False
-    """Read a control token that is spelled out in a text, such as `</s>` or `[SEP]`, as its letters
-    and not as the token."""
+    """Whether a control token that is spelled out in a text, such as `</s>` or `[SEP]`, is read as
+    ordinary characters instead of the token."""
 
     pad_token: Word | None = None
-    """The padding token, where the tokenizer has none of its own."""
+    """The padding token, if the tokenizer does not have one."""
 
     @property
     def input_columns_by_key(self) -> dict[str, str]:
@@ -56,7 +56,7 @@ class SequenceClassificationSpec(ClassificationSection):
         return {"task.text_column": self.text_column, **pair}
 
     def usage(self, labels: list[str], settings: Any) -> Usage | None:
-        """Return how a text is classified."""
+        """Return how to classify a text with the model."""
         if self.problem != "regression" and not labels:
             return None
         texts = '"Some text", "Another text"' if self.text_pair_column else '"Some text"'

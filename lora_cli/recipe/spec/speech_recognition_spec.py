@@ -30,11 +30,11 @@ print(processor.decode(output[0], skip_special_tokens=True).strip())"""
 
 
 class SpeechRecognitionSpec(TaskSection):
-    """Write down what is said in a recording."""
+    """Transcribe recordings of speech."""
 
     pipeline_tag = "automatic-speech-recognition"
     suitable_models = (
-        "take a Whisper model, such as openai/whisper-small, one with CTC, such as "
+        "use a Whisper model, such as openai/whisper-small, one with CTC, such as "
         "facebook/wav2vec2-base-960h, or one that gets a vocabulary here: facebook/wav2vec2-base"
     )
     usual_training = UsualTraining(
@@ -44,66 +44,68 @@ class SpeechRecognitionSpec(TaskSection):
     length_keys = ()
 
     type: Literal["speech_recognition"]
-    """Which task."""
+    """The type of task."""
 
     audio_column: Word = "audio"
-    """Column of the recording: a path relative to the file that names it (csv, JSON), or the
-    encoded recording itself (parquet, the Hub). In a folder of recordings (`data.path`) each file
+    """Column of the recording: a path relative to the file that contains it (csv, JSON), or the
+    encoded recording itself (parquet, the Hub). In a folder of recordings (`data.path`), each file
     is a row."""
 
     text_column: Word = "text"
-    """Column of what is said. In a folder of recordings it is the content of the text file next to
-    each: `a/1.txt` for `a/1.wav`."""
+    """Column of the transcript. In a folder of recordings, it is read from the text file next to
+    each recording: `a/1.txt` for `a/1.wav`."""
 
     decoder: Literal["attention", "ctc"] | None = None
-    """How the model writes: one token after the other, as Whisper does (`attention`), or a letter
-    for each moment, as wav2vec2, HuBERT and WavLM do (`ctc`). Default: as the base does."""
+    """How the model writes: one token after the other, like Whisper (`attention`), or a letter for
+    each frame, like wav2vec2, HuBERT and WavLM (`ctc`). Default: like the base."""
 
     letters: Word | None = None
     """The letters that a model with CTC writes, as one text: `letters: abcdefghijklmnopqrstuvwxyz`.
-    They get a new output layer, which is trained in full. Default: those of the base's own
-    vocabulary; of a base that has none, as it was only pretrained on recordings, those of the
-    transcripts of train: in lower case, without punctuation and symbols but for the apostrophe."""
+    They get a new output layer, which is trained in full. Default: the base's own vocabulary. If
+    the base has none because it was only pretrained on recordings: the letters of the train
+    transcripts, in lower case, without punctuation and symbols other than the apostrophe."""
 
     language: Word | None = None
-    """The language that is spoken, as its code (`de`) or its English name. A model of several
-    languages needs it; one of English only takes none."""
+    """The language that is spoken, as a code (`de`) or an English name. Multilingual models need
+    it; English-only models do not accept it."""
 
     task: Literal["transcribe", "translate"] | None = None
-    """What a model of several languages writes: the words as they are said (`transcribe`, the
-    default), or their English translation (`translate`)."""
+    """What a multilingual model writes: the words as they are spoken (`transcribe`, the default),
+    or their English translation (`translate`)."""
 
     long_audio: Literal["silence", "windows", "drop"] = "silence"
-    """What happens to recordings longer than the model hears at once (30 seconds; with CTC, longer
-    ones are not computed at once). In training they
-    are left out, since it is not known which of their words are in which part. In evaluation and
-    prediction they are divided into parts, whose texts are joined: cut where it is quietest
-    (`silence`), or into equal parts (`windows`). `drop` leaves them out of evaluation too."""
+    """What happens to recordings longer than the model can process at once: 30 seconds, for CTC
+    too. Training leaves them out, since it is not known which words are in which part. Evaluation
+    and prediction divide them into parts, and join the texts of the parts. The cuts are made where
+    it is quietest (`silence`), or after equal times (`windows`). With `drop`, evaluation leaves
+    them out too."""
 
     normalizer: Literal["basic", "none"] = "basic"
-    """How texts are written for the metrics, and for them only. `basic` is Whisper's normaliser for
-    all languages: lower case, without punctuation, symbols and what stands in brackets. `none`
-    compares the texts as they are; it is the right one where vowels are written as marks, such as
-    in Hindi, Tamil or Thai, which `basic` takes for symbols."""
+    """How texts are normalised for the metrics, and only for them. `basic` is Whisper's normaliser
+    for all languages: lower case, without punctuation, symbols and text in brackets. `none`
+    compares the texts as they are; use it for scripts that write vowels as marks, such as those of
+    Hindi, Tamil or Thai, since `basic` removes these marks as symbols."""
 
     def conflicts(self) -> Conflicts:
-        """Yield what keeps a row from being read."""
+        """Yield what prevents a row from being read."""
         if self.audio_column == self.text_column:
             what = f"`{self.audio_column}` is both the recording and the text"
             yield "text_column", what, "name the column of what is said"
         odd = [letter for letter in self.letters or "" if letter.isspace() or letter == "|"]
         if odd:
-            what = f"{odd[0]!r} is no letter: a space divides words, and every vocabulary has it"
+            what = (
+                f"{odd[0]!r} is not a letter: a space separates words, and every vocabulary has it"
+            )
             yield "letters", what, "leave it out"
 
     @property
     def split_special_tokens(self) -> bool:
-        """A control token that is spelled out in a transcript is read as its letters."""
+        """Whether control tokens in a transcript are read as ordinary characters: always."""
         return True
 
     @property
     def answer_kind(self) -> AnswerKind:
-        """What is said."""
+        """A transcript."""
         return "transcript"
 
     @property
@@ -123,7 +125,7 @@ class SpeechRecognitionSpec(TaskSection):
 
     @property
     def _head(self) -> str:
-        """The arguments of transformers that give the model the output layer of its letters."""
+        """The arguments that make transformers create the output layer for `letters`."""
         if self.letters is None:
             return ""
         known = {*unicodedata.normalize("NFC", self.letters), " "}
@@ -131,7 +133,7 @@ class SpeechRecognitionSpec(TaskSection):
         return f", vocab_size={len(known) + 4}, pad_token_id={len(known) + 1}"
 
     def usage(self, labels: list[str], settings: Any) -> Usage:
-        """Return how a recording is transcribed."""
+        """Return how to transcribe a recording with the model."""
         if self.decoder == "ctc":
             return Usage(
                 "AutoModelForCTC", LETTERS, "import soundfile\nimport soxr\n", head=self._head,

@@ -1,4 +1,4 @@
-"""`task`: what the model should do; a module and a class for each type."""
+"""`task`: what the model should learn to do; each type has its own module and class."""
 
 from __future__ import annotations
 
@@ -36,4 +36,4 @@ UNION, _ = get_args(TaskSpec)
 TASKS: dict[str, type[TaskSection]] = {
     get_args(spec.model_fields["type"].annotation)[0]: spec for spec in get_args(UNION)
 }
-"""The class of each type."""
+"""The class of each type of task, by its name."""

@@ -1,4 +1,4 @@
-"""What the specs of all tasks share: facts of a task that need no torch."""
+"""What all task sections share: facts about a task that need no torch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ AnswerKind = Literal[
 
 
 def pattern_conflicts(pattern: str | None) -> Conflicts:
-    """Yield what is wrong with the regular expression of `answer_pattern`, if it is one."""
+    """Yield what is wrong with the regular expression of `answer_pattern`, if there is one."""
     if pattern is not None and (error := regex_error(pattern)):
         what = f"`{pattern}` is not a regular expression: {error}"
         yield "answer_pattern", what, 'for example `"#### (-?[0-9.,]+)"`, in quotation marks'
@@ -33,16 +33,17 @@ def pattern_conflicts(pattern: str | None) -> Conflicts:
 
 @dataclass(frozen=True)
 class Usage:
-    """How a model card uses the model without this tool.
+    """How the code on a model card uses the model without this tool.
 
     Args:
         auto_class: The class of transformers that loads the model.
         code: Python that runs `model` on an input and prints its answer.
-        imports: Lines above the others.
-        setup: Lines after the processor is loaded.
-        head: Arguments that give the model its head, each with a comma before it.
-        processor: The name of the variable and the class of transformers that prepare inputs.
-        has_own_processor: It lies beside the adapter, and the base has none or another.
+        imports: Import lines, placed first.
+        setup: Lines that follow the loading of the processor.
+        head: Further arguments that create the model's head, each after a comma.
+        processor: The variable and the class of transformers that prepare the inputs.
+        has_own_processor: Whether the processor is saved with the adapter, because the base has
+            none or a different one.
     """
 
     auto_class: str
@@ -56,20 +57,21 @@ class Usage:
 
 @dataclass(frozen=True)
 class UsualTraining:
-    """What `lora init` writes for a task where the rows and the base model do not decide it.
+    """What `lora init` writes for a task unless the rows or the base model decide it.
 
     Args:
-        writes: The model learns to continue texts: settings of language models are taken, and an
-            encoder is of no use.
-        longest: Tokens of an example; more is slow, whatever fits.
-        epochs: Pairs (rows, passes over them): of the first that has more rows than the data.
-        learning_rate: Of an adapter; None: by the size of the model.
-        rate_scale: What that is multiplied by.
-        all_linear: Whether the draft names all linear layers as targets. Else it names none, and
-            the task's own are taken.
-        targets_note: Why these are adapted; empty: what is said of all models.
-        metrics: What a draft measures, if that is more than the task's own metrics.
-        step: Examples of a step, of a model that does not write.
+        writes: Whether the model generates text: then the settings for language models are used,
+            and an encoder is not accepted.
+        longest: Maximum length of an example in tokens. Longer ones are slow even if they fit.
+        epochs: Pairs of a number of rows and a number of epochs. The first pair with more rows
+            than the data decides.
+        learning_rate: Learning rate of an adapter; None chooses it by the size of the model.
+        rate_scale: Factor of that learning rate.
+        all_linear: Whether the draft names all linear layers as targets. Otherwise it names none,
+            and the task's default applies.
+        targets_note: Why these modules are adapted; if empty, the usual note is written.
+        metrics: Metrics to measure, if they are not just the task's default.
+        step: Examples per step, for a model that does not generate text.
     """
 
     writes: bool = False
@@ -84,35 +86,35 @@ class UsualTraining:
 
 
 class TaskSection(Section):
-    """What every task has."""
+    """What all task sections have."""
 
     peft_task_type: ClassVar[str | None] = None
-    """PEFT's name of the task."""
+    """PEFT's name for the task."""
     pipeline_tag: ClassVar[str]
-    """The Hub's name of the task."""
+    """The Hub's name for the task."""
     example_input: ClassVar[str] = "Some text"
-    """What a model card gives `lora predict`."""
+    """The input in the `lora predict` command of a model card."""
     suitable_models: ClassVar[str]
-    """What to say to a user whose model cannot be used for the task."""
+    """A hint for users whose model cannot be used for the task."""
     draws: ClassVar[bool] = False
-    """Whether the model draws pictures."""
+    """Whether the model generates images."""
     can_pack: ClassVar[bool] = False
     """Whether several examples can share a row (`train.packing`)."""
     can_distill: ClassVar[bool] = False
-    """Whether a teacher's answers can be learned (`train.distill`)."""
+    """Whether the model can learn from a teacher (`train.distill`)."""
     default_targets: ClassVar[Literal["attention", "layers"] | tuple[str, ...]] = "attention"
-    """What is adapted if the recipe does not say: the queries and values of attention, or every
-    linear layer; where a model has none of either, what comes nearest. Or names, of which the
-    model's own are taken."""
+    """Which modules are adapted unless the recipe names them: the queries and values of attention,
+    or every linear layer; in a model without them, the most similar modules. Or a tuple of names,
+    of which those that the model has are adapted."""
     baselines: ClassVar[frozenset[str]] = frozenset({"base"})
-    """Which of `evaluate.baselines` have a meaning."""
+    """The values of `evaluate.baselines` that the task supports."""
     usual_training: ClassVar[UsualTraining] = UsualTraining()
-    """What a draft of a recipe says of the training, where the rows and the model do not."""
+    """How a drafted recipe trains, unless the rows or the model decide it."""
     frozen_hint: ClassVar[str] = "remove it"
-    """What to say to a user who names a module in a part of the model that is used as it is."""
+    """A hint for users who name a module in a part of the model that is not adapted."""
     packing_hint: ClassVar[str] = "leave it out"
     length_keys: ClassVar[tuple[str, ...]] = ("max_length",)
-    """The keys that limit an example's length, of those that the section has."""
+    """The keys that limit the length of an example. A section need not have all of them."""
 
     @property
     def couples_examples(self) -> bool:
@@ -121,68 +123,68 @@ class TaskSection(Section):
 
     @property
     def answer_kind(self) -> AnswerKind:
-        """What sort of answers the model gives, by which the report presents them."""
+        """The kind of answers that the model gives, which decides how the report shows them."""
         return "other"
 
     @property
     def label_columns_by_key(self) -> dict[str, str]:
-        """The columns of labels whose proportions a drawn split can keep, by their keys."""
+        """The columns with labels whose proportions a split can keep, by their recipe keys."""
         return {}
 
     @property
     def input_columns_by_key(self) -> dict[str, str]:
-        """The columns whose content must not be on both sides of a split, by their keys."""
+        """The columns whose content must not be on both sides of a split, by their recipe keys."""
         return {}
 
     @property
     def media_columns(self) -> dict[str, MediaKind]:
-        """The columns that hold pictures or sound, and which of the two."""
+        """The columns that contain images or audio, and which of the two."""
         return {}
 
     @property
     def transcript_column(self) -> str | None:
-        """The column that text files next to recordings fill, where the task reads recordings."""
+        """The column that is read from text files next to recordings or images, if any."""
         return None
 
     @property
     def local_folders(self) -> list[str]:
-        """The keys whose values are folders, as seen from the recipe."""
+        """The keys whose values are folders, relative to the recipe."""
         return []
 
     @property
     def models_by_key(self) -> dict[str, str]:
-        """Other models that the task uses, by the keys that name them: folders, or Hub ids."""
+        """Other models that the task uses, by recipe key: local folders or Hub ids."""
         return {}
 
     @property
     def sample_prompts(self) -> list[str]:
-        """What a model that draws is asked to draw while it is trained."""
+        """The prompts for which images are generated during training."""
         return []
 
     @property
     def boxes_column(self) -> str | None:
-        """The column that annotation files fill, where the task reads boxes in pictures."""
+        """The column that annotation files fill, if the task reads boxes in images."""
         return None
 
     @property
     def local_files(self) -> list[str]:
-        """The keys whose values are files, as seen from the recipe."""
+        """The keys whose values are files, relative to the recipe."""
         return []
 
     def own_code(self, base: str, options: str, parts: tuple[str, ...], drawing: Any) -> str:
-        """Return Python that uses the model without this tool, where transformers has no class.
+        """Return Python that uses the model without this tool, if transformers has no class for it.
 
         Args:
             base: The base, as Python code.
-            options: How it is loaded, as further arguments.
-            parts: The parts that have an adapter, each in a folder of its name; none, if the model
-                is whole.
+            options: Further arguments for loading it.
+            parts: The parts of the model with an adapter, each in a folder with its name; empty if
+                the weights of the model are complete.
             drawing: The recipe's `evaluate.drawing`.
         """
         return ""
 
     def usage(self, labels: list[str], settings: Any) -> Usage | None:
-        """Return how the model is used without this tool, or None if that cannot be said.
+        """Return how to use the model without this tool, or None if there is no simple way.
 
         Args:
             labels: Names of the labels, in the order of the model's outputs.

@@ -29,13 +29,13 @@ POOLED = {"mean": "tokens.mean(1)", "cls": "tokens[:, 0]", "last": "tokens[:, -1
 
 
 class TextEmbeddingSpec(TaskSection):
-    """Turn texts into vectors, so that texts of like meaning are near each other."""
+    """Turn texts into vectors, so that texts with similar meanings are close to each other."""
 
     peft_task_type = "FEATURE_EXTRACTION"
     pipeline_tag = "sentence-similarity"
     suitable_models = (
-        "take an encoder such as MiniLM, BERT, MPNet or ModernBERT, or a decoder such as Llama or "
-        "Qwen; of an encoder-decoder, no part is taken alone"
+        "use an encoder such as MiniLM, BERT, MPNet or ModernBERT, or a decoder such as Llama or "
+        "Qwen; one part of an encoder-decoder cannot be used alone"
     )
     usual_training = UsualTraining(
         longest=256, epochs=((1_000, 5), (10_000, 3), (math.inf, 1)), step=64,
@@ -44,76 +44,77 @@ class TextEmbeddingSpec(TaskSection):
     packing_hint = "leave it out; `train.group_by_length: true` saves padding here"
 
     type: Literal["text_embedding"]
-    """Which task."""
+    """The type of task."""
 
     anchor_column: Word = "anchor"
-    """Column of the text that is searched with; for scored pairs the first text, and with
-    `label_column` the only text."""
+    """Column of the text that is searched with; the first text of scored pairs; with
+    `label_column`, the only text."""
 
     positive_column: Word | None = None
-    """Column of a text that is near the anchor in meaning, such as the answer to a question; for
-    scored pairs the second text. Default: `positive`."""
+    """Column of a text that is close to the anchor in meaning, such as the answer to a question;
+    the second text of scored pairs. Default: `positive`."""
 
     negative_columns: Words | None = None
-    """Columns of texts that resemble the anchor and are wrong answers (hard negatives). A cell may
+    """Columns of texts that resemble the anchor but are wrong answers (hard negatives). A cell may
     also be a list of texts, of any length."""
 
     score_column: Word | None = None
-    """Column of a number that says how near the two texts of a pair are, for scored pairs."""
+    """Column of a number that says how similar the two texts of a pair are, for scored pairs."""
 
     score_scale: Annotated[float, Field(gt=0)] = 1.0
-    """The score of two texts that mean the same: 5 where scores go from 0 to 5. Scores are divided
-    by it."""
+    """The score of two texts with the same meaning, such as 5 if scores go from 0 to 5. Scores are
+    divided by it."""
 
     label_column: Word | None = None
-    """Column of a label, for rows of one text and its label. The positive of a text is another
-    train text of the same label, drawn anew in each epoch."""
+    """Column of a label, for rows with one text and its label. The positive of a text is another
+    train text with the same label, drawn again in each epoch."""
 
     loss: EmbeddingLoss | None = None
-    """`in_batch_negatives`: of all second texts of a step, the positive has to be the nearest to
-    the anchor (InfoNCE; MultipleNegativesRankingLoss in sentence-transformers). The step counts as
-    a whole, however it is divided into micro-batches and processes. For scored pairs, `cosent`
-    orders the pairs of a step by their scores, and `cosine` brings the cosine of each pair near its
-    score. Default: `in_batch_negatives`, or `cosent` for scored pairs."""
+    """`in_batch_negatives`: among all second texts of a step, the positive should be the closest to
+    the anchor (InfoNCE; MultipleNegativesRankingLoss in sentence-transformers). All examples of a
+    step are compared, however they are divided into micro-batches and processes. For scored pairs,
+    `cosent` orders the pairs of a step by their scores, and `cosine` brings the cosine of each pair
+    close to its score. Default: `in_batch_negatives`, or `cosent` for scored pairs."""
 
     temperature: Annotated[float, Field(gt=0)] = 0.05
-    """What cosines are divided by in `in_batch_negatives` and `cosent`: 0.05 is the `scale=20` of
+    """Divides the cosines in `in_batch_negatives` and `cosent`: 0.05 equals the `scale=20` of
     sentence-transformers."""
 
     symmetric: bool = False
-    """With `in_batch_negatives`: the anchor has to be the nearest to the positive too, of all
-    anchors of a step. The loss is the mean of both directions."""
+    """With `in_batch_negatives`: among all anchors of a step, the anchor should also be the closest
+    to its positive. The loss is the mean of both directions."""
 
     pooling: Pooling | None = None
-    """How the vectors of a text's tokens become one: their `mean`, the first (`cls`) or the `last`.
-    Default: as the base says in `1_Pooling/config.json`, else `mean`."""
+    """How the vectors of a text's tokens are combined into one: their `mean`, the first (`cls`) or
+    the `last`. Default: what the base's `1_Pooling/config.json` says, or `mean` without one."""
 
     normalize: bool | None = None
-    """Whether embeddings have length 1. Default: as the base says in `modules.json`, else yes.
-    Training compares directions alone, whatever this is."""
+    """Whether embeddings are scaled to length 1. Default: what the base's `modules.json` says, or
+    yes without one. Training only compares directions, so this does not change it."""
 
     anchor_prompt: str | None = None
-    """Text before every anchor, as E5 and others were trained with: `"query: "`. Default: as the
-    base's `config_sentence_transformers.json` says, else none."""
+    """Text before every anchor, as E5 and other models were trained with: `"query: "`. Default:
+    what the base's `config_sentence_transformers.json` says, or none without one."""
 
     positive_prompt: str | None = None
-    """Text before every positive and negative: `"passage: "`. Default: likewise; for scored pairs
-    and texts with labels as `anchor_prompt`."""
+    """Text before every positive and negative, such as `"passage: "`. The default is found in the
+    same way; for scored pairs and texts with labels it is `anchor_prompt`."""
 
     max_length: Positive = 256
-    """Longest text in tokens, its prompt included. Never more than the model can take; nor, unless
-    the recipe has this key, than the base's `sentence_bert_config.json` says."""
+    """Maximum length of a text in tokens, including its prompt. It never exceeds what the model
+    supports; nor, unless the recipe has this key, what the base's `sentence_bert_config.json`
+    says."""
 
     truncate: Truncation = "right"
-    """What happens to a longer text: it loses its end (`right`) or its beginning (`left`), its row
-    is left out (`drop`), or it is an error (`error`)."""
+    """What happens to a longer text: its end (`right`) or its beginning (`left`) is cut off, its
+    row is left out (`drop`), or it is an error (`error`)."""
 
     split_special_tokens: bool = False
-    """Read a control token that is spelled out in a text, such as `</s>` or `[SEP]`, as its letters
-    and not as the token."""
+    """Whether a control token that is spelled out in a text, such as `</s>` or `[SEP]`, is read as
+    ordinary characters instead of the token."""
 
     def conflicts(self) -> Conflicts:
-        """Yield the keys that exclude each other."""
+        """Yield keys that exclude each other, or that have no effect."""
         if self.label_column is not None:
             for key in ("positive_column", "negative_columns", "score_column"):
                 if getattr(self, key) is not None:
@@ -155,7 +156,7 @@ class TextEmbeddingSpec(TaskSection):
 
     @property
     def row_kind(self) -> RowKind:
-        """What a row is."""
+        """What a row consists of: a pair, a pair with a score, or a text with a label."""
         if self.label_column is not None:
             return "labelled"
         return "pairs" if self.score_column is None else "scored"
@@ -167,7 +168,7 @@ class TextEmbeddingSpec(TaskSection):
 
     @property
     def loss_in_effect(self) -> EmbeddingLoss:
-        """The loss that is trained."""
+        """The loss that is used for training."""
         return self.loss or ("in_batch_negatives" if self.score_column is None else "cosent")
 
     @property
@@ -177,7 +178,7 @@ class TextEmbeddingSpec(TaskSection):
 
     @property
     def answer_kind(self) -> AnswerKind:
-        """What is found first: a label, a text; or how near two texts are."""
+        """A label, a ranking of texts, or a similarity."""
         kinds: dict[RowKind, AnswerKind] = {
             "labelled": "single_label", "scored": "regression", "pairs": "retrieval",
         }  # fmt: skip
@@ -197,7 +198,7 @@ class TextEmbeddingSpec(TaskSection):
         return found
 
     def usage(self, labels: list[str], settings: Any) -> Usage:
-        """Return how a text becomes a vector."""
+        """Return how to compute the vector of a text with the model."""
         pooled = POOLED[self.pooling or "mean"]
         if self.normalize is not False:
             pooled = f"torch.nn.functional.normalize({pooled}, dim=-1)"

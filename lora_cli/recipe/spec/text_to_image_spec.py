@@ -17,58 +17,61 @@ GUIDANCE = 3.5  # likewise, of the one for Flux
 
 
 class PriorSpec(Section):
-    """Pictures of the class that a subject belongs to, so that the model does not forget it.
+    """Images of the class that a subject belongs to, so that the model does not forget the class.
 
-    Each picture of the subject is trained together with one of the class (DreamBooth, Ruiz et al.
+    Each image of the subject is trained together with one of the class (DreamBooth, Ruiz et al.
     2022, https://arxiv.org/abs/2208.12242).
     """
 
     path: Word
-    """Folder of the pictures. Where it holds fewer than `count`, the base draws the others before
-    training, and keeps them there."""
+    """Folder of these images. If it contains fewer than `count`, the base generates the others
+    before training and saves them there."""
 
     caption: Word
-    """What all of them show: `a photo of a dog`."""
+    """Caption of all these images, such as `a photo of a dog`."""
 
     weight: Annotated[float, Field(gt=0)] = 1.0
-    """Of their term of the loss; the subject's has the weight 1."""
+    """Weight of these images' term of the loss; the term of the subject has the weight 1."""
 
     count: Annotated[int, Field(ge=0)] = 100
-    """How many pictures there should be; 0 takes those that there are."""
+    """How many images there should be; 0 uses those that exist."""
 
 
 class FlowSpec(Section):
-    """How a model that learns by flow matching (Stable Diffusion 3, Flux) is trained.
+    """How a model is trained by flow matching (Stable Diffusion 3, Flux).
 
     The keys are those of diffusers' training scripts (`--weighting_scheme`, `--logit_mean`, …).
     """
 
     timesteps: Literal["logit_normal", "uniform", "mode"] = "logit_normal"
-    """How often each step of noise is trained: most often those in the middle, whose logits are
-    normally distributed; all as often; or by the density with a `mode` of Esser et al. 2024
+    """How the timesteps, which set the amount of noise, are drawn. `logit_normal`: with normally
+    distributed logits, so those in the middle are most frequent. `uniform`: all are equally
+    frequent. `mode`: from the density with a mode by Esser et al. 2024
     (https://arxiv.org/abs/2403.03206, section 3.1)."""
 
     mean: float = LOGIT_MEAN
-    """Mean of the logits of `logit_normal`, as diffusers counts: above 0 less noise, below 0
-    more."""
+    """Mean of the logits for `logit_normal`, with the sign that diffusers uses: above 0 means less
+    noise, below 0 more."""
 
     std: Annotated[float, Field(gt=0)] = LOGIT_STD
-    """Standard deviation of the logits of `logit_normal`."""
+    """Standard deviation of the logits for `logit_normal`."""
 
     mode_scale: Annotated[float, Field(ge=-1, le=1.75)] = MODE_SCALE
-    """Of `mode`: above 0 more steps in the middle, below 0 more at both ends."""
+    """For `mode`: above 0, timesteps in the middle are more frequent; below 0, those at both
+    ends."""
 
     weighting: Literal["none", "sigma_sqrt", "sigma_squared", "cosmap"] = "none"
-    """Weight of each picture's error by the share s of noise in it: 1; 1 / s² (`sigma_sqrt`, as
-    diffusers calls it); s² (`sigma_squared`, the error of the picture instead of the flow, as with
-    diffusers' `--precondition_outputs`); or 2 / (π (1 - 2 s + 2 s²)) (`cosmap`)."""
+    """Weight of an image's error, depending on the share s of noise in it: 1 (`none`); 1 / s²
+    (`sigma_sqrt`, as diffusers calls it); s² (`sigma_squared`: the error of the image instead of
+    the flow, as with diffusers' `--precondition_outputs`); or 2 / (π (1 - 2 s + 2 s²))
+    (`cosmap`)."""
 
     guidance: Annotated[float, Field(ge=0)] = GUIDANCE
-    """What FLUX.1-dev is told in training of how far away from an empty text it is to draw; 1 is
-    usual too. Other models are not told it."""
+    """The guidance scale that FLUX.1-dev gets as an input in training; 1 is common too. Other
+    models do not have this input."""
 
     def conflicts(self) -> Conflicts:
-        """Yield keys that change nothing."""
+        """Yield keys that have no effect."""
         needs = {"mean": "logit_normal", "std": "logit_normal", "mode_scale": "mode"}
         usual = {"mean": LOGIT_MEAN, "std": LOGIT_STD, "mode_scale": MODE_SCALE}
         for key, kind in needs.items():
@@ -78,11 +81,11 @@ class FlowSpec(Section):
 
 
 class TextToImageSpec(TaskSection):
-    """Draw what a text says, with a diffusion model."""
+    """Generate an image from a text, with a diffusion model."""
 
     pipeline_tag = "text-to-image"
     suitable_models = (
-        "take a folder, or a model of the Hub, that diffusers reads as a pipeline of Stable "
+        "use a folder, or a model on the Hub, that diffusers loads as a pipeline of Stable "
         "Diffusion 1.5 or 2, of Stable Diffusion XL, of Stable Diffusion 3, or of Flux"
     )
     default_targets = (
@@ -103,98 +106,102 @@ class TextToImageSpec(TaskSection):
     )
 
     type: Literal["text_to_image"]
-    """Which task."""
+    """The type of task."""
 
     image_column: Word = "image"
-    """Column of the picture: a path relative to the file that names it (csv, JSON), or the encoded
-    picture itself (parquet, the Hub). In a folder of pictures (`data.path`) each file is a row."""
+    """Column of the image: a path relative to the file that contains it (csv, JSON), or the encoded
+    image itself (parquet, the Hub). In a folder of images (`data.path`), each file is a row."""
 
     caption_column: Word = USUAL_COLUMN
-    """Column of what the picture shows. In a folder of pictures it is the content of the text file
-    next to each: `a/1.txt` for `a/1.png`."""
+    """Column of the caption, which says what the image shows. In a folder of images, it is read
+    from the text file next to each image: `a/1.txt` for `a/1.png`."""
 
     caption: Word | None = None
-    """One caption for all pictures, instead of `caption_column`: `a photo of sks dog` for a few
-    pictures of one subject, where `sks` is a rare word that is to mean it."""
+    """One caption for all images, instead of `caption_column`: `a photo of sks dog` for a few
+    images of one subject, where `sks` is a rare word that will stand for it."""
 
     resolution: Positive = 512
-    """The shorter side of the pictures as the model sees them, in pixels; the longer one is cut.
-    With `aspect_ratios`, the side of a square of the same area."""
+    """Length of the shorter side to which images are resized, in pixels; the longer side is cropped
+    to the same length. With `aspect_ratios`, the side of a square with the same area."""
 
     aspect_ratios: bool = False
-    """Keep the shape of each picture as nearly as sizes in steps of 64 pixels allow (or of what
-    the model divides pictures by, where `resolution` is less than 256), instead of a square. A
-    batch holds pictures of one size, as far as there are enough of them."""
+    """Keep the aspect ratio of each image as closely as sides in multiples of 64 pixels allow,
+    instead of cropping it to a square. (If `resolution` is less than 256, multiples of what the
+    model divides images by.) A batch contains images of one size, as long as there are enough of
+    them."""
 
     max_aspect_ratio: Annotated[float, Field(ge=1)] = USUAL_RATIO
-    """With `aspect_ratios`: how many times longer than the other a side can be; what is left of
-    longer pictures is cut."""
+    """With `aspect_ratios`: the largest ratio of the longer side to the shorter one. Longer images
+    are cropped."""
 
     crop: Literal["center", "random"] = "center"
-    """Which part of a picture is left where it is cut in training; evaluation takes the middle.
-    `random` computes the latents anew in every step."""
+    """Which part of an image is kept when it is cropped in training; evaluation uses the centre.
+    With `random`, the latents are computed again in every step."""
 
     flip: bool = False
-    """Mirror half of the pictures in training, left to right. Not for letters, nor where captions
-    say `left` and `right`. The latents are then computed anew in every step."""
+    """Mirror half of the images in training, left to right. Not for letters, nor for captions that
+    say `left` and `right`. The latents are then computed again in every step."""
 
     upscale: bool = False
-    """Accept pictures that are smaller than they are seen: they are enlarged, which blurs them. By
-    default they are errors."""
+    """Accept images that are smaller than `resolution`: they are enlarged, which blurs them. By
+    default, they are errors."""
 
     caption_dropout: Dropout = 0.0
-    """Share of the captions that are replaced by an empty one in training, which
-    classifier-free guidance subtracts when it draws."""
+    """Share of the captions that are replaced by an empty one in training. The model needs the
+    empty caption for classifier-free guidance."""
 
     shuffle_tags: bool = False
-    """Captions are tags between commas, which stand in another order in every step of training.
-    What the text encoder makes of them is then computed in every step."""
+    """Captions are tags separated by commas, which are shuffled in every step of training. The
+    output of the text encoder is then computed again in every step."""
 
     keep_tags: Annotated[int, Field(ge=0)] = USUAL_TAGS
-    """With `shuffle_tags`: so many tags at the beginning stay where they are, such as a word that
-    is to mean the subject."""
+    """With `shuffle_tags`: how many tags at the beginning keep their place, such as a word that
+    stands for the subject."""
 
     latents: Literal["sample", "mean"] = "sample"
-    """What the autoencoder gives of a picture: a new sample of its distribution in every step, as
+    """Which latents of the autoencoder's distribution are trained: a new sample in every step, as
     in diffusers' own training scripts, or the mean."""
 
     snr_gamma: Annotated[float, Field(gt=0)] | None = None
-    """Weight each step of noise by its ratio of signal to noise, cut off at this value; 5 is usual
-    (Min-SNR, Hang et al. 2023, https://arxiv.org/abs/2303.09556). Default: all weigh the same."""
+    """Weight each timestep by its signal-to-noise ratio, clipped at this value; 5 is common
+    (Min-SNR, Hang et al. 2023, https://arxiv.org/abs/2303.09556). Default: all timesteps have the
+    same weight."""
 
     noise_offset: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Add so much noise that is the same in all places of a channel, so that the model learns to
-    draw very dark and very bright pictures; 0.05 to 0.1 is usual."""
+    """Amount of noise to add that is the same at all positions of a channel, so that the model
+    learns to generate very dark and very bright images; 0.05 to 0.1 is common."""
 
     flow: FlowSpec | None = None
-    """How steps of noise are drawn and weighted by a model that learns by flow matching, such as
-    Stable Diffusion 3 or Flux. Default: logit-normal steps, of which all weigh the same."""
+    """How timesteps are drawn and weighted for a model that is trained by flow matching, such as
+    Stable Diffusion 3 or Flux. Default: logit-normal timesteps with equal weights."""
 
     validation_draws: Positive = 4
-    """How many times each picture of validation and test is measured, each with noise of its own
-    and a step of noise of its own, spread evenly; they are the same in every evaluation."""
+    """How many times each image of validation and test is measured, each time with its own noise
+    and timestep, spread evenly. Noise and timesteps are the same in every evaluation."""
 
     train_text_encoder: bool = False
-    """Adapt the text encoders too; never T5."""
+    """Adapt the text encoders too, except T5."""
 
     without_t5: bool = False
-    """Leave out T5, the largest text encoder of Stable Diffusion 3, to save memory: zeros stand in
-    its place, in training and in drawing. So it is where the base has none."""
+    """Leave out T5, the largest text encoder of Stable Diffusion 3, to save memory: its output is
+    replaced by zeros, in training and in prediction. The same happens if the base comes without
+    T5."""
 
     prior: PriorSpec | None = None
-    """Pictures of the class that the subject belongs to, as a second term of the loss."""
+    """Images of the class that the subject belongs to, as a second term of the loss
+    (DreamBooth)."""
 
     validation_prompts: Words | None = None
-    """Texts that are drawn before training, at every evaluation, and with the best adapter, each
-    with the same noise every time; the report shows them side by side."""
+    """Prompts for which images are generated before training, at every evaluation, and with the
+    best adapter, always from the same noise; the report shows them side by side."""
 
     def conflicts(self) -> Conflicts:
-        """Yield keys that exclude each other, or that change nothing."""
+        """Yield keys that exclude each other, or that have no effect."""
         if self.image_column == self.caption_column:
-            what = f"`{self.image_column}` is both the picture and its caption"
+            what = f"`{self.image_column}` is both the image and its caption"
             yield "caption_column", what, "name the column of the captions"
         if self.caption is not None and self.caption_column != USUAL_COLUMN:
-            what = "`caption` is the caption of all pictures, so `caption_column` is not read"
+            what = "`caption` is the caption of all images, so `caption_column` is not read"
             yield "caption", what, "leave one of the two out"
         if self.keep_tags != USUAL_TAGS and not self.shuffle_tags:
             yield "keep_tags", "`keep_tags` has no meaning without `shuffle_tags`", "leave it out"
@@ -207,31 +214,31 @@ class TextToImageSpec(TaskSection):
 
     @property
     def input_columns_by_key(self) -> dict[str, str]:
-        """The column of the picture: one that was trained must not be measured."""
+        """The column of the image, as no trained image may be in validation or test."""
         return {"task.image_column": self.image_column}
 
     @property
     def media_columns(self) -> dict[str, MediaKind]:
-        """The column of the picture."""
+        """The column of the image."""
         return {self.image_column: "image"}
 
     @property
     def transcript_column(self) -> str | None:
-        """The column that text files next to pictures fill."""
+        """The column that is read from text files next to images."""
         return None if self.caption is not None else self.caption_column
 
     @property
     def local_folders(self) -> list[str]:
-        """The folder of the pictures of the class."""
+        """The folder of the images of the class."""
         return [] if self.prior is None else ["prior.path"]
 
     @property
     def sample_prompts(self) -> list[str]:
-        """What is drawn while training."""
+        """The prompts for which images are generated during training."""
         return self.validation_prompts or []
 
     def own_code(self, base: str, options: str, parts: tuple[str, ...], drawing: Any) -> str:
-        """Return how a text is drawn with diffusers, and with PEFT where there are adapters."""
+        """Return how to generate an image with diffusers, and with PEFT if there are adapters."""
         lines = ["import torch", "from diffusers import DiffusionPipeline"]
         lines += ["from peft import PeftModel"] if parts else []
         options += ", text_encoder_3=None, tokenizer_3=None" if self.without_t5 else ""

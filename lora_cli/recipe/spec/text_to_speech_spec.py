@@ -25,11 +25,11 @@ print(speech.shape)  # frames of a log-mel spectrogram, which a vocoder makes he
 
 
 class TextToSpeechSpec(TaskSection):
-    """Say a text aloud, with SpeechT5."""
+    """Synthesise speech from text, with SpeechT5."""
 
     pipeline_tag = "text-to-speech"
     suitable_models = (
-        "take a SpeechT5 model that speaks, such as microsoft/speecht5_tts; VITS and its kin "
+        "use a SpeechT5 model for synthesis, such as microsoft/speecht5_tts; VITS and similar "
         "cannot be trained with transformers"
     )
     default_targets = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -43,42 +43,41 @@ class TextToSpeechSpec(TaskSection):
     length_keys = ()
 
     type: Literal["text_to_speech"]
-    """Which task."""
+    """The type of task."""
 
     text_column: Word = "text"
-    """Column of what is said. In a folder of recordings it is the content of the text file next to
-    each: `a/1.txt` for `a/1.wav`."""
+    """Column of the text that is spoken. In a folder of recordings, it is read from the text file
+    next to each recording: `a/1.txt` for `a/1.wav`."""
 
     audio_column: Word = "audio"
-    """Column of the recording: a path relative to the file that names it (csv, JSON), or the
-    encoded recording itself (parquet, the Hub). In a folder of recordings (`data.path`) each file
+    """Column of the recording: a path relative to the file that contains it (csv, JSON), or the
+    encoded recording itself (parquet, the Hub). In a folder of recordings (`data.path`), each file
     is a row."""
 
     speaker_column: Word | None = None
-    """Column of the vector that describes who speaks: a list of as many numbers as the model reads
-    (512 for microsoft/speecht5_tts, which was trained with x-vectors), or in csv such a list in
-    brackets, as in JSON. Rows of several speakers need it."""
+    """Column of the speaker's embedding: a list with as many numbers as the model expects (512 for
+    microsoft/speecht5_tts, which was trained with x-vectors), in csv a JSON list. Data with several
+    speakers need it."""
 
     speaker_embedding: Word | None = None
-    """Instead of `speaker_column`: one vector for all rows, in a file that `numpy.save` wrote
-    (`speaker.npy`). `zeros` is no speaker at all, for models that were trained so. One of the two
-    keys has to be there: without a speaker the model would guess a voice."""
+    """Instead of `speaker_column`: one embedding for all rows, in a file that `numpy.save` wrote
+    (`speaker.npy`). `zeros` means no speaker, for models that were trained in this way. One of the
+    two keys is required: without a speaker, the model would guess a voice."""
 
     vocoder: Word | None = None
-    """The model that makes spectrograms heard, such as microsoft/speecht5_hifigan, or a local
-    folder with one. Without it `lora predict` writes spectrograms instead of sound. It is not
-    trained."""
+    """The model that turns spectrograms into sound, such as microsoft/speecht5_hifigan, or a local
+    folder with one. Without it, `lora predict` writes spectrograms. It is not trained."""
 
     stop_threshold: Annotated[float, Field(gt=0)] = THRESHOLD
-    """An answer ends where the model's probabilities that it does, of the frames of one step (two,
-    for microsoft/speecht5_tts) added up, reach this value."""
+    """Speech ends when the model's stop probabilities, summed over the frames of one decoding step
+    (two frames for microsoft/speecht5_tts), reach this value."""
 
     longest_ratio: Annotated[float, Field(gt=0)] = LONGEST_RATIO
-    """An answer has at most so many frames of the spectrogram for each token of the text (a letter,
-    for SpeechT5), if it does not end before."""
+    """Maximum length of the speech, in frames of the spectrogram per token of the text (a letter,
+    for SpeechT5)."""
 
     def conflicts(self) -> Conflicts:
-        """Yield what keeps a row from being read."""
+        """Yield what prevents a row from being read."""
         named = {
             "text_column": self.text_column,
             "audio_column": self.audio_column,
@@ -98,12 +97,12 @@ class TextToSpeechSpec(TaskSection):
 
     @property
     def split_special_tokens(self) -> bool:
-        """A control token that is spelled out in a text is read as its letters."""
+        """Whether control tokens in a text are read as ordinary characters: always."""
         return True
 
     @property
     def input_columns_by_key(self) -> dict[str, str]:
-        """The column of the recording: one that was trained must not be measured."""
+        """The column of the recording, as no trained recording may be in validation or test."""
         return {"task.audio_column": self.audio_column}
 
     @property
@@ -118,7 +117,7 @@ class TextToSpeechSpec(TaskSection):
 
     @property
     def local_files(self) -> list[str]:
-        """The file of the speaker's vector."""
+        """The file of the speaker's embedding."""
         return [] if self.speaker_embedding in (None, ZEROS) else ["speaker_embedding"]
 
     @property
@@ -127,7 +126,7 @@ class TextToSpeechSpec(TaskSection):
         return {} if self.vocoder is None else {"vocoder": self.vocoder}
 
     def usage(self, labels: list[str], settings: Any) -> Usage:
-        """Return how a text is said."""
+        """Return how to synthesise a text with the model."""
         file = "speaker.npy" if self.speaker_embedding is None else SPEAKER_FILE
         imports = "import numpy\nimport torch\n"
         setup = f"speaker = torch.from_numpy(numpy.load({file!r})).float().reshape(1, -1)\n"

@@ -27,62 +27,63 @@ FIRST_PIECE = 'piece.strip() and (start == 0 or " " in (text[start - 1], piece[0
 
 
 class TokenClassificationSpec(TaskSection):
-    """Find entities: words or places of a text that have a type, such as persons."""
+    """Find entities: words or spans of a text that have a type, such as persons."""
 
     peft_task_type = "TOKEN_CLS"
     pipeline_tag = "token-classification"
     suitable_models = (
-        "take a model that transformers can make a tagger of, such as BERT, RoBERTa or Llama"
+        "use a model for which transformers has a tagger, such as BERT, RoBERTa or Llama"
     )
     baselines = frozenset({"base", "none"})
-    # most words are outside: at the usual rate, all were called so
+    # most words are outside entities: at the usual rate, the model tagged all words as outside
     usual_training = UsualTraining(rate_scale=0.5)
     packing_hint = "leave it out; `train.group_by_length: true` saves padding here"
 
     type: Literal["token_classification"]
-    """Which task."""
+    """The type of task."""
 
     tokens_column: Word = "tokens"
-    """Column of the words: a list in every row. Files in the form of CoNLL have it."""
+    """Column of the words: a list in every row. Files in CoNLL format have it."""
 
     tags_column: Word = "tags"
-    """Column of the tags: a list of names, such as `B-PER`, or of numbers, one for each word."""
+    """Column of the tags: a list of names, such as `B-PER`, or numbers, one for each word."""
 
     scheme: Literal["auto", "iob1", "iob2", "io", "iobes"] = "auto"
-    """How the tags mark where an entity begins. `iob2`: B at each beginning; `iob1`: B only after
-    an entity of the same type; `io`: not at all; `iobes`: with E and S for the last and the only
-    word (BILOU's L and U). `auto` takes the one that the tags of the train split show. Whatever the
-    scheme, the model learns IOB2."""
+    """How the tags mark the beginning of an entity. `iob2`: B at each beginning; `iob1`: B only
+    after another entity of the same type; `io`: not marked; `iobes`: as in `iob2`, with E for the
+    last word and S for a single word (L and U in BILOU). `auto` detects it from the tags of the
+    train split. The model always learns IOB2."""
 
     text_column: Word | None = None
-    """Column of the text, where entities are places in a text and not tags of words."""
+    """Column of the text, if entities are spans of a text instead of tags of words."""
 
     spans_column: Word | None = None
-    """Column of the entities of `text_column`: a list of `{start, end, label}`, in characters; also
-    as Doccano, Label Studio (JSON-MIN) and Prodigy export them."""
+    """Column of the entities in `text_column`: a list of `{start, end, label}`, in characters.
+    Exports of Doccano, Label Studio (JSON-MIN) and Prodigy are read too."""
 
     labels: Annotated[list[str], Field(min_length=3)] | None = None
-    """The tags in the order of the model's outputs, in IOB2: `[O, B-PER, I-PER]`. Default: of the
-    types found in the train split, sorted."""
+    """The tags in the order of the model's outputs, in IOB2: `[O, B-PER, I-PER]`. Default: made
+    from the types found in the train split, sorted."""
 
     tag_names: Annotated[list[Word], Field(min_length=2)] | None = None
-    """Names of the tags, where the data has their numbers: number 0 is the first name. Default: as
-    the data set on the Hub names them, else `labels`."""
+    """Names of the tags, if the data contains their numbers: the first name is number 0. Default:
+    the names in the data set on the Hub, or `labels`."""
 
     word_separator: str = " "
-    """What stands between two words of `tokens_column` in the text that the model reads; `""` for
-    scripts without spaces."""
+    """Text between two words of `tokens_column` in the model's input; `""` for scripts without
+    spaces."""
 
     max_length: Positive = 512
-    """Longest input in tokens; a longer row is divided into windows that overlap, and each word is
-    predicted in the one where most text stands around it. Never more than the model can take."""
+    """Maximum length of an input in tokens. A longer row is divided into overlapping windows, and
+    each word is predicted in the window that has the most context around it. It never exceeds what
+    the model supports."""
 
     split_special_tokens: bool = False
-    """Read a control token that is spelled out in a text, such as `</s>` or `[SEP]`, as its letters
-    and not as the token."""
+    """Whether a control token that is spelled out in a text, such as `</s>` or `[SEP]`, is read as
+    ordinary characters instead of the token."""
 
     def conflicts(self) -> Conflicts:
-        """Yield keys of words next to keys of spans, and labels that are not IOB2."""
+        """Yield keys for words together with keys for spans, and labels that are not IOB2."""
         if (self.text_column is None) != (self.spans_column is None):
             missing = "text_column" if self.text_column is None else "spans_column"
             what = "`text_column` and `spans_column` go together"
@@ -110,18 +111,18 @@ class TokenClassificationSpec(TaskSection):
         wanted = ["O", *(f"{prefix}-{kind}" for kind in types for prefix in "BI")]
         if sorted(self.labels) != sorted(wanted):
             shown = ", ".join(wanted[:7]) + (", …" if len(wanted) > 7 else "")
-            what = "`labels` are not O and, for each type, a tag with B- and one with I-"
-            hint = f"`labels: [{shown}]`; how the data writes its tags is `scheme`, and what its "
-            yield "labels", what, f"{hint}numbers stand for is `tag_names`"
+            what = "`labels` must be O and, for each type, one tag with B- and one with I-"
+            hint = f"`labels: [{shown}]`; use `scheme` for how the data writes its tags, and "
+            yield "labels", what, f"{hint}`tag_names` if they are numbers"
 
     @property
     def has_spans(self) -> bool:
-        """Whether a row is a text with places, and not words with tags."""
+        """Whether a row is a text with spans, instead of words with tags."""
         return self.text_column is not None and self.spans_column is not None
 
     @property
     def answer_kind(self) -> AnswerKind:
-        """Places in a text, with their types."""
+        """Spans of a text, with their types."""
         return "spans"
 
     @property
@@ -132,7 +133,7 @@ class TokenClassificationSpec(TaskSection):
         return {"task.tokens_column": self.tokens_column}
 
     def usage(self, labels: list[str], settings: Any) -> Usage | None:
-        """Return how the tags of a text are printed."""
+        """Return how to print the tags of a text with the model."""
         if not labels:
             return None
         condition = ANY_PIECE if self.has_spans else FIRST_PIECE
