@@ -3,8 +3,8 @@
 A conversation is rendered once by the model's chat template. A template with generation markers
 says itself what the assistant wrote. For others, a turn's share of the text is what the template
 adds for it: the difference between the rendering up to the turn and the rendering before it. Where
-a template rewrites earlier turns (Qwen 3 takes their reasoning away), or writes no token that ends a
-turn, each of the assistant's turns becomes an example of its own, rendered up to there: as the
+a template rewrites earlier turns (Qwen 3 takes their reasoning away), or writes no token that ends
+a turn, each of the assistant's turns becomes an example of its own, rendered up to there: as the
 model sees it when it is asked. So every answer has an end to learn.
 
 What the messages say is text: a control token that stands in it is read as its letters. What a
