@@ -464,7 +464,17 @@ def test_names_too_rare_for_validation_are_not_labels(init: Init) -> None:
     check_data(build_task(recipe), ("train", "validation", "test"))
 
 
-def test_a_command_never_overwrites_its_input(tmp_path: Path, bases: dict[str, Path]) -> None:
-    (tmp_path / "flat.jsonl").write_text(lines([{"data": {"text": "a", "label": "b"}}] * 3))
-    with pytest.raises(LoraError, match=r"flat\.jsonl > flatter\.jsonl`"):
-        draft_recipe(tmp_path / "flat.jsonl", str(bases["encoder"]), tmp_path / "recipe.yaml")
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("flat.jsonl", lines([{"data": {"text": "a", "label": "b"}}] * 3)),
+        ("rows.jsonl", '["a film", "b"]\n["the film", "c"]\n'),
+        ("messages.jsonl", lines([{"chats": [{"role": "user", "text": "a b c"}]}] * 3)),
+    ],
+)
+def test_a_command_never_overwrites_its_input(
+    name: str, content: str, tmp_path: Path, bases: dict[str, Path]
+) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(LoraError, match=rf"{name} > new_{name}`"):
+        draft_recipe(tmp_path / name, str(bases["llama"]), tmp_path / "recipe.yaml")

@@ -14,7 +14,6 @@ from typing import Any
 
 from lora_cli.data.column_kinds import Column, is_blank, label_text
 from lora_cli.data.jq_commands import field, jq_command
-from lora_cli.data.text_columns import flat_name
 from lora_cli.errors import LoraError
 
 CHOICES_NAME = re.compile(r"(?i)(.*_)?(choices|options|endings|alternatives)")
@@ -127,7 +126,7 @@ def _error(
         f"each row has a question (`{question}`) and its choices ({choices}), and no task chooses "
         "among texts",
         place,
-        f"write them as prompt and completion: {jq_command(jq, place, flat_name(place))}; or name "
+        f"write them as prompt and completion: {jq_command(jq, place)}; or name "
         f"what is learned: `--text {shlex.quote(questions[-1])} --label {shlex.quote(key.name)}`",
     )
 

@@ -39,7 +39,7 @@ GROUP_NAME = re.compile(
 )
 TOKEN_OR_TAG = re.compile(r"<\|[^<>|]+\|>|</?\w+>")  # a token of a tokenizer, or of HTML
 CONVERSATION_NAME = re.compile(
-    r"(?i)conversations?|conv|messages|dialog(ue)?s?|chats?|turns|rounds|talks?"
+    r"(?i)conversations?|conv|messages|dialog(ue)?s?|chats?|turns|rounds|talks?|utterances"
 )
 FILE_NAME = re.compile(
     r"(?i)\S[^\n]*\.(?P<kind>wav|mp3|flac|ogg|opus|m4a|png|jpe?g|gif|bmp|tiff?|webp|mp4|avi)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from pathlib import Path
 
 PANDAS = {  # how pandas reads the formats that jq cannot read
     ".parquet": "read_parquet({name!r})",
@@ -18,15 +19,17 @@ def field(name: str) -> str:
     return f".{name}" if plain else f".{json.dumps(name, ensure_ascii=False)}"
 
 
-def jq_command(program: str, name: str, target: str) -> str:
+def jq_command(program: str, name: str, target: str = "flat.jsonl") -> str:
     """Return a command that applies jq to the rows of a file and writes JSON lines.
 
     Args:
         program: The jq expression.
         name: Name of the source file: JSON (also gzipped), a table, or parquet.
-        target: Name of the file to write. It must differ from `name`, as the shell truncates it
-            first.
+        target: Name of the file to write; another one if the source is called so, as the shell
+            empties the target before jq reads the source.
     """
+    if Path(name).name == target:
+        target = f"new_{target}"
     source, pipe_from = f" {shlex.quote(name)}", ""
     suffix = next(
         (ending for ending in PANDAS if name.lower().removesuffix(".gz").endswith(ending)), None

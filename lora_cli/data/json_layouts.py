@@ -90,6 +90,10 @@ def _rows_in_lists(rows: Sequence[Any], name: str, is_list: bool) -> Rejection |
         return _rejection("the rows are texts, and not objects", f"{start}{{text: .}}", name)
     if not _is_list_of(rows, list) or not all(rows):
         return None
+    if all(isinstance(turn, dict) for turn in rows[0]):
+        column = "conversations" if "from" in rows[0][0] else "messages"
+        program = f"{start}{{{column}: .}}"
+        return _rejection("the rows are lists of turns, and not objects with names", program, name)
     fields = _fields(rows)
     return _rejection("the rows are lists, and not objects with names", f"{start}{fields}", name)
 

@@ -12,7 +12,6 @@ from typing import Any
 from lora_cli.data.answer_choices import QUESTION_NAME
 from lora_cli.data.column_kinds import Column, is_blank
 from lora_cli.data.jq_commands import field, jq_command
-from lora_cli.data.text_columns import flat_name
 from lora_cli.errors import LoraError
 
 ANSWER_NAME = re.compile(r"(?i)(.*_)?answers?(_spans?)?")
@@ -37,7 +36,6 @@ def require_flat(
     """
     texts = [c.name for c in columns if QUESTION_NAME.fullmatch(c.name) and c.kind == "text"]
     question = next((name for name in texts if name != "context"), texts[0]) if texts else None
-    target = flat_name(place)
     for column in columns:
         value = next((v for row in rows if not is_blank(v := row.get(column.name))), None)
         if column.kind != "other" or METADATA_NAME.fullmatch(column.name):
@@ -51,14 +49,14 @@ def require_flat(
             raise LoraError(
                 f"the answers stand inside `{column.name}`, which no task reads",
                 place,
-                f"write the first one as a column: {jq_command(jq, place, target)}",
+                f"write the first one as a column: {jq_command(jq, place)}",
             )
         if not has_label and (path := _path_of_label(value)):
             jq = f". + {{label: {field(column.name)}{path}}}"
             raise LoraError(
                 f"`{column.name}` holds objects, in which labels may stand; no task reads them",
                 place,
-                f"write what is to be learned as a column: {jq_command(jq, place, target)}; or "
+                f"write what is to be learned as a column: {jq_command(jq, place)}; or "
                 "name the columns to be read, `--text COLUMN --label COLUMN`, with `--label none` "
                 "for text alone",
             )

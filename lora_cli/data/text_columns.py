@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from lora_cli.data.column_kinds import CONVERSATION_NAME, Column, is_blank
@@ -52,14 +51,6 @@ def list_columns(columns: Sequence[Column]) -> str:
     )
 
 
-def flat_name(place: str) -> str:
-    """Return a name for the output file of a command, which differs from its input file.
-
-    The shell truncates the output file before the command reads its input.
-    """
-    return "flat.jsonl" if Path(place).name != "flat.jsonl" else "flatter.jsonl"
-
-
 def unnesting_hint(column: Column, rows: Sequence[dict[str, Any]], place: str) -> str:
     """Return a hint with a command that turns the objects in a column into columns."""
     path = field(column.name)
@@ -77,7 +68,15 @@ def unnesting_hint(column: Column, rows: Sequence[dict[str, Any]], place: str) -
     if len(rows) > 1 and not isinstance(value, list):
         deletions = [f"del({path})"] if len(rows[0]) > 1 else []
         program = " + ".join([*deletions, path])
-    return f"turn them into columns: {jq_command(program, place, flat_name(place))}"
+    return f"turn them into columns: {jq_command(program, place)}"
+
+
+def _turns_hint(path: str, place: str) -> str:
+    """Return the hint for lists of texts that two people say by turns."""
+    role = 'if .key % 2 == 0 then "user" else "assistant" end'
+    turns = f"[{path} | to_entries[] | {{role: ({role}), content: .value}}]"
+    command = jq_command(f"{{messages: {turns}}}", place, MESSAGES)
+    return f"if two people speak by turns, write the turns as messages: {command}"
 
 
 def _gemini_hint(path: str, row: dict[str, Any], place: str) -> str:
@@ -160,6 +159,9 @@ def text_of(
         if nested is not None and rows:
             what += f", and `{nested.name}` holds objects"
             raise LoraError(what, place, unnesting_hint(nested, rows, place))
+        for column in columns:
+            if column.kind == "list" and CONVERSATION_NAME.fullmatch(column.name):
+                raise LoraError(what, place, _turns_hint(field(column.name), place))
         raise LoraError(what, place, f"name it with `--text COLUMN` ({list_columns(columns)})")
     named = [column for column in texts if TEXT_NAMES.fullmatch(column.name.strip())]
     for candidates in (named, texts):

@@ -101,6 +101,12 @@ for _name, _lines in {
         for i in range(9)
     ],
     "turns in two columns": [{"prompt": [USER], "completion": [YES]}],
+    "an answer in another column than the turns": [
+        {"messages": [USER], "response": f"the answer to question {i}"} for i in range(9)
+    ],
+    "turns of two people as texts": [
+        {"dialog": ["how are you", f"fine, number {i}"]} for i in range(9)
+    ],
     "conversations that nobody answers": [{"messages": [USER]}],
     "tools that no template writes": [{"messages": [USER, YES], "tools": [TOOL]}],
 }.items():

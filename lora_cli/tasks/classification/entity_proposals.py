@@ -19,7 +19,6 @@ from lora_cli.data.entity_tags import (
 )
 from lora_cli.data.jq_commands import field, jq_command
 from lora_cli.data.label_lists import list_in_cell
-from lora_cli.data.text_columns import flat_name
 from lora_cli.errors import LoraError, counted
 from lora_cli.tasks.classification.entity_rows import require_ends
 from lora_cli.tasks.proposal import BaseFacts, Certainty, Proposal, Table, proposed
@@ -120,7 +119,7 @@ def _require_lists(
             what = (
                 f"each word of the text `{text}` has a tag in `{tags}`, and no list has the words"
             )
-            hint = f"write the words as a list: {jq_command(how, place, flat_name(place))}"
+            hint = f"write the words as a list: {jq_command(how, place)}"
             raise LoraError(what, place, hint)
 
 
@@ -149,7 +148,7 @@ def _require_tags(
             tags = f'reduce ({of} // [])[] as $one ([{words}[] | "O"]; {inner})'
             how = f"{{tokens: {words}, tags: ({tags})}}"
             what = f"the places in `{places}` count words, and no task reads such"
-            hint = f"write a tag for each word: {jq_command(how, place, flat_name(place))}"
+            hint = f"write a tag for each word: {jq_command(how, place)}"
             raise LoraError(what, place, hint)
 
 

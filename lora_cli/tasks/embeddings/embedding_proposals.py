@@ -8,7 +8,6 @@ from typing import Any
 
 from lora_cli.data.column_kinds import Column, as_number
 from lora_cli.data.jq_commands import field, jq_command
-from lora_cli.data.text_columns import flat_name
 from lora_cli.errors import LoraError
 from lora_cli.tasks.proposal import BaseFacts, Certainty, Proposal, Table, proposed
 from lora_cli.tasks.texts.text_checks import check_texts
@@ -73,7 +72,7 @@ def _several(anchor: Column, positives: Column, table: Table) -> LoraError:
     return LoraError(
         f"`{positives.name}` holds lists, and a row of `text_embedding` has one positive",
         table.place,
-        f"write a row for each: {jq_command(how, table.place, flat_name(table.place))}",
+        f"write a row for each: {jq_command(how, table.place)}",
     )
 
 

@@ -6,7 +6,6 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from lora_cli.data.chat_formats import conversation_error
 from lora_cli.data.column_kinds import CONVERSATIONS, Column, is_blank
 from lora_cli.data.jq_commands import field, jq_command
 from lora_cli.data.text_columns import (
@@ -19,6 +18,7 @@ from lora_cli.data.text_columns import (
 from lora_cli.data.unsupported_rows import unsupported
 from lora_cli.errors import LoraError, counted, printable
 from lora_cli.tasks.classification.labelled_text_proposals import LABEL_NAMES, rank
+from lora_cli.tasks.generation.conversation_columns import require_whole_conversations
 from lora_cli.tasks.generation.text_pair_names import source_and_target
 from lora_cli.tasks.proposal import BaseFacts, Certainty, Proposal, Table, proposed
 from lora_cli.tasks.texts.text_checks import check_texts, reject_rows
@@ -144,19 +144,9 @@ def _require_supported(table: Table, chosen: Proposal) -> None:
     reject_rows(table.rows, place, unsupported)
     if not chosen.is_chat:
         return
-    talks = [column.name for column in table.columns if column.kind in CONVERSATIONS]
-    if len(talks) > 1:
-        what = f"the columns `{'` and `'.join(talks)}` all hold turns of conversations"
-        joined = " + ".join(map(field, talks))
-        hint = "put the turns of a row into one column, in their order: " + jq_command(
-            f"{{messages: ({joined})}}", place, "joined.jsonl"
-        )
-        raise LoraError(what, place, hint)
+    names, more = zip(*PROMPT_NAMES, strict=True)
     form, column = chosen.keys["format"], chosen.keys.get("messages_column")
-    errors = [conversation_error(row, form, column) for row in table.rows]
-    if all(errors):
-        hint = "each row has a list of turns, of which one at least is the assistant's"
-        raise LoraError(f"no row can be trained: {errors[0]}", f"{place}, row 1", hint)
+    require_whole_conversations(table, form, column, names, more)
 
 
 def _no_label(table: Table, chosen: Proposal, base: BaseFacts) -> LoraError:
