@@ -54,6 +54,19 @@ def test_figures_leave_out_the_first_steps(folder: Path) -> None:
     )
 
 
+def test_slow_examples_are_logged_with_few_digits(folder: Path) -> None:
+    log = folder / "out" / "metrics.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    slow = [line | {"tokens_per_s": 2.7, "examples_per_s": 0.34} for line in lines]  # of 0.3375
+    log.write_text("".join(json.dumps(line) + "\n" for line in slow))
+    found = speed.figures(ROW, folder, folder / "out", SECONDS, check_order=True)
+    assert found.rate == 2.7
+    slow = [line | {"tokens_per_s": 2.7, "examples_per_s": 0.36} for line in lines]
+    log.write_text("".join(json.dumps(line) + "\n" for line in slow))
+    with pytest.raises(ValueError, match="tokens an example"):
+        speed.figures(ROW, folder, folder / "out", SECONDS, check_order=True)
+
+
 def test_another_order_or_other_tokens_are_a_failure(folder: Path) -> None:
     out, order = folder / "out", json.loads((folder / "order.json").read_text())
     order["examples"].reverse()
