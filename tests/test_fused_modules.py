@@ -109,7 +109,7 @@ def test_a_model_runs_by_kernels_only_where_it_is_asked_to(monkeypatch: pytest.M
         def __init__(self, modules: list[nn.Module]) -> None:
             mlps = [part for part in modules[0].modules() if type(part).__name__ == "LlamaMLP"]
             super().__init__(mlps, ByKernel)
-            self.gates = [mlp.get_submodule("gate_proj") for mlp in mlps]
+            self.layers = [mlp.get_submodule("gate_proj") for mlp in mlps]
 
     seen: list[str] = []
     sizes = {"hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2, "vocab_size": 9}

@@ -377,7 +377,7 @@ def test_the_kernel_of_gated_mlps_changes_what_is_kept(
         def __init__(self, layers: list[nn.Module], compiled: bool) -> None:
             assert (len(layers), compiled) == (2, True)
             self.replaced = [None] * mlps
-            self.gates: list[nn.Module] = []
+            self.layers: list[nn.Module] = []
 
         def __enter__(self) -> None:
             GatedMLPs.uses += 1

@@ -90,7 +90,7 @@ class CompiledLayers:
             from lora_cli.training.gated_mlp import GatedMLPs
 
             gated = GatedMLPs(self.layers, compiled=True)
-            self.products = [*stacked_updates(self.layers, compute, but=gated.gates), gated]
+            self.products = [*stacked_updates(self.layers, compute, but=gated.layers), gated]
             if gated.replaced:
                 self.kind += f" ({len(gated.replaced)} gated MLPs by a kernel of our own)"
                 self.memory_budget = self.memory_budget and GATED_BUDGET

@@ -105,14 +105,14 @@ class FusedModules:
     def __init__(self, model: nn.Module, autocast: bool) -> None:
         self.model, self.kind = model, ""
         self.groups: list[ReplacedForward] = []
-        self.gates: list[nn.Module] = []
+        self.in_kernel: list[nn.Module] = []
         self.updates: list[StackedUpdates] = []
         in_16_bits = autocast or any(p.dtype in IN_16_BITS for p in model.parameters())
         if in_16_bits and has_triton():
             from lora_cli.training.gated_mlp import GatedMLPs
 
             norms, mlps = RMSNorms(model), GatedMLPs([model])
-            self.groups, self.gates = [norms, mlps], mlps.gates
+            self.groups, self.in_kernel = [norms, mlps], mlps.layers
             pairs = ((mlps, "gated MLP"), (norms, "norm"))
             counts = [counted(len(group.replaced), noun) for group, noun in pairs if group.replaced]
             self.kind = " and ".join(counts) + " by one kernel each"  # for the report
@@ -128,7 +128,7 @@ class FusedModules:
         Args:
             compute: Runs a forward pass.
         """
-        self.updates = stacked_updates([self.model], compute, but=self.gates)
+        self.updates = stacked_updates([self.model], compute, but=self.in_kernel)
 
     @contextmanager
     def in_use(self) -> Iterator[None]:

@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from lora_cli.adapters.lora import LoRALinear
 from lora_cli.training.fused_modules import ReplacedForward, has_code_of
 from lora_cli.training.gated_mlp_kernel import gated_product
-from lora_cli.training.stacked_products import IN_16_BITS, MAX_RANK, hidden_of_updates, new_seeds
+from lora_cli.training.stacked_products import IN_16_BITS, MAX_RANK, hidden_of_updates, new_seed
 
 SILU = (nn.SiLU, type(ACT2FN["silu"]))
 GELU = (type(ACT2FN["gelu_pytorch_tanh"]), type(ACT2FN["gelu_new"]))  # by the same approximation
@@ -38,10 +38,10 @@ class GatedMLPs(ReplacedForward):
         super().__init__(mlps, _GatedMLP)
 
     @property
-    def gates(self) -> list[nn.Module]:
-        """The layers gate and up, whose updates the kernel adds."""
+    def layers(self) -> list[nn.Module]:
+        """The layers whose updates, or a part of them, the kernel computes."""
         mlps: list[Any] = [mlp for mlp, _ in self.replaced]
-        return [layer for mlp in mlps for layer in (mlp.gate_proj, mlp.up_proj)]
+        return [layer for mlp in mlps for layer in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
 
 
 class _GatedMLP(nn.Module):
@@ -65,7 +65,7 @@ class _GatedMLP(nn.Module):
         if _has_plain_lora(down):
             a = down.lora_A.to(g.dtype)
             if down.training and down.dropout.p:
-                seed, p = new_seeds(1, x), down.dropout.p
+                seed, p = new_seed(x), down.dropout.p
         is_gelu = type(self.act_fn) in GELU
         y, h = gated_product(g, u, gate_h, up_h, gate_b, up_b, a, seed, p, is_gelu)
         if a is None:

@@ -30,9 +30,10 @@ from torch import Tensor
 
 from lora_cli.training.lora_dropout_kernel import (
     block_rank,
-    kept_elements,
+    dropped,
     matrix_block,
     products_with_dropout,
+    random_numbers,
     store_block,
     threshold_of,
 )
@@ -53,12 +54,6 @@ def _sigmoid_and_slope(g, IS_GELU: tl.constexpr):  # type: ignore[no-untyped-def
     else:
         z, slope = g, 1.0
     return tl.sigmoid(z), slope
-
-
-@triton.jit
-def _dropped(x, seed, rows, columns, scale, threshold):  # type: ignore[no-untyped-def]
-    """Return a block of a matrix after dropout."""
-    return tl.where(kept_elements(tl.load(seed), rows, columns, threshold), x * scale, 0.0)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -99,7 +94,6 @@ def _backward(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     segment = tl.program_id(1)
-    dtype = dgate.dtype.element_ty
     if GATE_RANK:
         g_ranks = tl.arange(0, GATE_RANK)
         g_b = tl.trans(matrix_block(gate_b, columns, g_ranks, n_columns, gate_rank))
@@ -127,11 +121,12 @@ def _backward(  # type: ignore[no-untyped-def]
             d_h = matrix_block(dh, tokens, d_ranks, n_tokens, down_rank)
             slope_of_y = tl.dot(d_h, d_a)
             if DROPOUT:
-                slope_of_y = _dropped(slope_of_y, down_seed, tokens, columns, scale, threshold)
+                numbers = random_numbers(down_seed, tokens, columns)
+                slope_of_y = dropped(slope_of_y * scale, numbers, threshold)
             slope += slope_of_y
         share, inner = _sigmoid_and_slope(g, IS_GELU)
-        dg = (slope * u * share * (1 + g * (1 - share) * inner)).to(dtype)
-        du = (slope * g * share).to(dtype)
+        dg = (slope * u * share * (1 + g * (1 - share) * inner)).to(dgate.dtype.element_ty)
+        du = (slope * g * share).to(dg.dtype)
         store_block(dgate, dg, tokens, columns, n_tokens, n_columns)
         store_block(dup, du, tokens, columns, n_tokens, n_columns)
         if GATE_RANK:
@@ -141,8 +136,8 @@ def _backward(  # type: ignore[no-untyped-def]
         if DOWN_RANK:
             y = g * share * u
             if DROPOUT:
-                y = _dropped(y, down_seed, tokens, columns, scale, threshold)
-            sum_down += tl.dot(tl.trans(d_h), y.to(dtype))
+                y = dropped(y * scale, numbers, threshold)
+            sum_down += tl.dot(tl.trans(d_h), y.to(dg.dtype))
     n_sums = segment.to(tl.int64) * n_columns  # those of earlier segments, for each rank
     if GATE_RANK:
         store_block(dgate_b + n_sums * gate_rank, sum_gate, columns, g_ranks, n_columns, gate_rank)

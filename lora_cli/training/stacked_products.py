@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from lora_cli.adapters.lora import LoRALinear
 from lora_cli.environment import has_triton
 
+HAS_TRITON = has_triton()
 IN_16_BITS = (torch.float16, torch.bfloat16)
 MAX_RANK = 64  # of kernels; for larger ranks, the sums of their backward pass exceed the registers
 MAX_LAYERS = 3  # that share a kernel
@@ -146,7 +147,7 @@ def _products_with_dropout(layers: Sequence[LoRALinear], x: Tensor) -> Iterable[
     if torch.is_autocast_enabled("cuda") and x.is_cuda:
         x = x.to(torch.get_autocast_dtype("cuda"))
     settings = {(layer.rank, layer.dropout.p) for layer in layers}
-    by_kernel = x.is_cuda and x.dtype in IN_16_BITS and has_triton()
+    by_kernel = x.is_cuda and x.dtype in IN_16_BITS and HAS_TRITON
     if not by_kernel or any(rank > MAX_RANK for rank, _ in settings):
         return [F.linear(layer.dropout(x), layer.lora_A.to(x.dtype)) for layer in layers]
     if len(settings) > 1 or len(layers) > MAX_LAYERS:
@@ -154,14 +155,13 @@ def _products_with_dropout(layers: Sequence[LoRALinear], x: Tensor) -> Iterable[
     from lora_cli.training.lora_dropout_kernel import products_with_dropout
 
     a = torch.stack([layer.lora_A for layer in layers]).to(x.dtype)
-    seeds = new_seeds(len(layers), x)
-    products: Tensor = products_with_dropout(x, a, seeds, layers[0].dropout.p)
+    products: Tensor = products_with_dropout(x, a, new_seed(x), layers[0].dropout.p)
     return products.unbind(-2)
 
 
-def new_seeds(n: int, x: Tensor) -> Tensor:
-    """Draw n seeds for masks of x from torch's generator, on the device of x."""
-    return torch.randint(2**63 - 1, (n,), device=x.device)
+def new_seed(x: Tensor) -> Tensor:
+    """Draw a seed (1,) for masks of x from torch's generator, on the device of x."""
+    return torch.randint(2**63 - 1, (1,), device=x.device)
 
 
 class _PartOfUpdates(LoRALinear):

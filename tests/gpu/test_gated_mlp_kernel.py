@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_lora_dropout_kernel import mask
+from test_lora_dropout_kernel import masks
 from test_precision import pytestmark as on_a_gpu
 from torch import Tensor, nn
 from transformers.models.gemma.modeling_gemma import GemmaConfig, GemmaMLP
@@ -15,7 +15,7 @@ from transformers.models.mistral.modeling_mistral import MistralConfig, MistralM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Config, Qwen3MLP
 
 from lora_cli.adapters.lora import LoRALinear
-from lora_cli.training.stacked_products import new_seeds
+from lora_cli.training.stacked_products import new_seed
 
 pytestmark = on_a_gpu
 SIZES = {"hidden_size": 96, "intermediate_size": 136}
@@ -59,8 +59,8 @@ def test_results_and_gradients_equal_those_of_the_equations(
     exact = [x if x is None else x.detach().double().requires_grad_() for x in given]
     seed, kept = None, 1.0
     if p:
-        seed = new_seeds(1, given[0])
-        kept = mask(int(seed), shape[0] * shape[1], n, p).view(*shape, n) / (1 - p)
+        seed = new_seed(given[0])
+        kept = masks(seed, 1, shape[0] * shape[1], n, p)[0].view(*shape, n) / (1 - p)
     y, h = gated_product(*given, seed, p, is_gelu)
     wanted_y, wanted_h = reference(exact, is_gelu, kept)
     slopes = [torch.randn_like(x) if x is not None else None for x in (wanted_y, wanted_h)]
@@ -152,20 +152,18 @@ def test_each_layer_drops_elements_of_its_input(
     torch._dynamo.reset()
     mlp: Any = adapted("llama", dropout={"gate_proj": 0.5, "up_proj": 0.5, "down_proj": 0.4})
     x = torch.randn(2, 33, 96, device="cuda", dtype=torch.bfloat16)
-    for module, first in ((stacked_products, 5), (gated_mlp, 9)):
-        monkeypatch.setattr(
-            module, "new_seeds",
-            lambda n, x, first=first: torch.arange(first, first + n, device="cuda"),
-        )  # fmt: skip
+    seeds = [torch.tensor([seed], device="cuda") for seed in (5, 9)]
+    monkeypatch.setattr(stacked_products, "new_seed", lambda x: seeds[0])
+    monkeypatch.setattr(gated_mlp, "new_seed", lambda x: seeds[1])
     with gated_mlp.GatedMLPs([mlp], compiled=compiled):
         found = (torch.compile(mlp) if compiled else mlp)(x)
 
-    def of(layer: Any, x: Tensor, seed: int) -> Tensor:
+    def output(layer: Any, x: Tensor, seed: Tensor, place: int) -> Tensor:
         p, n = layer.dropout.p, x.shape[-1]
-        kept = mask(seed, 66, n, p).view(2, 33, n)
+        kept = masks(seed, 2, 66, n, p)[place].view(2, 33, n)
         y: Tensor = layer.base(x)
         return y + layer.update(kept * x / (1 - p)).to(y.dtype)
 
-    y = nn.functional.silu(of(mlp.gate_proj, x, 5)) * of(mlp.up_proj, x, 6)
-    wanted = of(mlp.down_proj, y, 9)
+    gate, up = output(mlp.gate_proj, x, seeds[0], 0), output(mlp.up_proj, x, seeds[0], 1)
+    wanted = output(mlp.down_proj, nn.functional.silu(gate) * up, seeds[1], 0)
     assert (found - wanted).abs().max() <= 0.03 * wanted.abs().max()
