@@ -270,50 +270,52 @@ def rows_of(tmp_path: Path, size: int, **task: Any) -> Any:
 def test_an_example_is_cut_where_it_is_longer_and_says_so(tmp_path: Path) -> None:
     ids, labels = [tiny.BOS, 11, 12, 13, 14], [IGNORED, IGNORED, 12, 13, 14]
     for size in (5, 6):  # it fits
-        assert rows_of(tmp_path, size).fitted(ids, labels) == [{"input_ids": ids, "labels": labels}]
+        assert rows_of(tmp_path, size).fit_to_length(ids, labels) == [
+            {"input_ids": ids, "labels": labels}
+        ]
     right = rows_of(tmp_path, 4, truncate="right")
-    assert right.fitted(ids, labels) == [
+    assert right.fit_to_length(ids, labels) == [
         {"input_ids": ids[:4], "labels": labels[:4], "full_length": 5}
     ]
     left = rows_of(tmp_path, 4, truncate="left")
-    assert left.fitted(ids, labels) == [
+    assert left.fit_to_length(ids, labels) == [
         {
             "input_ids": [tiny.BOS, 12, 13, 14],
             "labels": [IGNORED, 12, 13, 14],
             "full_length": 5,
         }
     ]
-    assert rows_of(tmp_path, 4, truncate="drop").fitted(ids, labels) == []
+    assert rows_of(tmp_path, 4, truncate="drop").fit_to_length(ids, labels) == []
     with pytest.raises(LoraError, match="has 5 tokens, more than 4"):
-        rows_of(tmp_path, 4, truncate="error").fitted(ids, labels)
+        rows_of(tmp_path, 4, truncate="error").fit_to_length(ids, labels)
 
 
 def test_an_example_trains_a_token_that_is_predicted(tmp_path: Path) -> None:
     rows = rows_of(tmp_path, 4)
-    assert rows.fitted([7, 8], [7, IGNORED]) == []  # the first is predicted from nothing
-    assert rows.fitted([7, 8, 9], [IGNORED, IGNORED, 9])
-    assert rows.fitted([7, 8, 9, 10, 11], [IGNORED] * 4 + [11]) == []  # it is cut off
+    assert rows.fit_to_length([7, 8], [7, IGNORED]) == []  # the first is predicted from nothing
+    assert rows.fit_to_length([7, 8, 9], [IGNORED, IGNORED, 9])
+    assert rows.fit_to_length([7, 8, 9, 10, 11], [IGNORED] * 4 + [11]) == []  # it is cut off
 
 
 def test_the_last_tokens_of_a_prompt_follow_what_begins_every_text(tmp_path: Path) -> None:
     rows = rows_of(tmp_path, 8)
     begun, other = [tiny.BOS, 11, 12, 13, 14], [10, 11, 12, 13, 14]
-    assert rows.shortened(begun, 3) == [tiny.BOS, 13, 14]
-    assert rows.shortened(begun, 2) == [tiny.BOS, 14]
-    assert rows.shortened(begun, 1) == [14]  # with one place alone, the newest is worth more
-    assert rows.shortened(begun, 5) == begun
-    assert rows.shortened(other, 3) == [12, 13, 14]
+    assert rows.keep_last_tokens(begun, 3) == [tiny.BOS, 13, 14]
+    assert rows.keep_last_tokens(begun, 2) == [tiny.BOS, 14]
+    assert rows.keep_last_tokens(begun, 1) == [14]  # with one place alone, the newest is worth more
+    assert rows.keep_last_tokens(begun, 5) == begun
+    assert rows.keep_last_tokens(other, 3) == [12, 13, 14]
 
 
 def test_a_text_ends_once_and_one_that_goes_on_does_not(tmp_path: Path) -> None:
     rows = rows_of(tmp_path, 8)
-    assert rows.ended([5, 6]) == [5, 6, tiny.EOS]
-    assert rows.ended([5, tiny.EOS]) == [5, tiny.EOS]
-    assert rows.ended([]) == [tiny.EOS]
+    assert rows.with_end_token([5, 6]) == [5, 6, tiny.EOS]
+    assert rows.with_end_token([5, tiny.EOS]) == [5, tiny.EOS]
+    assert rows.with_end_token([]) == [tiny.EOS]
     ids = tiny.tokenizer("llama")("a film")["input_ids"]
-    assert rows.begun("a film") == ids
-    rows.reader = tiny.tokenizer("encoder")  # it ends texts by itself
-    assert rows.begun("a film") == rows.reader("a film")["input_ids"][:-1]
+    assert rows.encode_without_end("a film") == ids
+    rows.text_tokenizer = tiny.tokenizer("encoder")  # it ends texts by itself
+    assert rows.encode_without_end("a film") == rows.text_tokenizer("a film")["input_ids"][:-1]
 
 
 @pytest.mark.parametrize("size", [2, 3, 4, 5, 99])

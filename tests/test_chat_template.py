@@ -262,7 +262,7 @@ def test_the_assistant_says_what_the_template_writes_for_its_turn(
     template: str, messages: Any, opened: str, wanted: list[str]
 ) -> None:
     made = tokenizer(template)
-    assert ChatTemplate(made).opened == opened
+    assert ChatTemplate(made).prompt_only_suffix == opened
     for count, said in zip((2, 4), wanted, strict=True):
         asked = ChatTemplate(made).prompt(messages[: count - 1], None)
         written = made.apply_chat_template(messages[:count], tokenize=False)
@@ -287,7 +287,7 @@ def test_a_turn_that_is_written_in_another_way_than_asked_for_is_refused() -> No
     other = CHATML.replace("<|im_start|>assistant\n", "{{ messages|length }}: ")
     messages = turns(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
     made = tokenizer(other)
-    with pytest.raises(LoraError, match="cannot be told from"):
+    with pytest.raises(LoraError, match="cannot be separated from"):
         encode_chat(made, messages, "assistant")
 
 
@@ -593,13 +593,13 @@ LOOPS = "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% en
 def test_a_template_that_does_not_come_to_an_end(
     template: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chat_template, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(chat_template, "TIMEOUT_S", 0.05)
     made = ChatTemplate(tokenizer(template))
     conversation = Conversation([{"role": "user", "content": "Hi"}])
     for _ in range(2):  # and it is not tried again for every row
-        with pytest.raises(LoraError, match="does not come to an end: it computed for more than"):
+        with pytest.raises(LoraError, match="did not finish: it computed for more than"):
             made.encode(conversation, "all")
-        monkeypatch.setattr(chat_template, "PATIENCE_S", 1e9)
+        monkeypatch.setattr(chat_template, "TIMEOUT_S", 1e9)
 
 
 @pytest.mark.parametrize("special", [True, False])

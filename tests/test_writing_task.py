@@ -229,7 +229,7 @@ def test_a_prompt_leaves_room_for_its_answer(truncate: str, tmp_path: Path) -> N
     fits, long = [tiny.BOS, *range(5, 104)], [tiny.BOS, *range(5, 105)]
     assert task.shortened(fits) == fits
     assert task.shortened(long) == ([tiny.BOS, *range(6, 105)] if truncate == "left" else long)
-    task.rows = SimpleNamespace(prompt=lambda row: row["ids"], shortened=task.rows.shortened)
+    task.rows = SimpleNamespace(prompt=lambda row: row["ids"], keep_last_tokens=task.rows.keep_last_tokens)
     task.generate = lambda model, prompts: [str(len(prompt)) for prompt in prompts]
     answers = task.answer(nn.Linear(1, 1), [{"ids": ids} for ids in (long, fits, fits)])
     assert answers == [["100" if truncate == "left" else "101"], ["100"], ["100"]]

@@ -86,10 +86,10 @@ class CausalLM(WritingTask):
         if isinstance(self.rows, Chat):
             self.end_of_turn = self.rows.template.end_of_turn
             self.control_tokens = self.rows.template.control
-            if opened := self.rows.template.opened:
+            if suffix := self.rows.template.prompt_only_suffix:
                 self.notes.append(
-                    f"the chat template asks for an answer with `{opened.strip()}` and writes "
-                    "answers without it: so they are trained, and so they are asked for"
+                    f"the chat template asks for an answer with `{suffix.strip()}` and writes "
+                    "answers without it: it is used neither in training nor in prediction"
                 )
         self.pad = self._pad_id()
         if self.pad == self.tokenizer.eos_token_id and self.spec.pad_token is None:
@@ -386,14 +386,14 @@ class CausalLM(WritingTask):
     def chat_prompt(self, messages: list[Message]) -> list[int]:
         """Return the token ids of a conversation, for the assistant to continue."""
         assert isinstance(self.rows, Chat)
-        return self.rows.ask(messages)
+        return self.rows.encode_chat(messages)
 
     def shortened(self, prompt: list[int]) -> list[int]:
         """Return a prompt, without its beginning if it is too long and the recipe allows that."""
         room = self.room_for_prompt
         if room is None or self.spec.truncate != "left":
             return prompt
-        return self.rows.shortened(prompt, min(room, len(prompt)))
+        return self.rows.keep_last_tokens(prompt, min(room, len(prompt)))
 
     @property
     def writer(self) -> CausalLM:

@@ -112,5 +112,5 @@ def _(world: World) -> Printed:
     world.write("t.jinja", loop * 3 + "{% endfor %}" * 3)
     task = {"messages_column": "messages", "chat_template": "t.jinja", "text_column": ...}
     recipe = world.recipe("llama", data={"path": "rows.jsonl"}, task=task)
-    with mock.patch("lora_cli.tasks.generation.chat_template.PATIENCE_S", 0.05):
+    with mock.patch("lora_cli.tasks.generation.chat_template.TIMEOUT_S", 0.05):
         return world.lora("validate", recipe, "--data")

@@ -64,7 +64,7 @@ MASKS = [
     (r"(the parquet file is cut off or damaged: ).*", r"\1…"),
     (r"(`0\.wav` is cut off or damaged: ).*", r"\1…"),
     (r"(metric `[^`]*` cannot be loaded: \w+).*", r"\1…"),
-    (r"(the chat template refuses the conversation: Expected).*", r"\1…"),
+    (r"(the chat template rejects the conversation: Expected).*", r"\1…"),
     (r"(not a whole safetensors file: ).*", r"\1…"),
     (r"(cannot read the model: ).*", r"\1…"),
     (r"(is no address: ).*", r"\1…"),

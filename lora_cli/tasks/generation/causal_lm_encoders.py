@@ -1,7 +1,7 @@
-"""How a row of a language model becomes examples, and what is asked of it: one class a format.
+"""Turns the rows of a language model into examples and prompts, with one class for each format.
 
-`PlainText` trains every token, `PromptAndCompletion` what follows a prompt, `Chat` what the
-assistant says.
+`PlainText` trains every token, `PromptAndCompletion` the tokens after the prompt, and `Chat` the
+assistant's turns.
 """
 
 from __future__ import annotations
@@ -31,33 +31,34 @@ from lora_cli.tasks.generation.text_generation import whole_characters
 from lora_cli.tasks.generation.writing_task import SAMPLE_NEW_TOKENS
 from lora_cli.tasks.texts.tokenize_long_texts import is_long, token_ids
 
-SAMPLE_TOKENS = 16  # of a plain text that is continued
+SAMPLE_TOKENS = 16  # the longest beginning of a plain text that a sample continues
 
 
 class RowFormat(ABC):
-    """A way in which rows hold what is trained.
+    """Encodes rows of one format.
 
     Args:
-        spec: The recipe's task.
-        tokenizer: Of the model.
-        reader: Reads the texts of rows; the same, or one that knows no control tokens.
-        max_length: Longest example in tokens.
+        spec: The recipe's task section.
+        tokenizer: The model's tokenizer.
+        text_tokenizer: The tokenizer for the texts of rows: the same, or one that reads control
+            tokens as ordinary text.
+        max_length: The maximum length of an example, in tokens.
     """
 
     def __init__(
         self,
         spec: CausalLMSpec,
         tokenizer: PreTrainedTokenizerBase,
-        reader: PreTrainedTokenizerBase,
+        text_tokenizer: PreTrainedTokenizerBase,
         max_length: int,
     ) -> None:
-        self.spec, self.tokenizer, self.reader = spec, tokenizer, reader
+        self.spec, self.tokenizer, self.text_tokenizer = spec, tokenizer, text_tokenizer
         self.max_length = max_length
-        self.end: int = tokenizer.eos_token_id
+        self.eos_id: int = tokenizer.eos_token_id
 
     @abstractmethod
     def encode(self, rows: Sequence[dict[str, Any]]) -> list[list[Example]]:
-        """Return the examples of each row; those in which nothing is trained are left out."""
+        """Return the examples of each row, except for those in which no token is trained."""
 
     @abstractmethod
     def prompt(self, row: dict[str, Any]) -> list[int]:
@@ -65,41 +66,48 @@ class RowFormat(ABC):
 
     @abstractmethod
     def sample(self, row: dict[str, Any]) -> tuple[list[int], str]:
-        """Return the token ids that a sample continues, and what the row says there."""
+        """Return the token ids that a sample continues, and the row's own continuation."""
 
     def why_nothing(self, row: dict[str, Any]) -> str:
-        """Return a hint, where a row leaves nothing to train."""
+        """Return a hint for a row in which no token is trained."""
         return "raise `task.max_length`, if the model can take more; a prompt has to end before it"
 
-    def ended(self, ids: list[int]) -> list[int]:
-        """Return a text with its end-of-text token, so that the model learns to stop."""
-        return ids if ids and ids[-1] == self.end else [*ids, self.end]
+    def with_end_token(self, ids: list[int]) -> list[int]:
+        """Return the token ids with an end-of-text token, so that the model learns to stop."""
+        return ids if ids and ids[-1] == self.eos_id else [*ids, self.eos_id]
 
-    def begun(self, text: str) -> list[int]:
-        """Return the tokens of a text that goes on."""
-        ids = token_ids(self.reader, text)
-        return ids[:-1] if ids and ids[-1] == self.end else ids
+    def encode_without_end(self, text: str) -> list[int]:
+        """Return the token ids of a text without the end-of-text token, for it to be continued."""
+        ids = token_ids(self.text_tokenizer, text)
+        return ids[:-1] if ids and ids[-1] == self.eos_id else ids
 
-    def shortened(self, ids: list[int], room: int) -> list[int]:
-        """Return the last tokens of a prompt, behind the token that begins every text."""
-        return [ids[i] for i in self._last(ids, room)]
+    def keep_last_tokens(self, ids: list[int], room: int) -> list[int]:
+        """Return `room` tokens of a prompt: its BOS token, if it has one, and its last tokens."""
+        return [ids[i] for i in self._last_positions(ids, room)]
 
-    def _last(self, ids: list[int], room: int) -> list[int]:
-        """Return the positions of the tokens that are kept where the beginning is cut."""
+    def _last_positions(self, ids: list[int], room: int) -> list[int]:
+        """Return the positions of the `room` tokens that are kept when the beginning is cut."""
         first = [0] if room > 1 and ids[0] == self.tokenizer.bos_token_id else []
         return [*first, *range(len(ids) - (room - len(first)), len(ids))]
 
-    def fitted(self, ids: list[int], labels: list[int]) -> list[Example]:
-        """Return the example within `max_length`, as the recipe says, or nothing.
+    def fit_to_length(self, ids: list[int], labels: list[int]) -> list[Example]:
+        """Return the example, truncated to `max_length` as the recipe says.
+
+        Args:
+            ids: Its token ids (T,).
+            labels: Its labels (T,), `IGNORED` where the token is not trained.
+
+        Returns:
+            A list of one example; empty if it is dropped, or if none of its tokens is trained.
 
         Raises:
-            LoraError: If it is too long, and the recipe asks for an error.
+            LoraError: If it is too long and the recipe has `truncate: error`.
         """
         whole = {}
         if len(ids) > self.max_length:
             whole = {"full_length": len(ids)}
             ids, labels = self._cut(ids, labels)
-        # the first token is predicted from nothing
+        # the first token has no logits: the model would predict it from nothing
         trained = any(label != IGNORED for label in labels[1:])
         return [{"input_ids": ids, "labels": labels, **whole}] if trained else []
 
@@ -109,7 +117,7 @@ class RowFormat(ABC):
             case "right":
                 return ids[:size], labels[:size]
             case "left":
-                kept = self._last(ids, size)
+                kept = self._last_positions(ids, size)
                 return [ids[i] for i in kept], [labels[i] for i in kept]
             case "drop":
                 return [], []
@@ -121,22 +129,25 @@ class RowFormat(ABC):
 
 
 class PlainText(RowFormat):
-    """A column of text, of which every token is trained."""
+    """A column of texts, all of whose tokens are trained."""
 
     def encode(self, rows: Sequence[dict[str, Any]]) -> list[list[Example]]:
-        """Return the windows of each row."""
+        """Return the examples of each row: its text, cut into windows of `max_length` tokens."""
         column = self.spec.text_column or "text"
         texts = [str(row[column]) for row in rows]
         if any(map(is_long, texts)):
-            return [self._windows(self.ended(token_ids(self.reader, text))) for text in texts]
-        read = self.reader(texts, verbose=False)
-        return [self._windows(self.ended(ids)) for ids in read["input_ids"]]
+            return [
+                self._windows(self.with_end_token(token_ids(self.text_tokenizer, text)))
+                for text in texts
+            ]
+        read = self.text_tokenizer(texts, verbose=False)
+        return [self._windows(self.with_end_token(ids)) for ids in read["input_ids"]]
 
     def _windows(self, ids: list[int]) -> list[Example]:
         """Cut a text into examples of at most `max_length` tokens.
 
-        The last token of one is the first of the next, which is read but not predicted: so every
-        token but the text's first is trained, once.
+        The last token of a window is also the first of the next one. The first token of a window is
+        read but not predicted, so every token except the first of the text is trained once.
         """
         size = self.max_length
         pieces = [ids[i : i + size] for i in range(0, len(ids), max(size - 1, 1))]
@@ -144,20 +155,22 @@ class PlainText(RowFormat):
         return [{"input_ids": p, "labels": p, **whole} for p in pieces if len(p) > 1]
 
     def prompt(self, row: dict[str, Any]) -> list[int]:
-        """Return the token ids of the text, which is to be continued."""
-        return self.begun(str(row[self.spec.text_column or "text"]) + self.spec.separator)
+        """Return the token ids of the text, for the model to continue."""
+        return self.encode_without_end(
+            str(row[self.spec.text_column or "text"]) + self.spec.separator
+        )
 
     def sample(self, row: dict[str, Any]) -> tuple[list[int], str]:
-        """Return the beginning of the text, and what follows it."""
+        """Return the token ids of the text's beginning, and the text that follows it."""
         column = self.spec.text_column or "text"
-        whole = token_ids(self.reader, str(row[column]))
+        whole = token_ids(self.text_tokenizer, str(row[column]))
         cut = whole_characters(self.tokenizer, whole, min(SAMPLE_TOKENS, (len(whole) + 1) // 2))
         end = whole_characters(self.tokenizer, whole, cut + SAMPLE_NEW_TOKENS)
         return whole[:cut], str(self.tokenizer.decode(whole[cut:end]))
 
 
 class PromptAndCompletion(RowFormat):
-    """A column of prompts, which are read, and one of completions, which are trained."""
+    """A column of prompts, which are only read, and one of completions, which are trained."""
 
     def encode(self, rows: Sequence[dict[str, Any]]) -> list[list[Example]]:
         """Return the example of each row."""
@@ -166,38 +179,41 @@ class PromptAndCompletion(RowFormat):
     def _encode(self, row: dict[str, Any]) -> list[Example]:
         prompt = str(row[self.spec.prompt_column or ""]) + self.spec.separator
         completion = str(row[self.spec.completion_column or ""])
-        start = self.begun(prompt)  # a tokenizer that ends texts itself: this one goes on
-        whole = token_ids(self.reader, prompt + completion)
+        start = self.encode_without_end(prompt)  # some tokenizers add an end-of-text token
+        whole = token_ids(self.text_tokenizer, prompt + completion)
         if whole[: len(start)] != start:
-            # A token spans the border. Generation starts after the prompt's own tokens: train so.
-            whole = start + self._going_on(completion)
-        whole = self.ended(whole)
-        return self.fitted(whole, [IGNORED] * len(start) + whole[len(start) :])
+            # A token spans the boundary. Generation starts after the tokens of the prompt alone, so
+            # that is also how it is trained.
+            whole = start + self._encode_continuation(completion)
+        whole = self.with_end_token(whole)
+        return self.fit_to_length(whole, [IGNORED] * len(start) + whole[len(start) :])
 
-    def _going_on(self, text: str) -> list[int]:
-        """Return the tokens of a text that goes on where another one ended.
+    def _encode_continuation(self, text: str) -> list[int]:
+        """Return the tokens of a text that continues another one.
 
-        SentencePiece's tokenizers put a space before whatever they read, which the row does not
-        have. Behind a line end they do not; where that is no part of the text's own tokens, it is
-        read with the text and taken away again.
+        SentencePiece tokenizers put a space before each text, which the row does not contain, but
+        none after a line break. So the text is encoded after a line break, whose tokens are then
+        removed, unless they are merged with the first of the text.
         """
-        before = token_ids(self.reader, "\n", special=False)
-        ids = token_ids(self.reader, "\n" + text, special=False)
+        before = token_ids(self.text_tokenizer, "\n", special=False)
+        ids = token_ids(self.text_tokenizer, "\n" + text, special=False)
         if before and ids[: len(before)] == before:
             return ids[len(before) :]
-        return token_ids(self.reader, text, special=False)
+        return token_ids(self.text_tokenizer, text, special=False)
 
     def prompt(self, row: dict[str, Any]) -> list[int]:
-        """Return the token ids of the prompt and the separator."""
-        return self.begun(str(row[self.spec.prompt_column or ""]) + self.spec.separator)
+        """Return the token ids of the prompt with the separator."""
+        return self.encode_without_end(
+            str(row[self.spec.prompt_column or ""]) + self.spec.separator
+        )
 
     def sample(self, row: dict[str, Any]) -> tuple[list[int], str]:
-        """Return the prompt and the completion."""
+        """Return the token ids of the prompt, and the completion."""
         return self.prompt(row), str(row[self.spec.completion_column or ""])
 
 
 class Chat(RowFormat):
-    """A conversation, written with the model's chat template."""
+    """A conversation, rendered by the model's chat template."""
 
     @functools.cached_property
     def template(self) -> ChatTemplate:
@@ -219,17 +235,17 @@ class Chat(RowFormat):
     def _example(self, ids: list[int], trained: list[bool]) -> list[Example]:
         if not any(trained):
             return []
-        stop = len(trained) - trained[::-1].index(True)  # what follows teaches nothing
+        stop = len(trained) - trained[::-1].index(True)  # no token after the last trained one
         ids, trained = ids[:stop], trained[:stop]
         labels = [token if on else IGNORED for token, on in zip(ids, trained, strict=True)]
         last_turn = takewhile(lambda label: label != IGNORED, reversed(labels))
-        if self.end not in last_turn:  # the template does not end it: the model must learn to stop
-            ids.append(self.end)
-            labels.append(self.end)
-        return self.fitted(ids, labels)
+        if self.eos_id not in last_turn:  # the template adds none, but the model must learn to stop
+            ids.append(self.eos_id)
+            labels.append(self.eos_id)
+        return self.fit_to_length(ids, labels)
 
     def why_nothing(self, row: dict[str, Any]) -> str:
-        """Return a hint, where a row leaves nothing to train: is it due to the template?"""
+        """Return a hint for a row in which no token is trained, perhaps due to the template."""
         conversation = conversations_of(row, self.spec)[0]
         examples = self.template.encode(conversation, self.spec.train_on)
         if not any(any(trained) for _, trained in examples):
@@ -240,7 +256,7 @@ class Chat(RowFormat):
         return super().why_nothing(row)
 
     def prompt(self, row: dict[str, Any]) -> list[int]:
-        """Return the tokens of the conversation without the assistant's last answer, if it has one.
+        """Return the token ids of the conversation, without a last turn of the assistant.
 
         Raises:
             LoraError: If there is no turn to answer, or the template rejects the conversation.
@@ -250,17 +266,19 @@ class Chat(RowFormat):
         question = messages[:-1] if messages[-1]["role"] == "assistant" else messages
         if not question:
             raise LoraError("there is no turn to answer")
-        return self.ask(question, conversation.tools)
+        return self.encode_chat(question, conversation.tools)
 
-    def ask(self, messages: list[Message], tools: list[dict[str, Any]] | None = None) -> list[int]:
-        """Return the tokens of a conversation that the assistant is to continue."""
+    def encode_chat(
+        self, messages: list[Message], tools: list[dict[str, Any]] | None = None
+    ) -> list[int]:
+        """Return the token ids of a conversation, for the assistant to continue."""
         return self.template.prompt_ids(Conversation(messages, tools))
 
     def sample(self, row: dict[str, Any]) -> tuple[list[int], str]:
-        """Return the conversation up to the assistant's last answer, and that answer."""
+        """Return the token ids of the conversation up to the assistant's last answer, and that."""
         try:
             ids = self.prompt(row)
-        except LoraError:  # the assistant speaks first
+        except LoraError:  # such as a conversation that begins with the assistant
             ids = list(self.tokenizer(" ", verbose=False)["input_ids"])
         last = conversations_of(row, self.spec)[0].messages[-1]
         return ids, str(last.get("content") or "") if last["role"] == "assistant" else ""
@@ -273,7 +291,7 @@ FORMATS: dict[str, type[PlainText | PromptAndCompletion | Chat]] = {
 }
 
 
-# ------------------------------------------------------------------------------ what is wrong
+# ---------------------------------------------------------------------------- errors in rows
 
 
 def conversations_of(row: dict[str, Any], spec: CausalLMSpec) -> list[Conversation]:
@@ -282,17 +300,17 @@ def conversations_of(row: dict[str, Any], spec: CausalLMSpec) -> list[Conversati
 
 
 def input_error(row: dict[str, Any], spec: CausalLMSpec, columns: Sequence[str]) -> str:
-    """Return what is wrong with what a model reads of a row, or nothing.
+    """Return what is wrong with the input of a row; empty if nothing is.
 
     Args:
         row: The row.
-        spec: The recipe's task.
-        columns: Those of the text or the prompt.
+        spec: The recipe's task section.
+        columns: The columns of the text or the prompt.
     """
     by_column = bool(spec.instruction_columns) or not spec.is_chat
     blank = [name for name in ("instruction", "input") if is_blank(row.get(name))]
     if spec.format == "alpaca" and blank == ["instruction"]:
-        columns = ["input"]  # which is the question then
+        columns = ["input"]  # the input alone is the question
     if by_column and (reason := text_error(row, columns)):
         return reason
     if (spec.is_chat or spec.prompt_column) and (found := unread_media(row)):
@@ -307,12 +325,12 @@ def input_error(row: dict[str, Any], spec: CausalLMSpec, columns: Sequence[str])
 
 
 def target_error(row: dict[str, Any], spec: CausalLMSpec, columns: Sequence[str]) -> str:
-    """Return what is wrong with what a model should learn of a row, or nothing.
+    """Return what is wrong with the target of a row; empty if nothing is.
 
     Args:
-        row: A row without an error of `input_error`.
-        spec: The recipe's task.
-        columns: That of the completion.
+        row: A row for which `input_error` returned nothing.
+        spec: The recipe's task section.
+        columns: The column of the completion.
     """
     several = spec.format == "self_instruct"
     if not several and (reason := text_error(row, columns)):

@@ -1,14 +1,13 @@
-"""How a chat template writes a conversation, and which tokens of it are trained.
+"""Renders conversations by the model's chat template, and finds the tokens that are trained.
 
-A conversation is rendered once by the model's chat template. A template with generation markers
-says itself what the assistant wrote. For others, a turn's share of the text is what the template
-adds for it: the difference between the rendering up to the turn and the rendering before it. Where
-a template rewrites earlier turns (Qwen 3 takes their reasoning away), or writes no token that ends
-a turn, each of the assistant's turns becomes an example of its own, rendered up to there: as the
-model sees it when it is asked. So every answer has an end to learn.
+A template with generation markers marks the assistant's text itself. For other templates, the text
+of a turn is the difference between the rendering up to and including the turn, and the prompt that
+asks for it. If a template rewrites earlier turns (Qwen 3 removes their reasoning), or writes no
+token that ends a turn, each turn of the assistant becomes a separate example, rendered only up to
+that turn, as the model will see it in use. So each answer is trained to end.
 
-What the messages say is text: a control token that stands in it is read as its letters. What a
-template would leave out or cannot write (tools, calls, a turn's words) is an error.
+The contents of messages are ordinary text: a control token written out in them is encoded as its
+characters. It is an error if the template leaves out a tool, a tool call or the content of a turn.
 """
 
 from __future__ import annotations
@@ -28,81 +27,83 @@ from lora_cli.tasks.texts.control_tokens import ControlTokens
 from lora_cli.time_limit import TooLongError, time_limit
 
 THINK_END = "</think>"
-PATIENCE_S = 10.0  # of computing, for one conversation; most take a thousandth of a second
-ANOTHER = "give another template with `task.chat_template: FILE`"
+TIMEOUT_S = 10.0  # for rendering one conversation, which usually takes a millisecond
+OTHER_TEMPLATE_HINT = "give another template with `task.chat_template: FILE`"
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 Spans = list[tuple[int, int]]
 
 
 class ChatTemplate:
-    """A tokenizer's chat template, and how a conversation is read that it writes.
+    """A tokenizer's chat template, and the tokens of the conversations that it renders.
 
     Args:
-        tokenizer: It holds the template.
+        tokenizer: The tokenizer, which has a chat template.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        self._endless: LoraError | None = None
-        given = tokenizer.chat_template  # one, or one for each use by its name
-        self.source = "\n".join(given.values()) if isinstance(given, dict) else str(given)
-        self.opened = self._opened_block()
-        """What it opens to ask for an answer, but does not write into an answer.
+        self._timeout_error: LoraError | None = None
+        templates = tokenizer.chat_template  # one template, or several by name
+        self.source = (
+            "\n".join(templates.values()) if isinstance(templates, dict) else str(templates)
+        )
+        self.prompt_only_suffix = self._find_prompt_only_suffix()
+        """The end of the generation prompt that is missing from rendered answers.
 
-        DeepSeek's asks with `<think>` and keeps turns without it. The assistant's turn begins
-        before that: so it is trained, and so it is asked."""
-        self.end_of_turn, self._ends_turns = self._end_of_turn()
-        """The token by which it ends the assistant's turn, if it is one token."""
-        self.reopened = self._reopened()
-        """What it opens behind an answer though nothing is asked, as the first one of Llama 3 did.
+        DeepSeek's prompt ends with `<think>`, which its rendered turns do not contain. It is
+        removed from the prompts, so that training and prediction agree."""
+        self.end_of_turn, self._ends_turns = self._find_end_of_turn()
+        """The token that ends the assistant's turn, if it is a single token."""
+        self.trailing_prompt = self._find_trailing_prompt()
+        """The generation prompt that is added after an answer even if none is asked for.
 
-        It is no part of the turn."""
-        self.control = ControlTokens(tokenizer, self._delimiters())
+        The first template of Llama 3 did this. It is not part of the turn."""
+        self.control = ControlTokens(tokenizer, self._turn_delimiters())
 
-    # -- what the template is like
+    # -- properties of the template, found by rendering short conversations
 
-    def _opened_block(self) -> str:
+    def _find_prompt_only_suffix(self) -> str:
         question = {"role": "user", "content": "Hi"}
         answers = [{"role": "assistant", "content": content} for content in ("0", "1")]
         try:
             prompt = self.write([question], add_generation_prompt=True)
             written = [self.write([question, answer]) for answer in answers]
-        except LoraError:  # it takes no such conversation, and says so of the rows
+        except LoraError:  # it rejects this conversation; rows get errors of their own
             return ""
         shared = takewhile(
             lambda letters: len(set(letters)) == 1, zip(prompt, *written, strict=False)
         )
         return prompt[len(list(shared)) :]
 
-    def _end_of_turn(self) -> tuple[set[int], bool]:
-        """Return the token that follows an answer, and whether any follows: added ones count."""
+    def _find_end_of_turn(self) -> tuple[set[int], bool]:
+        """Return the added token right after an answer, and whether any added token follows it."""
         content = "Hello"
         messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": content}]
         try:
             text = self.write(messages)
-        except LoraError:  # it takes no such conversation, and says so of the rows
+        except LoraError:  # it rejects this conversation; rows get errors of their own
             return set(), True
         tail = text[text.rfind(content) + len(content) :].strip()
         ids = self.tokenizer(tail, add_special_tokens=False, verbose=False)["input_ids"]
         added = set(self.tokenizer.added_tokens_decoder)
         return set(ids[:1]) & added, not added.isdisjoint(ids)
 
-    def _reopened(self) -> str:
+    def _find_trailing_prompt(self) -> str:
         content, question = "Hello", {"role": "user", "content": "Hi"}
         turns = [question, {"role": "assistant", "content": content}, question]
         try:
             prompt, with_answer, with_next_turn = (self.write(turns[:n]) for n in (1, 2, 3))
-        except LoraError:  # it takes no such conversation, and says so of the rows
+        except LoraError:  # it rejects this conversation; rows get errors of their own
             return ""
         if not with_answer.startswith(prompt + content) or with_next_turn.startswith(with_answer):
             return ""
         tail = with_answer[len(prompt + content) :]
         ends = [self.tokenizer.added_tokens_decoder[i].content for i in self.end_of_turn]
-        opened = [tail.removeprefix(end) for end in ends if tail.startswith(end)]
-        return opened[0] if opened and prompt.endswith(opened[0]) else ""
+        trailing = [tail.removeprefix(end) for end in ends if tail.startswith(end)]
+        return trailing[0] if trailing and prompt.endswith(trailing[0]) else ""
 
-    def _delimiters(self) -> set[str]:
-        """Return the added tokens around a user's turn: control tokens whatever they are called."""
+    def _turn_delimiters(self) -> set[str]:
+        """Return the added tokens around a user's turn, which are control tokens by their use."""
         added = self.tokenizer.added_tokens_decoder
         names = {added[i].content for i in self.end_of_turn}
         try:
@@ -112,7 +113,7 @@ class ChatTemplate:
         ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return names | {added[i].content for i in ids if i in added}
 
-    # -- writing
+    # -- rendering
 
     def write(
         self,
@@ -120,39 +121,43 @@ class ChatTemplate:
         tools: Sequence[dict[str, Any]] | None = None,
         **options: Any,
     ) -> str:
-        """Return a conversation as the template writes it.
+        """Return a conversation as text, rendered by the template.
 
         Raises:
             LoraError: If the template rejects it.
         """
         options = {"tokenize": False, "tools": tools or None, **options}
         return str(
-            self._run(lambda: self.tokenizer.apply_chat_template(_unmarked(messages), **options))
+            self._run(
+                lambda: self.tokenizer.apply_chat_template(_without_weights(messages), **options)
+            )
         )
 
-    def _run(self, program: Callable[[], Any]) -> Any:
-        """Return what the template gives; one that did not come to an end is not tried again."""
-        if self._endless is not None:
-            raise self._endless
+    def _run(self, render: Callable[[], Any]) -> Any:
+        """Return what `render` returns; after a timeout, raise the same error without a new try."""
+        if self._timeout_error is not None:
+            raise self._timeout_error
         try:
-            with time_limit(PATIENCE_S):
-                return program()
+            with time_limit(TIMEOUT_S):
+                return render()
         except TooLongError as error:
-            what = f"the chat template does not come to an end: {error}"
-            self._endless = LoraError(what, hint=ANOTHER)
-            raise self._endless from error
-        except Exception as error:  # a template is a program; it fails in any way it likes
-            raise _refusal(error) from error
+            what = f"the chat template did not finish: {error}"
+            self._timeout_error = LoraError(what, hint=OTHER_TEMPLATE_HINT)
+            raise self._timeout_error from error
+        except Exception as error:  # a template is a program, which may raise any error
+            raise _rejection(error) from error
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None) -> str:
-        """Return a conversation as text that the assistant is to continue."""
-        return self.write(messages, tools, add_generation_prompt=True).removesuffix(self.opened)
+        """Return a conversation as text, for the assistant to continue."""
+        return self.write(messages, tools, add_generation_prompt=True).removesuffix(
+            self.prompt_only_suffix
+        )
 
     def prompt_ids(self, conversation: Conversation) -> list[int]:
-        """Return the tokens of a conversation that the assistant is to continue.
+        """Return the token ids of a conversation, for the assistant to continue.
 
         Raises:
-            LoraError: If the template rejects it, or does not write all of it.
+            LoraError: If the template rejects the conversation or leaves a part of it out.
         """
         self._require_roles(conversation.messages)
         hidden = self.control.hide(conversation.messages, conversation.tools)
@@ -165,15 +170,18 @@ class ChatTemplate:
     def encode(
         self, conversation: Conversation, train_on: str
     ) -> list[tuple[list[int], list[bool]]]:
-        """Return the tokens of a conversation's examples, one as a rule, and which are trained.
+        """Return the examples of a conversation, usually one.
 
         Args:
             conversation: The conversation.
             train_on: `assistant`, `all` or `last`.
 
+        Returns:
+            For each example, its token ids (T,), and whether each of them is trained (T,).
+
         Raises:
-            LoraError: If the template rejects the conversation or leaves something of it out, or
-                the turns cannot be told apart.
+            LoraError: If the template rejects the conversation, leaves a part of it out, or renders
+                it so that its turns cannot be separated.
         """
         self._require_roles(conversation.messages)
         hidden = self.control.hide(conversation.messages, conversation.tools)
@@ -188,10 +196,10 @@ class ChatTemplate:
         train_on: str,
         tools: Sequence[dict[str, Any]] | None = None,
     ) -> list[tuple[str, Spans]]:
-        """Return a conversation's examples as text, each with the spans of characters to train."""
+        """Return the examples of a conversation as texts, each with its trained character spans."""
         if train_on != "all" and _GENERATION.search(self.source):
             return [self._render_marked(messages, train_on, tools)]
-        whole = self.write(messages, tools).removesuffix(self.reopened)
+        whole = self.write(messages, tools).removesuffix(self.trailing_prompt)
         _require_contents(messages, whole)
         if train_on == "all":
             return [(whole, [(0, len(whole))])]
@@ -200,13 +208,13 @@ class ChatTemplate:
         for turn in assistant if train_on == "assistant" else assistant[-1:]:
             if messages[turn].get("weight") == 0:
                 continue
-            after = self.write(messages[: turn + 1], tools).removesuffix(self.reopened)
+            after = self.write(messages[: turn + 1], tools).removesuffix(self.trailing_prompt)
             before = self._before(messages, turn, after, tools)
             if not after.startswith(before):
                 raise LoraError(
-                    f"turn {turn + 1} cannot be told from what stands before it: the chat template "
-                    "writes it in another way than it asks for it",
-                    hint=ANOTHER,
+                    f"turn {turn + 1} cannot be separated from the turns before it: the chat "
+                    "template renders it differently after the prompt that asks for it",
+                    hint=OTHER_TEMPLATE_HINT,
                 )
             _require_turn(messages[turn], after[len(before) :], turn + 1)
             alone.append((after, [(len(before), len(after))]))
@@ -220,23 +228,25 @@ class ChatTemplate:
         train_on: str,
         tools: Sequence[dict[str, Any]] | None,
     ) -> tuple[str, Spans]:
-        """Return a conversation with what the template itself marks as the assistant's."""
+        """Return a conversation as text, with the spans that the template marks as generated."""
         texts, marked = self._run(
             lambda: render_jinja_template(
-                [_unmarked(messages)],
+                [_without_weights(messages)],
                 tools=list(tools) if tools else None,
                 chat_template=self.tokenizer.get_chat_template(tools=list(tools or ()) or None),
                 return_assistant_tokens_mask=True,
                 **self.tokenizer.special_tokens_map,
             )
         )
-        text, spans = str(texts[0]), _joined(marked[0])
+        text, spans = str(texts[0]), _join_adjacent(marked[0])
         _require_contents(messages, text)
         turns = [message for message in messages if message["role"] == "assistant"]
         if any(turn.get("weight") == 0 for turn in turns):
             if len(turns) != len(spans):
                 what = "the chat template marks other spans than the assistant's turns"
-                raise LoraError(f"{what}, so turns of weight 0 cannot be left out", hint=ANOTHER)
+                raise LoraError(
+                    f"{what}, so turns of weight 0 cannot be left out", hint=OTHER_TEMPLATE_HINT
+                )
             spans = [
                 span for span, turn in zip(spans, turns, strict=True) if turn.get("weight") != 0
             ]
@@ -254,27 +264,32 @@ class ChatTemplate:
         after: str,
         tools: Sequence[dict[str, Any]] | None,
     ) -> str:
-        """Return what the template writes before the assistant's turn begins to speak."""
+        """Return the text before the content of an assistant's turn."""
         if turn:
             return self.prompt(messages[:turn], tools)
-        # Templates cannot render no messages. What they add to ask for an answer stands in front.
+        # A template cannot render an empty conversation. The text before the first turn ends with
+        # the generation prompt, which is what it adds after this turn.
         prompt = self.prompt(messages[:1], tools)[len(after) :].lstrip()
         start = after.find(prompt) + len(prompt) if prompt in after else 0
         return after[:start]
 
     def _require_roles(self, messages: Sequence[Message]) -> None:
-        """Reject a role that the template does not know: it would be written as it stands."""
+        """Reject a role that the template's source does not mention: it would be copied as it is.
+
+        Raises:
+            LoraError: If a message has such a role.
+        """
         for number, message in enumerate(messages, 1):
             role = message["role"]
             if role not in ROLES and not re.search(rf"['\"]{re.escape(role)}['\"]", self.source):
                 raise LoraError(
                     f"turn {number}: its role is `{role}`, which the chat template does not name",
-                    hint=f"the usual roles are {', '.join(ROLES)}; or {ANOTHER}",
+                    hint=f"the usual roles are {', '.join(ROLES)}; or {OTHER_TEMPLATE_HINT}",
                 )
 
 
-def _joined(spans: Sequence[tuple[int, int]]) -> Spans:
-    """Return spans, of which those without anything between them are one."""
+def _join_adjacent(spans: Sequence[tuple[int, int]]) -> Spans:
+    """Return the spans, with adjacent ones joined."""
     joined: Spans = []
     for first, last in spans:
         if joined and joined[-1][1] == first:
@@ -283,86 +298,93 @@ def _joined(spans: Sequence[tuple[int, int]]) -> Spans:
     return joined
 
 
-def _unmarked(messages: Sequence[Message]) -> list[Message]:
-    """Return messages without the weights, which are ours to obey."""
+def _without_weights(messages: Sequence[Message]) -> list[Message]:
+    """Return messages without the key `weight`, which is not meant for the template."""
     return [{key: value for key, value in m.items() if key != "weight"} for m in messages]
 
 
-def _refusal(error: Exception) -> LoraError:
+def _rejection(error: Exception) -> LoraError:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    what = f"the chat template refuses the conversation: {reason}"
+    what = f"the chat template rejects the conversation: {reason}"
     hint = "fix the row, or give a template that accepts it with `task.chat_template: FILE`"
     return LoraError(what, hint=hint)
 
 
-# ------------------------------------------------------------------- what must have been written
+# ------------------------------------------------------------ checks that nothing is left out
 
 
-def _holds(text: str, part: str) -> bool:
-    """Return whether a text says something, as it stands or within JSON; spaces do not count."""
+def _contains(text: str, part: str) -> bool:
+    """Return whether a text contains a part, literally or escaped as JSON, ignoring whitespace."""
     part = part.strip()
     if part in text:
         return True
-    close = "".join(text.split())
+    without_spaces = "".join(text.split())
     return any(
-        "".join(form.split()) in close
+        "".join(form.split()) in without_spaces
         for form in (part, json.dumps(part, ensure_ascii=False)[1:-1], json.dumps(part)[1:-1])
     )
 
 
-def _names(text: str, name: str) -> bool:
-    """Return whether a text has a name as a word: `<end_of_turn>` does not name `f`."""
+def _contains_word(text: str, name: str) -> bool:
+    """Return whether a text contains a name as a whole word: `<end_of_turn>` does not contain `f`.
+
+    Letters escaped as in JSON are accepted too.
+    """
     forms = (name, json.dumps(name, ensure_ascii=False)[1:-1], json.dumps(name)[1:-1])
     return any(re.search(rf"(?<!\w){re.escape(form.strip())}(?!\w)", text) for form in forms)
 
 
 def _require_tools(tools: Sequence[dict[str, Any]] | None, text: str) -> None:
-    """Reject tools that the template does not write."""
+    """Reject tools whose names are missing from the rendered text."""
     for tool in tools or ():
-        if not _names(text, str(name_of(tool))):
+        if not _contains_word(text, str(name_of(tool))):
             raise LoraError(
                 f"the chat template does not write the row's tools: `{name_of(tool)}` is missing",
-                hint=f"use a base model that was trained to call tools, or {ANOTHER}",
+                hint=f"use a base model that was trained to call tools, or {OTHER_TEMPLATE_HINT}",
             )
 
 
 def _require_contents(messages: Sequence[Message], text: str) -> None:
-    """Reject a conversation of which the template leaves out what another than the assistant says.
+    """Reject a conversation if the rendered text lacks the content of a turn.
 
-    (Of the assistant, templates take the reasoning of earlier turns away.)
+    The assistant's turns are not checked here, since templates remove the reasoning from earlier
+    ones.
     """
     for number, message in enumerate(messages, 1):
         content = message.get("content")
-        if message["role"] != "assistant" and content and not _holds(text, str(content)):
+        if message["role"] != "assistant" and content and not _contains(text, str(content)):
             raise LoraError(
                 f"turn {number}: the chat template leaves out or changes what the role "
                 f"`{message['role']}` says",
-                hint=ANOTHER,
+                hint=OTHER_TEMPLATE_HINT,
             )
 
 
 def _require_turn(message: Message, written: str, number: int) -> None:
-    """Reject a turn of which the template does not write all: it would be lost unnoticed."""
+    """Reject an assistant's turn if the rendered text lacks its reasoning, a call or its content.
+
+    Otherwise that part would not be trained, and nobody would notice.
+    """
     content, reasoning = message.get("content"), message.get("reasoning_content")
     reasoning = reasoning or message.get("reasoning") or message.get("thinking")
     answer = content if isinstance(content, str) else ""
     if not isinstance(reasoning, str) and THINK_END in answer:
         reasoning = answer.partition(THINK_END)[0].rpartition("<think>")[2]
         answer = answer.rpartition(THINK_END)[2]
-    if isinstance(reasoning, str) and not _holds(written, reasoning):
+    if isinstance(reasoning, str) and not _contains(written, reasoning):
         raise LoraError(
             f"turn {number}: the chat template leaves out the reasoning before the answer",
             hint="remove it from the data, or give a template that writes it with "
             "`task.chat_template`",
         )
     for call in message.get("tool_calls") or ():
-        if not _names(written, str(name_of(call))):
+        if not _contains_word(written, str(name_of(call))):
             raise LoraError(
                 f"turn {number}: the chat template does not write its call of `{name_of(call)}`",
-                hint=f"use a base model that was trained to call tools, or {ANOTHER}",
+                hint=f"use a base model that was trained to call tools, or {OTHER_TEMPLATE_HINT}",
             )
-    if not _holds(written, answer):
+    if not _contains(written, answer):
         raise LoraError(
             f"turn {number}: the chat template leaves out or changes what the assistant says",
-            hint=ANOTHER,
+            hint=OTHER_TEMPLATE_HINT,
         )

@@ -42,7 +42,7 @@ class SourcesAndTargets:
     """Reads sources and targets.
 
     Args:
-        spec: The recipe's task.
+        spec: The recipe's task section.
         tokenizer: Of the model; it is left as it is.
         reader: Reads the texts of rows: the same, or a copy that knows no control tokens.
         limits: The longest source and the longest target in tokens.
