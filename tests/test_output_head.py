@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from lora_cli.tasks.generation import output_head
-from lora_cli.tasks.generation.output_head import HiddenStates, find_finish, hidden_states
+from lora_cli.tasks.generation.output_head import HiddenStates, find_logit_transform, hidden_states
 
 SMALL = {
     "vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
@@ -26,8 +26,8 @@ SMALL = {
 }  # fmt: skip
 CAPPED = {"final_logit_softcapping": 3.0, "query_pre_attn_scalar": 8}
 DECODERS: dict[str, tuple[dict[str, Any], str | None]] = {
-    "llama": (SMALL, "_as_they_are"),
-    "gpt2": ({"vocab_size": 64, "n_embd": 16, "n_layer": 1, "n_head": 2}, "_as_they_are"),
+    "llama": (SMALL, "_unchanged"),
+    "gpt2": ({"vocab_size": 64, "n_embd": 16, "n_layer": 1, "n_head": 2}, "_unchanged"),
     "gemma2": ({**SMALL, **CAPPED}, "_capped"),
     "granite": ({**SMALL, "logits_scaling": 8.0}, "_divided"),
     "cohere": ({**SMALL, "logit_scale": 0.0625}, "_multiplied"),
@@ -58,7 +58,7 @@ def test_small_scores_are_compared_as_closely_as_large_ones() -> None:
     model = decoder("granite", DECODERS["granite"][0])
     with torch.no_grad():
         model.lm_head.weight.mul_(1e-7)
-    found = find_finish(model, scores_of(model))
+    found = find_logit_transform(model, scores_of(model))
     assert found is not None
     assert found.__name__ == "_divided"
 
@@ -67,8 +67,8 @@ def test_small_scores_are_compared_as_closely_as_large_ones() -> None:
 def test_what_a_model_does_to_its_scores_is_found(name: str) -> None:
     settings, wanted = DECODERS[name]
     model = decoder(name, settings)
-    finish = find_finish(model, scores_of(model))
-    assert (finish and finish.__name__) == wanted
+    transform = find_logit_transform(model, scores_of(model))
+    assert (transform and transform.__name__) == wanted
 
 
 @pytest.mark.parametrize("name", TRANSLATORS)
@@ -78,24 +78,24 @@ def test_what_a_translator_does_to_its_scores_is_found(name: str) -> None:
     if name == "bart":
         model.final_logits_bias.normal_()
     compute = scores_of(model.eval(), decoder_input_ids=IDS)
-    finish = find_finish(model, compute)
-    assert finish is not None
-    assert finish.__name__ == ("_with_bias" if name == "bart" else "_as_they_are")
-    found = hidden_states(model.requires_grad_(False), finish, compute)
+    transform = find_logit_transform(model, compute)
+    assert transform is not None
+    assert transform.__name__ == ("_with_bias" if name == "bart" else "_unchanged")
+    found = hidden_states(model.requires_grad_(False), transform, compute)
     assert isinstance(found, HiddenStates)
-    torch.testing.assert_close(found.scores(found.states), compute())
+    torch.testing.assert_close(found.logits(found.states), compute())
 
 
-@pytest.mark.parametrize("name", [name for name, (_, finish) in DECODERS.items() if finish])
+@pytest.mark.parametrize("name", [name for name, (_, transform) in DECODERS.items() if transform])
 def test_losses_and_gradients_are_those_of_all_scores(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(output_head, "SCORES_AT_ONCE", 0)
+    monkeypatch.setattr(output_head, "MAX_LOGITS", 0)
     model = decoder(name, DECODERS[name][0]).double()
     head = output_head.head_of(model)
     assert head is not None
     compute = scores_of(model)
-    finish = find_finish(model, compute)
+    transform = find_logit_transform(model, compute)
     model.requires_grad_(False)
     table = model.get_input_embeddings().weight
     if head.weight is table:  # a head that is trained is given all scores
@@ -103,7 +103,7 @@ def test_losses_and_gradients_are_those_of_all_scores(
     table.requires_grad_(True)
     positions, wanted = torch.tensor([0, 1, 4, 7, 8, 10]), torch.tensor([6, 7, 10, 13, 14, 16])
     weights = torch.tensor([1.0, 2.0, 0.5, 0.0, 3.0, 1.0], dtype=torch.float64)
-    found = hidden_states(model, finish, compute)
+    found = hidden_states(model, transform, compute)
     assert isinstance(found, HiddenStates)
     losses = found.losses(positions, wanted)
     (gradient,) = torch.autograd.grad(losses @ weights.to(losses.dtype), table)
@@ -117,8 +117,8 @@ def test_losses_and_gradients_are_those_of_all_scores(
 
 @pytest.mark.parametrize("rows", [0, 1, 255, 256, 257, 700])
 def test_any_number_of_tokens_has_a_loss(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(output_head, "SCORES_AT_ONCE", 300 * 8)
-    assert output_head.LEAST_ROWS == 256
+    monkeypatch.setattr(output_head, "MAX_LOGITS", 300 * 8)
+    assert output_head.MIN_ROWS == 256
     torch.manual_seed(0)
     weight = torch.randn(8, 4)
     states = torch.randn(1, 1 + rows, 4, requires_grad=True)
@@ -135,12 +135,12 @@ def test_any_number_of_tokens_has_a_loss(rows: int, monkeypatch: pytest.MonkeyPa
 
 def test_a_head_that_is_trained_or_of_float16_computes_all_scores() -> None:
     model = decoder("llama", SMALL)
-    finish = find_finish(model, scores_of(model))
-    assert isinstance(hidden_states(model, finish, scores_of(model)), Tensor)
+    transform = find_logit_transform(model, scores_of(model))
+    assert isinstance(hidden_states(model, transform, scores_of(model)), Tensor)
     model.requires_grad_(False)
-    assert isinstance(hidden_states(model, finish, scores_of(model)), HiddenStates)
+    assert isinstance(hidden_states(model, transform, scores_of(model)), HiddenStates)
     model.half()
-    assert isinstance(hidden_states(model, finish, scores_of(model)), Tensor)
+    assert isinstance(hidden_states(model, transform, scores_of(model)), Tensor)
     assert isinstance(hidden_states(model, None, scores_of(model)), Tensor)
 
 
@@ -148,21 +148,24 @@ def test_a_small_bias_is_not_lost_beside_stretched_scores() -> None:
     torch.manual_seed(0)
     model = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("bart", **TRANSLATORS["bart"]))
     model.final_logits_bias.fill_(0.0)[0, 3] = 3e-4
-    finish = find_finish(model.eval(), scores_of(model, decoder_input_ids=IDS))
-    assert finish is not None
-    assert finish.__name__ == "_with_bias"
+    transform = find_logit_transform(model.eval(), scores_of(model, decoder_input_ids=IDS))
+    assert transform is not None
+    assert transform.__name__ == "_with_bias"
 
 
-def test_too_few_tokens_to_try_it_on_are_computed_as_they_are() -> None:
+def test_too_few_tokens_for_a_trial_give_no_transform() -> None:
     model = decoder("gemma2", DECODERS["gemma2"][0])
-    assert find_finish(model, lambda: model(input_ids=IDS[:, :2], use_cache=False).logits) is None
+    assert (
+        find_logit_transform(model, lambda: model(input_ids=IDS[:, :2], use_cache=False).logits)
+        is None
+    )
 
 
 def test_the_model_is_afterwards_as_it_was() -> None:
     model = decoder("gemma2", DECODERS["gemma2"][0]).requires_grad_(False)
     compute = scores_of(model)
     before = compute()
-    found = hidden_states(model, find_finish(model, compute), compute)
+    found = hidden_states(model, find_logit_transform(model, compute), compute)
     assert isinstance(found, HiddenStates)
     assert torch.equal(compute(), before)
 
@@ -173,7 +176,7 @@ def test_the_model_is_afterwards_as_it_was() -> None:
 def test_so_many_scores_are_computed_at_once(
     at_once: int, parts: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(output_head, "SCORES_AT_ONCE", at_once)
+    monkeypatch.setattr(output_head, "MAX_LOGITS", at_once)
     sizes: list[int] = []
 
     def scores(states: Tensor) -> Tensor:
@@ -211,31 +214,31 @@ def test_a_cap_far_above_the_usual_scores_is_found() -> None:
     """Recurrent Gemma's key, where scores as small as these do not show the cap."""
     model = Decoder(0.002, logits_soft_cap=30.0)
     compute = lambda: torch.tanh(model() / 30.0) * 30.0  # noqa: E731
-    finish = find_finish(model, compute)
-    assert finish is not None
-    assert finish.__name__ == "_capped"
+    transform = find_logit_transform(model, compute)
+    assert transform is not None
+    assert transform.__name__ == "_capped"
 
 
 def test_a_bias_is_seen_beside_scores_of_any_size() -> None:
     model = Decoder(1e-3, bias=5e-6)
-    finish = find_finish(model, model.forward)
-    assert finish is not None
-    assert finish.__name__ == "_with_bias"
+    transform = find_logit_transform(model, model.forward)
+    assert transform is not None
+    assert transform.__name__ == "_with_bias"
 
 
 def test_a_head_that_says_nothing_is_computed_as_it_is() -> None:
     model = Decoder(0.0)
-    finish = find_finish(model, model.forward)
-    assert finish is not None
-    assert finish.__name__ == "_as_they_are"
+    transform = find_logit_transform(model, model.forward)
+    assert transform is not None
+    assert transform.__name__ == "_unchanged"
 
 
 def test_three_tokens_are_enough_to_try_it_on() -> None:
     model = Decoder()
     model.inputs = model.inputs[:, :3]
-    assert find_finish(model, model.forward) is not None
+    assert find_logit_transform(model, model.forward) is not None
     model.inputs = model.inputs[:, :2]
-    assert find_finish(model, model.forward) is None
+    assert find_logit_transform(model, model.forward) is None
 
 
 def test_a_last_layer_that_is_used_in_another_way_gives_no_parts() -> None:
@@ -248,14 +251,14 @@ def test_a_last_layer_that_is_used_in_another_way_gives_no_parts() -> None:
         lambda: F.pad(head(model.inputs), (0, 0, 0, 1)),  # with a token more
         lambda: head(model.inputs)[:, -1:],  # of the last token alone
     ):
-        assert find_finish(model, compute) is None
-    assert find_finish(nn.Linear(1, 1), model.forward) is None
+        assert find_logit_transform(model, compute) is None
+    assert find_logit_transform(nn.Linear(1, 1), model.forward) is None
 
 
 def test_without_a_last_layer_or_what_is_done_to_its_scores_all_are_computed() -> None:
     model = Decoder().requires_grad_(False)
-    finish = find_finish(model, model.forward)
-    assert isinstance(hidden_states(model, finish, model.forward), HiddenStates)
+    transform = find_logit_transform(model, model.forward)
+    assert isinstance(hidden_states(model, transform, model.forward), HiddenStates)
     assert torch.equal(hidden_states(model, None, model.forward), model())  # type: ignore[arg-type]
     other = nn.Linear(1, 1).requires_grad_(False)
-    assert torch.equal(hidden_states(other, finish, model.forward), model())  # type: ignore[arg-type]
+    assert torch.equal(hidden_states(other, transform, model.forward), model())  # type: ignore[arg-type]

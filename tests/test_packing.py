@@ -152,7 +152,7 @@ def test_the_first_text_and_the_last_are_tried(micro_batch: int, training: bool)
 
 def test_of_long_texts_the_beginning_is_tried() -> None:
     task = check(Model(), None, 60, 40, 50)
-    assert [len(rows[0]["input_ids"]) for rows in task.seen] == [2 * packing.PROBE_TOKENS] * 2
+    assert [len(rows[0]["input_ids"]) for rows in task.seen] == [2 * packing.TRIAL_TOKENS] * 2
 
 
 @pytest.mark.parametrize(

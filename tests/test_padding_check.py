@@ -306,18 +306,18 @@ def test_prompts_are_tried_together_again_where_lengths_differ_much(
     folder = base(tmp_path / "base", "llama", AutoModelForCausalLM)
     task, model = opened(folder, tmp_path, task=LANGUAGE)
     tried: list[list[int]] = []
-    trial = text_generation._is_same_next_to
+    trial = text_generation._is_unaffected_by
 
     def counted(model: Any, short: Any, other: Any, *rest: Any) -> bool:
         tried.append([len(short), len(other)])
         return trial(model, short, other, *rest)
 
-    monkeypatch.setattr(text_generation, "_is_same_next_to", counted)
+    monkeypatch.setattr(text_generation, "_is_unaffected_by", counted)
     at = task.pad
     for lengths in ([40, 48], [33, 40], [20, 32], [17, 19], [10, 12], [9, 9], [10, 50], [9, 50]):
         prompts = [[5 + i] * n for i, n in enumerate(lengths)]
         tried.append(lengths)
-        assert text_generation._answered_together(model, prompts, at, 64) == "any"
+        assert text_generation._find_batching(model, prompts, at, 64) == "any"
     assert tried == [
         [40, 48], [40, 40], [40, 48],  # rows of one length first, then of two
         [33, 40],

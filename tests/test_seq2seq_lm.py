@@ -308,7 +308,7 @@ def test_long_texts_are_cut_inside_what_begins_and_ends_them(
     if how == "right":
         assert inner == whole_inner[: len(inner)]
     else:
-        prefix = task.texts._prefix if side == "source" else []
+        prefix = task.texts._prefix_ids if side == "source" else []
         assert inner == [*prefix, *whole_inner[len(whole_inner) - len(inner) + len(prefix) :]]
         assert side == "target" or str(task.tokenizer.decode(inner)).startswith("a ,")
     other = task.encode([{"source": "x", "target": "x"}])[0][0]
@@ -472,7 +472,7 @@ def test_the_bases_generation_config_changes_nothing_and_is_said_once(
         num_beams=4, repetition_penalty=3.0, bad_words_ids=[[5]], max_length=3,
         decoder_start_token_id=7, forced_bos_token_id=task.texts.target_frame.before[0],
     )  # fmt: skip
-    task._has_named_base_settings = False
+    task._has_warned = False
     capsys.readouterr()
     assert task.answer(model, ROWS) == plain
     assert task.answer(model, ROWS) == plain

@@ -18,7 +18,7 @@ from lora_cli.recipe import load_recipe
 from lora_cli.tasks import build_task
 from lora_cli.tasks.examples import Prediction
 from lora_cli.tasks.generation import seq2seq_texts
-from lora_cli.tasks.generation.seq2seq_texts import Frame, _frame, _some
+from lora_cli.tasks.generation.seq2seq_texts import Frame, _frame, _list_some
 from lora_cli.tasks.texts.padding import Padding
 
 LONG = "the plot is dull and slow , and far too long"
@@ -91,7 +91,7 @@ def test_the_frames_of_models(kind: str, source: Any, target: Any, tmp_path: Pat
     assert (task.texts.source_frame, task.texts.target_frame) == (frame(source), frame(target))
     read = task.tokenizer("say : x", add_special_tokens=False)["input_ids"]
     assert task.texts.sources(["x"]) == [frame(source).around(read)]
-    assert task.texts._prefix == task.tokenizer("say :", add_special_tokens=False)["input_ids"]
+    assert task.texts._prefix_ids == task.tokenizer("say :", add_special_tokens=False)["input_ids"]
     inner = task.tokenizer(LONG, add_special_tokens=False)["input_ids"]
     assert task.texts.targets([LONG]) == [frame(target).around(inner)]
 
@@ -143,7 +143,7 @@ def test_the_cut_of_tokens(side: Any, tmp_path: Path) -> None:
     task = task_of(tmp_path, "marian", prefix="ab", max_source_length=6, max_target_length=6)
     texts = task.texts
     texts.source_frame = texts.target_frame = Frame((1, 2), (3,))
-    texts._prefix = [8]
+    texts._prefix_ids = [8]
     ids = [1, 2, 8, 10, 11, 12, 13, 3]
     assert texts.cut(ids[:6], side, "right") == ids[:6]
     assert texts.cut(ids, side, "drop") == []
@@ -163,8 +163,8 @@ def test_the_cut_of_tokens(side: Any, tmp_path: Path) -> None:
 
 
 def test_languages_are_listed_up_to_five() -> None:
-    assert _some(["a", "b", "c", "d", "e"]) == "a, b, c, d, e"
-    assert _some(["a", "b", "c", "d", "e", "f"]) == "a, b, c, d, e, …"
+    assert _list_some(["a", "b", "c", "d", "e"]) == "a, b, c, d, e"
+    assert _list_some(["a", "b", "c", "d", "e", "f"]) == "a, b, c, d, e, …"
 
 
 # ------------------------------------------------------------------------------------- limits
@@ -224,7 +224,7 @@ def test_a_slow_tokenizer_reads_targets_as_targets(tmp_path: Path) -> None:
             return {"input_ids": [[i, *end] for i in read]}
 
     texts = task_of(tmp_path, "marian").texts
-    texts._reader = Slow()
+    texts._text_tokenizer = Slow()
     assert texts.sources(["a", "bc"]) == [texts.source_frame.around([i]) for i in (101, 102)]
     assert texts.targets(["a", "bc"]) == [texts.target_frame.around([i]) for i in (1, 2)]
 
@@ -268,7 +268,7 @@ def test_examples_their_cost_and_what_was_cut_of_them(tmp_path: Path) -> None:
 
 def test_shares_and_notes_of_a_split(tmp_path: Path) -> None:
     task = task_of(tmp_path, "marian", max_source_length=8, max_target_length=6)
-    assert not task.has_several  # as far as is known before the rows are read
+    assert not task.has_several_references  # as far as is known before the rows are read
     split = load_data(task)["train"]
     examples = [split.examples[i] for i in range(len(split.examples))]
     labels = sum(len(e["labels"]) for e in examples)
@@ -279,7 +279,7 @@ def test_shares_and_notes_of_a_split(tmp_path: Path) -> None:
         f"{sources} source{'s' * (sources > 1)} lost the end (more than 8 tokens), "
         f"{targets} target{'s' * (targets > 1)} lost the end (more than 6 tokens)"
     )
-    assert task.has_several
+    assert task.has_several_references
     (tmp_path / "whole").mkdir()
     task = task_of(tmp_path / "whole", "marian")
     assert task.cut_note(load_data(task)["train"]) is None

@@ -101,7 +101,7 @@ def test_the_prefix_counts_in_the_length(tmp_path: Path) -> None:
 
 def test_one_text_is_nothing_to_translate(tmp_path: Path) -> None:
     (tmp_path / "rows.txt").write_text("\n".join(lines(40)) + "\n", encoding="utf-8")
-    with pytest.raises(LoraError, match="the model writes one text of another"):
+    with pytest.raises(LoraError, match="the model generates one text from another"):
         drafted(tmp_path, "t5", tmp_path / "rows.txt")
 
 

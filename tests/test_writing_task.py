@@ -28,7 +28,7 @@ from lora_cli.tasks.generation.writing_task import (
     WritingTask,
     keep_all_layers,
     layer_drop_of,
-    losses_of_tokens,
+    sum_token_losses,
 )
 from lora_cli.tasks.texts.padding import NONE
 from lora_cli.tasks.texts.text_task import TextTask
@@ -124,10 +124,10 @@ def test_columns_and_what_a_row_wants(tmp_path: Path) -> None:
     assert text.target_columns() == said.target_columns() == {}
     row = {"text": "t", "q": "why", "a": "so"}
     assert [task.shown_reference(row) for task in (text, pair)] == [None, "so"]
-    assert pair.wanted_texts(row) == ["so"]
+    assert pair.reference_texts(row) == ["so"]
     turns = [{"role": role, "content": c} for role, c in (("user", "a"), ("assistant", "b"))]
-    assert said.wanted_texts({"m": turns}) == ["b"]
-    assert said.wanted_texts({"m": [*turns, *turns[:1]]}) == []
+    assert said.reference_texts({"m": turns}) == ["b"]
+    assert said.reference_texts({"m": [*turns, *turns[:1]]}) == []
     kept = {"chosen": "x", "rejected": "y", **row, "m": turns}
     assert text.unsupported(kept) is None  # other columns are nobody's answer
     assert pair.unsupported(kept) is not None
@@ -229,7 +229,9 @@ def test_a_prompt_leaves_room_for_its_answer(truncate: str, tmp_path: Path) -> N
     fits, long = [tiny.BOS, *range(5, 104)], [tiny.BOS, *range(5, 105)]
     assert task.shortened(fits) == fits
     assert task.shortened(long) == ([tiny.BOS, *range(6, 105)] if truncate == "left" else long)
-    task.rows = SimpleNamespace(prompt=lambda row: row["ids"], keep_last_tokens=task.rows.keep_last_tokens)
+    task.rows = SimpleNamespace(
+        prompt=lambda row: row["ids"], keep_last_tokens=task.rows.keep_last_tokens
+    )
     task.generate = lambda model, prompts: [str(len(prompt)) for prompt in prompts]
     answers = task.answer(nn.Linear(1, 1), [{"ids": ids} for ids in (long, fits, fits)])
     assert answers == [["100" if truncate == "left" else "101"], ["100"], ["100"]]
@@ -372,7 +374,9 @@ def test_a_pattern_is_looked_for_in_the_first_rows_that_are_measured(
         task.learn_from({split: found})
         opened(tmp_path, task=PAIR).learn_from({split: found})
         return
-    with pytest.raises(LoraError, match="finds no answer in what the validation rows want") as e:
+    with pytest.raises(
+        LoraError, match="finds no answer in the references of the validation rows"
+    ) as e:
         task.learn_from({split: found})
     assert "it is at line 1" in str(e.value)
 
@@ -395,20 +399,20 @@ def test_layers_that_a_model_would_skip_are_named_and_kept() -> None:
     assert "layerdrop" not in keep_all_layers(none).to_dict()
 
 
-@pytest.mark.parametrize("ahead", [0, 1])
-def test_losses_of_a_row_are_summed_over_its_trained_tokens(ahead: int) -> None:
+@pytest.mark.parametrize("shift", [0, 1])
+def test_losses_of_a_row_are_summed_over_its_trained_tokens(shift: int) -> None:
     generator = torch.Generator().manual_seed(3)
     scores = torch.randn(2, 4, 5, generator=generator)
     labels = torch.tensor([[1, 2, 3, 4], [4, 3, 2, 1]])
     places = [(0, 0), (0, 2), (1, 1)]
     expected = [0.0, 0.0]
     for row, at in places:
-        expected[row] += float(F.cross_entropy(scores[row, at], labels[row, at + ahead]))
+        expected[row] += float(F.cross_entropy(scores[row, at], labels[row, at + shift]))
     positions = torch.tensor([row * 4 + at for row, at in places])
-    options = {"ahead": 1} if ahead else {}
-    found = losses_of_tokens(scores, labels, positions, **options)
+    options = {"shift": 1} if shift else {}
+    found = sum_token_losses(scores, labels, positions, **options)
     assert found.tolist() == pytest.approx(expected)
-    parts = losses_of_tokens(HiddenStates(scores, lambda states: states), labels, positions, ahead)
+    parts = sum_token_losses(HiddenStates(scores, lambda states: states), labels, positions, shift)
     assert parts.tolist() == pytest.approx(expected)
 
 
@@ -423,17 +427,17 @@ def test_scores_are_computed_for_some_tokens_where_that_is_the_same(
     with torch.no_grad():
         scores = task.logits(model.eval().requires_grad_(False), batch.inputs)
         task.check_trial(model, example, scores[0])
-        assert (task.finish is None) == (kernels == "reference")
+        assert (task.logit_transform is None) == (kernels == "reference")
         found = task.forward(model, batch)
         assert isinstance(found, HiddenStates) == (kernels == "auto")
         other = opened(tmp_path, train={"kernels": kernels})
         other.fit_as(task)
-        assert other.finish is task.finish
+        assert other.logit_transform is task.logit_transform
         # rows of the same length alone give scores in several parts
         task.padding = NONE
         torch.testing.assert_close(task.forward(model, batch), scores)
         task.check_trial(model, example, scores[0])
-        assert task.finish is None
+        assert task.logit_transform is None
 
 
 @pytest.mark.parametrize("rank", [None, "0", "1"])

@@ -25,10 +25,10 @@ from lora_cli.tasks.generation.output_head import HiddenStates
 from lora_cli.tasks.generation.packing import Packed, check_packing
 from lora_cli.tasks.generation.text_generation import (
     REPLACEMENT,
+    before_stop,
     decode,
-    until_stop,
 )
-from lora_cli.tasks.generation.writing_task import SAMPLE_NEW_TOKENS, WritingTask, losses_of_tokens
+from lora_cli.tasks.generation.writing_task import SAMPLE_NEW_TOKENS, WritingTask, sum_token_losses
 from lora_cli.tasks.texts.marked_tokens import marked
 from lora_cli.tasks.texts.padding import fill, mask_of, tolerance
 from lora_cli.tasks.texts.text_task import TRIAL_TEXT
@@ -252,7 +252,7 @@ class CausalLM(WritingTask):
     ) -> dict[str, Tensor]:
         """Return the negative log-likelihood of each example, summed over its trained tokens."""
         labels, positions = batch.targets["labels"], batch.targets["positions"]
-        return {MAIN: losses_of_tokens(output, labels, positions, ahead=1)}
+        return {MAIN: sum_token_losses(output, labels, positions, shift=1)}
 
     def predictions(
         self, model: nn.Module, output: HiddenStates | Tensor, batch: Batch
@@ -281,7 +281,7 @@ class CausalLM(WritingTask):
         """Return the completion of a row."""
         return readable_value([row.get(c) for c in self.target_columns().values()]) or None
 
-    def wanted_texts(self, row: dict[str, Any]) -> list[str]:
+    def reference_texts(self, row: dict[str, Any]) -> list[str]:
         """Return the last answer of each conversation, or the completion."""
         if not self.is_chat:
             return [str(row[column]) for column in self.target_columns().values()]
@@ -328,7 +328,7 @@ class CausalLM(WritingTask):
                 first -= 1
             prompts.append(ids[:first])
             span = labels[first : last + 1]
-            reference_ids = until_stop(span, stops)
+            reference_ids = before_stop(span, stops)
             references.append(decode(self.tokenizer, reference_ids, is_cut=reference_ids == span))
         answers = self.generate(model, prompts) if prompts else []
         for i, answer, reference in zip(answered_rows, answers, references, strict=True):

@@ -18,15 +18,15 @@ from lora_cli.recipe.spec.task_section import Truncation
 from lora_cli.tasks.examples import IGNORED, MAIN, Batch, Example, Prediction
 from lora_cli.tasks.generation.output_head import HiddenStates
 from lora_cli.tasks.generation.seq2seq_generation import (
-    Writing,
+    DecodingSetup,
     decoder_inputs,
-    first_token,
-    write_targets,
+    first_decoder_token,
+    generate_targets,
 )
 from lora_cli.tasks.generation.seq2seq_rows import SourceAndTargetTask
 from lora_cli.tasks.generation.text_generation import Answer, base_generation_settings
 from lora_cli.tasks.generation.text_pair_proposals import propose_pairs
-from lora_cli.tasks.generation.writing_task import SAMPLE_NEW_TOKENS, losses_of_tokens
+from lora_cli.tasks.generation.writing_task import SAMPLE_NEW_TOKENS, sum_token_losses
 from lora_cli.tasks.texts.padding import fill, mask_of
 from lora_cli.tasks.texts.text_task import TRIAL_TEXT
 
@@ -97,7 +97,7 @@ class Seq2SeqLM(SourceAndTargetTask):
     ) -> dict[str, Tensor]:
         """Return the negative log-likelihood of each target, summed over its tokens."""
         labels, positions = batch.targets["labels"], batch.targets["positions"]
-        return {MAIN: losses_of_tokens(output, labels, positions)}
+        return {MAIN: sum_token_losses(output, labels, positions)}
 
     def predictions(
         self, model: nn.Module, output: HiddenStates | Tensor, batch: Batch
@@ -168,14 +168,14 @@ class Seq2SeqLM(SourceAndTargetTask):
         if config is not None and self.spec.target_language is not None:
             frame = self.texts.target_frame
             config.forced_bos_token_id = frame.before[0] if frame.before else None
-            config.decoder_start_token_id = first_token(model, frame.around([]))
+            config.decoder_start_token_id = first_decoder_token(model, frame.around([]))
 
     @property
     def metric_context(self) -> MetricContext:
         """Whether rows have several references."""
-        return replace(super().metric_context, several_references=self.has_several)
+        return replace(super().metric_context, several_references=self.has_several_references)
 
-    def wanted_texts(self, row: dict[str, Any]) -> list[str]:
+    def reference_texts(self, row: dict[str, Any]) -> list[str]:
         """Return the targets of a row."""
         return self.references(row)
 
@@ -195,10 +195,10 @@ class Seq2SeqLM(SourceAndTargetTask):
         self.warn_of_base_settings(model)
         frame, positions = self.texts.target_frame, self.positions_of("target")
         stops = self.stop_ids(model)
-        how = Writing(
+        setup = DecodingSetup(
             self.tokenizer, frame.before, frame.after, self.pad, self.padding, positions, stops
         )
-        answers: list[Answer] = write_targets(model, sources, options, how)
+        answers: list[Answer] = generate_targets(model, sources, options, setup)
         self.n_cut_answers += sum(answer.is_cut for answer in answers)
         return [answer.text for answer in answers]
 

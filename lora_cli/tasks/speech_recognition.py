@@ -19,9 +19,13 @@ from lora_cli.recipe import Recipe
 from lora_cli.recipe.spec import GenerationSpec
 from lora_cli.tasks.contract import Task
 from lora_cli.tasks.examples import IGNORED, MAIN, Batch, Example, Prediction
-from lora_cli.tasks.generation.seq2seq_generation import Writing, decoder_inputs, write_heard
+from lora_cli.tasks.generation.seq2seq_generation import (
+    DecodingSetup,
+    decoder_inputs,
+    generate_from_states,
+)
 from lora_cli.tasks.generation.text_generation import base_generation_settings
-from lora_cli.tasks.generation.writing_task import WritingTask, losses_of_tokens
+from lora_cli.tasks.generation.writing_task import WritingTask, sum_token_losses
 from lora_cli.tasks.speech.ctc_recognition import CTCRecognition
 from lora_cli.tasks.speech.decoders import decoder_of, require_decoder
 from lora_cli.tasks.speech.speech_rows import RecordingTask, as_weights
@@ -198,7 +202,7 @@ class SpeechRecognition(RecordingTask, WritingTask):
     def losses(self, model: nn.Module, output: Any, batch: Batch) -> dict[str, Tensor]:
         """Return the negative log-likelihood of each transcript, summed over its tokens."""
         labels, positions = batch.targets["labels"], batch.targets["positions"]
-        return {MAIN: losses_of_tokens(output.logits, labels, positions)}
+        return {MAIN: sum_token_losses(output.logits, labels, positions)}
 
     def output_length(self, example: Example) -> int:
         """Return how many tokens of an example have scores."""
@@ -256,12 +260,12 @@ class SpeechRecognition(RecordingTask, WritingTask):
         stops = self.stop_ids(model)
         special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
         end = (int(self.tokenizer.eos_token_id),)
-        how = Writing(
+        setup = DecodingSetup(
             self.tokenizer, self.begin, end, self.pad, self.padding, self.positions, stops,
             # languages, tasks and times are no words
             tuple(sorted(special - {*stops, *self.begin})),
         )  # fmt: skip
-        answers = write_heard(model, heard, options, how)
+        answers = generate_from_states(model, heard, options, setup)
         self.n_cut_answers += sum(not answer.has_ended for answer in answers)
         return [answer.text for answer in answers]
 

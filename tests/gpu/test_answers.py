@@ -12,7 +12,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from lora_cli.models.base_model import disable_wrong_attention
 from lora_cli.recipe.spec import GenerationSpec
-from lora_cli.tasks.generation.text_generation import _answered_together, _continue
+from lora_cli.tasks.generation.text_generation import _continue, _find_batching
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
@@ -55,7 +55,7 @@ def test_prompts_with_much_padding_are_answered_together(
     dtype: torch.dtype, gemma: Gemma3ForCausalLM
 ) -> None:
     model, prompts = gemma.cuda().to(dtype), prompts_of(28, 161, 97)
-    assert _answered_together(model, prompts, 0, 512) == "any"
+    assert _find_batching(model, prompts, 0, 512) == "any"
     if dtype == torch.float32:
         options = GenerationSpec(max_new_tokens=12)
         together = _continue(model, prompts, 12, [1], 0, options)

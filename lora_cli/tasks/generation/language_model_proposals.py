@@ -1,4 +1,4 @@
-"""Rows that a language model learns to write: conversations, prompts with answers, plain text."""
+"""Proposes language model recipes for `lora init`: chats, prompts with answers, or plain text."""
 
 from __future__ import annotations
 
@@ -33,31 +33,34 @@ PROMPT_NAMES = [
     ("text", "code"), ("question", "query"), ("question", "sql"), ("nl", "code"),
     ("nl", "cmd"), ("intent", "snippet"), ("instruction", "code"), ("docstring", "code"),
 ]  # fmt: skip
-TURNS = {
+TURN_FORMATS = {
     "openai": "turns with role and content", "sharegpt": "turns with from and value",
     "pairs": "questions with their answers",
 }  # fmt: skip
-MOSTLY = 0.9  # of the rows
-SHORT = 0.2  # of the characters of a text: a shorter one beside it is its title
-MANY_ANSWERS = 0.5  # different ones a row: fewer are labels
+MOST_ROWS = 0.9  # the share of the rows in which prompt and completion bring their own separator
+MUCH_SHORTER = 0.2  # times the length of the main text: shorter texts, such as titles, are ignored
+MIN_DISTINCT = 0.5  # distinct values per row: with fewer, lists contain labels, not answers
 SYSTEM_NAMES = ("system", "system_prompt", "system_message")
 CONTEXT_NAMES = ("context", "input", "passage", "knowledge", "document")
 
 
 def propose_writing(table: Table, base: BaseFacts) -> Proposal | None:
-    """Return what of a table a language model would learn to write; see `Task.propose`."""
-    names = _other_names(table)
-    found = _proposed(table.renamed(names) if names else table, base)
+    """Return a proposal to train a language model on a table; see `Task.propose`."""
+    names = _names_for_conversation(table)
+    found = _propose(table.renamed(names) if names else table, base)
     if found is not None:
         found.renamed = names
     return found
 
 
-def _other_names(table: Table) -> dict[str, str]:
-    """Return the names by which more is read than a prompt and its answer, if it is there.
+def _names_for_conversation(table: Table) -> dict[str, str]:
+    """Return new names for columns, if prompt and answer are better read as a conversation.
 
-    The two are then a conversation: in OpenOrca the system's turn is a column of its own, in data
-    of ms-swift the earlier turns are, in Dolly what the question is about.
+    This is the case if another column belongs to the prompt: the system's turn in OpenOrca, the
+    earlier turns in ms-swift's data, or the context of the question in Dolly.
+
+    Returns:
+        The new names by the old ones; empty if no column needs a new name.
     """
     by_name = table.by_name
     filled = {name for name, column in by_name.items() if column.kind != "blank"}
@@ -66,9 +69,11 @@ def _other_names(table: Table) -> dict[str, str]:
     if table.names_columns or table.are_lines:
         return {}
     names = {systems[0]: "system"} if len(systems) == 1 else {}
-    if conversation(table.columns, table.rows) is None:
-        pair = prompts(by_name) or _two_texts([c for c in table.columns if c.name not in systems])
-        more = _contexts(pair, by_name) if pair is not None else []
+    if conversation_proposal(table.columns, table.rows) is None:
+        pair = named_pair(by_name) or _text_pair(
+            [c for c in table.columns if c.name not in systems]
+        )
+        more = _context_columns(pair, by_name) if pair is not None else []
         if pair is None or len(more) > 1 or not (has_more or more):
             return {}
         names |= dict(zip(pair.inputs, ("instruction", "output"), strict=True))
@@ -77,56 +82,56 @@ def _other_names(table: Table) -> dict[str, str]:
     return {} if kept & {*names.values()} else {k: new for k, new in names.items() if k != new}
 
 
-def _proposed(table: Table, base: BaseFacts) -> Proposal | None:
+def _propose(table: Table, base: BaseFacts) -> Proposal | None:
     columns, by_name = table.columns, table.by_name
-    # a conversation may have a label too, and an encoder can learn nothing else
+    # a conversation may have a label too, which is all that an encoder can learn
     by_names = Certainty.NAMED if base.can_write else Certainty.UNSUITED
     if table.are_lines and not table.names_columns:
         first, second = columns
-        # an encoder can learn which label each text has
+        # for an encoder, the second file may contain the labels of the first
         may_be_labels = not base.can_write and second.kind in ("category", "number", "binary")
         return proposed(
-            lambda: translation(first, second, table.place, base.can_write),
+            lambda: parallel_lines(first, second, table.place, base.can_write),
             Certainty.UNSUITED if may_be_labels else Certainty.ONLY,
         )
-    if (pair := _named_pair(table)) is not None:
-        return proposed(lambda: _checked(prompt_and_completion(*pair), table, base), by_names)
-    written = None
+    if (pair := _chosen_pair(table)) is not None:
+        return proposed(lambda: _with_check(pair_proposal(*pair), table, base), by_names)
+    found = None
     if not table.names_columns:
         try:
             require_conversations(by_name, table.place)
             if base.can_write and not base.is_encoder_decoder:
                 require_one_answer(by_name, table.place)
-            written = spoken(columns, table.place, base.can_write)
+            found = media_texts(columns, table.place, base.can_write)
         except LoraError as error:
             return Proposal({}, {}, [], certainty=Certainty.NAMED, error=error)
-        written = written or conversation(columns, table.rows) or prompts(by_name)
-    two = _two_texts(columns) if written is None and table.text is None else None
-    if two is not None:
-        return proposed(lambda: _checked(two, table, base), Certainty.FALLBACK)
-    if written is None:
+        found = found or conversation_proposal(columns, table.rows) or named_pair(by_name)
+    text_pair = _text_pair(columns) if found is None and table.text is None else None
+    if text_pair is not None:
+        return proposed(lambda: _with_check(text_pair, table, base), Certainty.FALLBACK)
+    if found is None:
         return proposed(
-            lambda: _checked(
-                plain(columns, by_name, table.rows, table.place, table.text), table, base
+            lambda: _with_check(
+                plain_text(columns, by_name, table.rows, table.place, table.text), table, base
             ),
             Certainty.FALLBACK,
         )
 
     def complete() -> Proposal:
-        require_context(written, by_name, table.place)
-        return _checked(written, table, base)
+        require_context(found, by_name, table.place)
+        return _with_check(found, table, base)
 
     return proposed(complete, by_names)
 
 
-def _checked(chosen: Proposal, table: Table, base: BaseFacts) -> Proposal:
-    """Return a proposal with the check that a model can learn it."""
-    _keep_own_space(chosen, table)
+def _with_check(chosen: Proposal, table: Table, base: BaseFacts) -> Proposal:
+    """Return the proposal with a check that the base model can learn it."""
+    _adopt_separator(chosen, table)
 
     def check() -> None:
         check_texts(table, chosen)
         if not base.can_write:
-            raise _no_label(table, chosen, base)
+            raise _no_label_error(table, chosen, base)
         if chosen.is_chat or "prompt_column" in chosen.keys:
             _require_supported(table, chosen)
 
@@ -135,22 +140,22 @@ def _checked(chosen: Proposal, table: Table, base: BaseFacts) -> Proposal:
 
 
 def _require_supported(table: Table, chosen: Proposal) -> None:
-    """Reject rows that only look like conversations, or like prompts with their answers.
+    """Check that the rows really contain conversations, or prompts with their answers.
 
     Raises:
-        LoraError: If a row holds what no task reads, or none holds a conversation to be trained.
+        LoraError: If a row has unsupported contents, or no row has a conversation to train on.
     """
     place = table.place
     reject_rows(table.rows, place, unsupported)
     if not chosen.is_chat:
         return
-    names, more = zip(*PROMPT_NAMES, strict=True)
-    form, column = chosen.keys["format"], chosen.keys.get("messages_column")
-    require_whole_conversations(table, form, column, names, more)
+    prompt_names, completion_names = zip(*PROMPT_NAMES, strict=True)
+    conversation_format, column = chosen.keys["format"], chosen.keys.get("messages_column")
+    require_whole_conversations(table, conversation_format, column, prompt_names, completion_names)
 
 
-def _no_label(table: Table, chosen: Proposal, base: BaseFacts) -> LoraError:
-    """Return the error of texts that an encoder, or an encoder-decoder, cannot learn."""
+def _no_label_error(table: Table, chosen: Proposal, base: BaseFacts) -> LoraError:
+    """Return the error for texts without labels and a model that cannot continue a text."""
     columns, place = table.columns, table.place
     what = chosen.why.get("", "text without a label").removesuffix(" without a label")
     hint = (
@@ -165,24 +170,24 @@ def _no_label(table: Table, chosen: Proposal, base: BaseFacts) -> LoraError:
             return LoraError(f"`{column.name}` has one value only, `{value}`", place, hint)
     because = "the model is an encoder, which cannot continue a text"
     if base.is_encoder_decoder:
-        because = "the model writes one text of another, and there is one text"
+        because = "the model generates one text from another, and there is only one text"
         hint = hint.replace("name the label", "name a second text or a label")
     return LoraError(f"the rows have {what}, but no label, and {because}", place, hint)
 
 
-def _named_pair(table: Table) -> tuple[Column, Column] | None:
-    """Return the prompt and the completion that the user names: two columns of text."""
+def _chosen_pair(table: Table) -> tuple[Column, Column] | None:
+    """Return the columns of the prompt and the completion if the user names two text columns."""
     if table.text is None or table.label not in table.by_name:
         return None
     prompt, completion = table.by_name[table.text], table.by_name[table.label]
     return (prompt, completion) if completion.kind == "text" else None
 
 
-def spoken(columns: Sequence[Column], place: str, can_write: bool) -> Proposal | None:
-    """Return the text that belongs to files of sound or pictures, as a language model may learn it.
+def media_texts(columns: Sequence[Column], place: str, can_write: bool) -> Proposal | None:
+    """Return a proposal for the texts that belong to recordings or images, if the rows have files.
 
     Raises:
-        LoraError: If there is nothing else that the model could learn.
+        LoraError: If there are files, but no column of texts that the model could learn.
     """
     files = next((column for column in columns if column.kind == "file"), None)
     if files is None or any(column.kind in ("text", *CONVERSATIONS) for column in columns):
@@ -202,15 +207,17 @@ def spoken(columns: Sequence[Column], place: str, can_write: bool) -> Proposal |
     )
 
 
-def conversation(columns: Sequence[Column], rows: Sequence[dict[str, Any]]) -> Proposal | None:
-    """Return the task of conversations, however they are stored."""
+def conversation_proposal(
+    columns: Sequence[Column], rows: Sequence[dict[str, Any]]
+) -> Proposal | None:
+    """Return the proposal for conversations in any format, if the columns contain some."""
     for column in columns:
         if column.kind in CONVERSATIONS:
             return Proposal(
                 {"type": "causal_lm", "messages_column": column.name, "format": column.kind},
                 {
                     "": f"conversations in `{column.name}`",
-                    "messages_column": f"lists of {TURNS[column.kind]}",
+                    "messages_column": f"lists of {TURN_FORMATS[column.kind]}",
                 },
                 [column.name],
             )
@@ -238,7 +245,7 @@ def conversation(columns: Sequence[Column], rows: Sequence[dict[str, Any]]) -> P
 
 
 def _has_instances(column: Column | None, rows: Sequence[dict[str, Any]]) -> bool:
-    """Return whether a column holds lists of inputs with their outputs."""
+    """Return whether a column contains lists of inputs with their outputs."""
     if column is None or column.kind != "other":
         return False
     values = [value for row in rows if isinstance(value := row.get(column.name), list) and value]
@@ -246,33 +253,33 @@ def _has_instances(column: Column | None, rows: Sequence[dict[str, Any]]) -> boo
     return good > 0.9 * len(rows)
 
 
-def prompts(by_name: dict[str, Column]) -> Proposal | None:
-    """Return the task of a prompt and its completion, where two names say so."""
+def named_pair(by_name: dict[str, Column]) -> Proposal | None:
+    """Return the proposal for a prompt and its completion if the names of two columns fit."""
     lower = {name.lower(): column for name, column in by_name.items()}
     for prompt_name, completion_name in PROMPT_NAMES:
         prompt, completion = lower.get(prompt_name), lower.get(completion_name)
-        strong = prompt_name == "prompt"  # no other task calls its columns so
+        is_prompt = prompt_name == "prompt"  # a name that no other task uses
         if prompt is None or completion is None or prompt.kind in ("other", "list", "blank"):
             continue
-        is_one = (
+        has_one_answer = (
             completion.kind not in ("other", "list", "blank") or completion.separator is not None
         )
-        if completion.kind == "text" or (strong and is_one):
-            return prompt_and_completion(prompt, completion)
+        if completion.kind == "text" or (is_prompt and has_one_answer):
+            return pair_proposal(prompt, completion)
         if completion.rows_per_value < 2 and completion.kind in ("category", "number", "id"):
-            return prompt_and_completion(prompt, completion)
+            return pair_proposal(prompt, completion)
     return None
 
 
 def require_context(chosen: Proposal, by_name: dict[str, Column], place: str) -> None:
-    """Reject a prompt whose context is in a third column, which the model would not see.
+    """Check that no third column contains the context of the prompt, which would be left out.
 
     Raises:
-        LoraError: If there is such a column, as in Dolly and in SQuAD.
+        LoraError: If there is such a column, as in Dolly and SQuAD.
     """
     if "prompt_column" not in chosen.keys:
         return
-    for name in _contexts(chosen, by_name):
+    for name in _context_columns(chosen, by_name):
         prompt, completion = chosen.keys["prompt_column"], chosen.keys["completion_column"]
         new = f"instruction: {field(prompt)}, input: {field(name)}, output: {field(completion)}"
         raise LoraError(
@@ -284,8 +291,8 @@ def require_context(chosen: Proposal, by_name: dict[str, Column], place: str) ->
         )
 
 
-def _contexts(chosen: Proposal, by_name: dict[str, Column]) -> list[str]:
-    """Return the columns of texts that belong to a prompt."""
+def _context_columns(chosen: Proposal, by_name: dict[str, Column]) -> list[str]:
+    """Return the text columns that belong to a prompt, by their names."""
     return [
         name
         for name, column in by_name.items()
@@ -294,10 +301,10 @@ def _contexts(chosen: Proposal, by_name: dict[str, Column]) -> list[str]:
 
 
 def require_one_answer(by_name: dict[str, Column], place: str) -> None:
-    """Reject prompts with lists of answers, of which a language model learns one.
+    """Check that each prompt has a single answer, since a language model learns only one.
 
     Raises:
-        LoraError: If they are, as in NQ-open.
+        LoraError: If the answers are lists, as in NQ-open.
     """
     lower = {name.lower(): column for name, column in by_name.items()}
     for prompt_name, completion_name in PROMPT_NAMES:
@@ -310,7 +317,7 @@ def require_one_answer(by_name: dict[str, Column], place: str) -> None:
             continue
         if (
             completion.separator is None
-            and len(completion.counts) > MANY_ANSWERS * completion.count
+            and len(completion.counts) > MIN_DISTINCT * completion.count
         ):
             what = f"`{completion.name}` holds lists of answers, and a language model learns one"
             first = jq_command(f"{field(completion.name)} |= .[0]", place, "first.jsonl")
@@ -318,10 +325,10 @@ def require_one_answer(by_name: dict[str, Column], place: str) -> None:
 
 
 def require_conversations(by_name: dict[str, Column], place: str) -> None:
-    """Reject rows that are single messages of conversations, as in oasst1.
+    """Check that rows are whole conversations.
 
     Raises:
-        LoraError: If they are.
+        LoraError: If they are single messages, as in oasst1.
     """
     if {"message_id", "parent_id", "role", "text"} <= set(by_name):
         raise LoraError(
@@ -331,70 +338,71 @@ def require_conversations(by_name: dict[str, Column], place: str) -> None:
         )
 
 
-def prompt_and_completion(asked: Column, said: Column) -> Proposal:
-    """Return the task of two columns, of which the second answers the first."""
+def pair_proposal(prompt: Column, completion: Column) -> Proposal:
+    """Return the proposal for a prompt column and its completion column."""
     return Proposal(
         {
             "type": "causal_lm",
-            "prompt_column": asked.name,
-            "completion_column": said.name,
+            "prompt_column": prompt.name,
+            "completion_column": completion.name,
             "separator": "\n",
         },
         {
-            "": f"`{asked.name}` and its answer `{said.name}`",
-            "prompt_column": f"{asked.characters:.0f} characters on average; read, not trained",
-            "completion_column": f"{said.characters:.0f} characters on average",
+            "": f"`{prompt.name}` and its answer `{completion.name}`",
+            "prompt_column": f"{prompt.characters:.0f} characters on average; read, not trained",
+            "completion_column": f"{completion.characters:.0f} characters on average",
             "separator": "a new line between them",
         },
-        [asked.name, said.name],
+        [prompt.name, completion.name],
     )
 
 
-def _keep_own_space(chosen: Proposal, table: Table) -> None:
-    """Put nothing between prompts and completions that have a space or a line end of their own."""
+def _adopt_separator(chosen: Proposal, table: Table) -> None:
+    """Set an empty separator if prompts end, or completions begin, with whitespace of their own."""
     if "prompt_column" not in chosen.keys:
         return
-    asked, said = chosen.keys["prompt_column"], chosen.keys["completion_column"]
-    pairs = [(row.get(asked), row.get(said)) for row in table.rows]
+    prompt, completion = chosen.keys["prompt_column"], chosen.keys["completion_column"]
+    pairs = [(row.get(prompt), row.get(completion)) for row in table.rows]
     texts = [(a, b) for a, b in pairs if isinstance(a, str) and isinstance(b, str) and b]
     spaced = sum(a != a.rstrip() or b != b.lstrip() for a, b in texts)
-    if texts and spaced >= MOSTLY * len(texts):
+    if texts and spaced >= MOST_ROWS * len(texts):
         chosen.keys["separator"] = ""
         chosen.why["separator"] = "the texts have a space or a line end of their own between them"
 
 
-def translation(first: Column, second: Column, place: str, can_write: bool) -> Proposal:
-    """Return the task of two text files paired line by line.
+def parallel_lines(first: Column, second: Column, place: str, can_write: bool) -> Proposal:
+    """Return the proposal for two text files with corresponding lines.
 
     Raises:
-        LoraError: If the model cannot write.
+        LoraError: If the model cannot generate text.
     """
     if not can_write:
         what = "an encoder writes no text, so it cannot learn one file from the other"
         raise LoraError(what, place, "use a language model")
-    chosen = prompt_and_completion(first, second)
+    chosen = pair_proposal(first, second)
     chosen.why[""] = f"a line of `{second.name}` answers the same line of `{first.name}`"
     return chosen
 
 
-def _two_texts(columns: Sequence[Column]) -> Proposal | None:
-    """Return the task of two texts, of which one is by its name the answer to the other."""
+def _text_pair(columns: Sequence[Column]) -> Proposal | None:
+    """Return the proposal for two text columns if their names show which one is the answer."""
     pair = source_and_target(columns)
-    return prompt_and_completion(*pair) if pair is not None else None
+    return pair_proposal(*pair) if pair is not None else None
 
 
 def _require_one_text(chosen: Column, columns: Sequence[Column], place: str) -> None:
-    """Reject a choice by length where another text may be the answer to it, and would be lost.
+    """Check that the chosen column is the only possible one, since other texts would be left out.
 
     Raises:
-        LoraError: If there is such a text, which is not much shorter.
+        LoraError: If another text is longer, or not much shorter than a column without a usual
+            name.
     """
     is_named = TEXT_NAMES.fullmatch(chosen.name.strip()) is not None
     for other in columns:
         if other.kind != "text" or other is chosen:
             continue
         is_longer = other.characters > chosen.characters and chosen.name.lower() != "text"
-        if is_longer or (not is_named and other.characters > SHORT * chosen.characters):
+        if is_longer or (not is_named and other.characters > MUCH_SHORTER * chosen.characters):
             raise LoraError(
                 f"which column is the text? It could be `{chosen.name}` or `{other.name}`",
                 place,
@@ -403,14 +411,14 @@ def _require_one_text(chosen: Column, columns: Sequence[Column], place: str) -> 
             )
 
 
-def plain(
+def plain_text(
     columns: Sequence[Column],
     by_name: dict[str, Column],
     rows: Sequence[dict[str, Any]],
     place: str,
     text: str | None,
 ) -> Proposal:
-    """Return the task of text alone."""
+    """Return the proposal for a single text column."""
     column = by_name[text] if text is not None else text_of(columns, place, None, rows=rows)
     if text is None:
         _require_one_text(column, columns, place)

@@ -1,4 +1,4 @@
-"""Several texts in one row, none of which sees another."""
+"""Packs several examples into one row, which must not attend to each other."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from lora_cli.tasks.examples import IGNORED, Encoded, Example
 from lora_cli.tasks.texts.padding import tolerance
 from lora_cli.tasks.texts.text_task import TextTask
 
-PROBE_TOKENS = 32  # of each text that is packed on trial
-SAME_KERNELS = 16  # times eps and the scale: what the routing of experts may change
+TRIAL_TOKENS = 32  # of each of the two texts that are packed in `check_packing`
+LEAK_TOLERANCE = 16  # times eps and the largest logit: the routing of experts changes the rounding
 
 
 def pack(lengths: Sequence[int], capacity: int, seed: int) -> list[list[int]]:
-    """Put examples together so that each pack has at most `capacity` tokens.
+    """Combine examples into packs of at most `capacity` tokens.
 
-    First-fit over a shuffled order, within the last packs that have room: packs mix what the data
-    set keeps apart, and few tokens are left empty.
+    The examples are shuffled, and each is put into the first of the last 64 packs that has room for
+    it. So neighbouring rows are spread over the packs, and little room is left.
 
     Args:
-        lengths: Tokens of each example, each at most `capacity`.
-        capacity: Tokens of a pack.
-        seed: Decides the order.
+        lengths: The tokens of each example, at most `capacity`.
+        capacity: The maximum number of tokens of a pack.
+        seed: The seed of the order.
 
     Returns:
-        The examples of each pack.
+        For each pack, the positions of its examples.
     """
     assert max(lengths, default=0) <= capacity
     packs: list[list[int]] = []
@@ -52,27 +52,30 @@ def pack(lengths: Sequence[int], capacity: int, seed: int) -> list[list[int]]:
 
 
 class Packed:
-    """Several examples in one row; looks like the data set that it is made from.
+    """The packs of a split, with the interface of a data set: each item is one row of examples.
 
     Args:
-        task: Says how many tokens a row takes, and by its recipe's seed what comes together.
+        task: The task. Its `max_length` limits a pack, and the seed of its recipe decides the
+            order.
         split: The examples.
     """
 
     def __init__(self, task: TextTask, split: Encoded) -> None:
         self.split = split
         seed, mix = task.recipe.train.seed, task.recipe.data.mix.values()
-        # sets with weights are drawn by pack, so a pack is of one of them
+        # data sets with weights are sampled by pack, so a pack must not mix them
         sets = (
-            split.sets if any(one.weight for one in mix) else np.zeros(len(split.lengths), np.int64)
+            split.sets
+            if any(source.weight for source in mix)
+            else np.zeros(len(split.lengths), np.int64)
         )
-        self.packs, of_packs = [], []
+        self.packs, sets_of_packs = [], []
         for number in np.unique(sets).tolist():
             members = np.flatnonzero(sets == number)
             packs = pack(split.lengths[members].tolist(), task.max_length, seed)
             self.packs += [members[chosen].tolist() for chosen in packs]
-            of_packs += [number] * len(packs)
-        self.sets = np.array(of_packs)
+            sets_of_packs += [number] * len(packs)
+        self.sets = np.array(sets_of_packs)
         self.lengths = np.array([split.lengths[members].sum() for members in self.packs])
 
     def __len__(self) -> int:
@@ -87,7 +90,7 @@ class Packed:
 
 
 def one_row(examples: Sequence[Example]) -> Example:
-    """Return several examples as one; the first token of each is not predicted."""
+    """Return several examples concatenated into one; the first token of each is not predicted."""
     return {
         "input_ids": np.concatenate([e["input_ids"] for e in examples]),
         "labels": np.concatenate([np.append(IGNORED, e["labels"][1:]) for e in examples]),
@@ -100,46 +103,46 @@ def one_row(examples: Sequence[Example]) -> Example:
 def check_packing(task: TextTask, model: nn.Module, split: Encoded) -> None:
     """Check on packs of real examples that the model keeps packed texts apart.
 
-    What a model does with position ids depends on its architecture: one that ignores them, or
-    whose attention kernel does, or that carries a state along the row (Mamba, RWKV), would read one
-    text as the beginning of the other. Two things must hold near rounding: what stands before a
-    text in its row changes nothing in its outputs, and these are the outputs of the text alone.
+    What a model does with position ids depends on its architecture. A model that ignores them, or
+    whose attention kernel does, or that passes a state along the row (Mamba, RWKV), would read one
+    text as the beginning of the next. Two things must hold except for rounding: the logits of a
+    text do not depend on the text before it in its row, and they equal those of the text alone.
 
     Args:
-        task: It puts examples into batches.
-        model: The model that will be trained; it is put into eval mode, and back.
-        split: The train rows.
+        task: The task, which collates examples into batches.
+        model: The model that will be trained. It is set to eval mode and back.
+        split: The encoded train split.
 
     Raises:
-        LoraError: If packed logits are not those of the same texts alone.
+        LoraError: If the logits of packed texts differ from those of the same texts alone.
     """
     examples = [split.examples[i] for i in (0, -1)]
     first, second = (
-        {**e, **{key: e[key][:PROBE_TOKENS] for key in ("input_ids", "labels")}} for e in examples
+        {**e, **{key: e[key][:TRIAL_TOKENS] for key in ("input_ids", "labels")}} for e in examples
     )
     size = len(task.tokenizer)
-    other = {**first, "input_ids": [(token + 1) % size for token in first["input_ids"]]}
-    n_rows = min(2, task.micro_batch)  # some kernels unpack one row only
-    start = len(first["input_ids"])
+    altered_first = {**first, "input_ids": [(token + 1) % size for token in first["input_ids"]]}
+    n_rows = min(2, task.micro_batch)  # some kernels handle packs only in batches of one row
+    offset = len(first["input_ids"])
     was_training = model.training
     model.eval()
     try:
         with full_precision(model):
-            packed, other_packed = (
-                _logits(task, model, task.collate([one_row([before, second])] * n_rows).inputs)
-                for before in (first, other)
+            packed, altered_packed = (
+                _logits(task, model, task.collate([one_row([start_text, second])] * n_rows).inputs)
+                for start_text in (first, altered_first)
             )
             alone = _logits(task, model, {"input_ids": torch.tensor([second["input_ids"]])})
-        end = start + alone.shape[1]
-        packed, other_packed = (logits[:, start:end] for logits in (packed, other_packed))
+        end = offset + alone.shape[1]
+        packed, altered_packed = (logits[:, offset:end] for logits in (packed, altered_packed))
     except TypeError:  # its forward takes no position ids
         leaks = True
     else:
-        seen = float((packed - other_packed).abs().max())
-        apart = float((packed - alone).abs().max())
-        # the kernels of both packs are the same, so hardly anything is lost to rounding there
-        fine = SAME_KERNELS * torch.finfo(alone.dtype).eps * float(alone.abs().max())
-        leaks = not (seen <= fine and apart <= tolerance(alone, 0.0, alone.dtype))
+        leak = float((packed - altered_packed).abs().max())
+        error = float((packed - alone).abs().max())
+        # both packs have the same shape, and so the same kernels, which leaves little rounding
+        allowed = LEAK_TOLERANCE * torch.finfo(alone.dtype).eps * float(alone.abs().max())
+        leaks = not (leak <= allowed and error <= tolerance(alone, 0.0, alone.dtype))
     finally:
         model.train(was_training)
     if leaks:
@@ -151,6 +154,6 @@ def check_packing(task: TextTask, model: nn.Module, split: Encoded) -> None:
 
 
 def _logits(task: TextTask, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """Return the model's scores, with the options that it is trained with."""
+    """Return the model's logits, computed with the same options as in training."""
     device = next(model.parameters()).device
     return task.logits(model, {key: value.to(device) for key, value in inputs.items()})

@@ -1,4 +1,4 @@
-"""What a source and its targets are: columns, lengths, examples.
+"""The rows of sequence-to-sequence tasks: columns, lengths and examples.
 
 `Seq2SeqLM` adds batches, the loss and the answers.
 """
@@ -24,22 +24,22 @@ from lora_cli.tasks.texts.marked_tokens import marked
 from lora_cli.tasks.texts.unknown_tokens import MOST_UNKNOWN, count_unknown, unknown_warning
 
 SIDES: tuple[Side, Side] = ("source", "target")
-CUT = {"source": 1, "target": 2}  # bits of an example's `cut`
-# their weights were trained in bfloat16, and make numbers that float16 cannot hold
-OVERFLOW_IN_FP16 = ("longt5", "mt5", "switch_transformers", "t5", "umt5")
+CUT_BITS = {"source": 1, "target": 2}  # bits of `cut` in an example: what was truncated
+# trained in bfloat16, with activations beyond the range of float16
+OVERFLOWS_IN_FP16 = ("longt5", "mt5", "switch_transformers", "t5", "umt5")
 
 
 class SourceAndTargetTask(WritingTask):
-    """A task whose rows are a source, and one or several targets."""
+    """A task whose rows have a source, and one or several targets."""
 
-    spec: Seq2SeqLMSpec  # type: ignore[assignment]  # its lengths are two
+    spec: Seq2SeqLMSpec  # type: ignore[assignment]  # it has two maximum lengths
     length_key = "task.max_source_length"
     prompt_name = "source"
 
     def __init__(self, recipe: Recipe, spec: Seq2SeqLMSpec) -> None:
         super().__init__(recipe)
         self.spec = spec
-        self.has_several = False  # references of a row
+        self.has_several_references = False  # references of a row
 
     def load_processor(self) -> None:
         """Load the tokenizer and the configuration."""
@@ -53,8 +53,8 @@ class SourceAndTargetTask(WritingTask):
             raise LoraError(what, at, "name it as `eos_token` in the model's tokenizer_config.json")
         pad = self.tokenizer.pad_token_id
         self.pad = int(self.tokenizer.eos_token_id if pad is None else pad)
-        half = self.recipe.train.precision == "fp16" or self.recipe.model.dtype == "float16"
-        if half and self.config.model_type in OVERFLOW_IN_FP16:
+        is_float16 = self.recipe.train.precision == "fp16" or self.recipe.model.dtype == "float16"
+        if is_float16 and self.config.model_type in OVERFLOWS_IN_FP16:
             self.notes.append(
                 f"models like {self.config.model_type} were trained in bfloat16, and often make "
                 "NaN in float16: better take `train.precision: bf16`, or fp32"
@@ -63,15 +63,15 @@ class SourceAndTargetTask(WritingTask):
             self.notes.append(dropped)
 
     def model_config(self) -> PretrainedConfig:
-        """Return the model's configuration, by which no layer is skipped at random."""
+        """Return the model's configuration, without LayerDrop."""
         return keep_all_layers(super().model_config())
 
     @functools.cached_property
     def texts(self) -> SourcesAndTargets:
-        """What reads sources and targets.
+        """The encoder of sources and targets.
 
         Raises:
-            LoraError: If the recipe's languages are not those of the tokenizer.
+            LoraError: If the tokenizer does not have the recipe's languages.
         """
         start = getattr(self.config, "decoder_start_token_id", None)
         limits: dict[Side, int] = {side: self.limit(side) for side in SIDES}
@@ -82,58 +82,58 @@ class SourceAndTargetTask(WritingTask):
             raise LoraError(problem.what, self.recipe.at(problem.at or ""), problem.hint) from error
 
     def positions_of(self, side: Side) -> int | None:
-        """Return the tokens that the encoder, or the decoder, has positions for, if limited."""
-        key = "encoder" if side == "source" else "decoder"  # LED's are two
-        own = getattr(self.config, f"max_{key}_position_embeddings", None)
-        return int(own) if isinstance(own, int) else self.positions
+        """Return the number of positions of the encoder or the decoder; None if not limited."""
+        key = "encoder" if side == "source" else "decoder"  # LED has one for each
+        n_positions = getattr(self.config, f"max_{key}_position_embeddings", None)
+        return int(n_positions) if isinstance(n_positions, int) else self.positions
 
     def limit(self, side: Side) -> int:
-        """Return the longest source or target in tokens, as far as the model can take it."""
+        """Return the maximum tokens of a source or target: the recipe's, if the model allows it."""
         key = f"max_{side}_length"
         limits = [int(getattr(self.spec, key))]
         positions = self.positions_of(side)
         if positions is not None:
             limits.append(positions)
         if positions is not None or key not in self.spec.model_fields_set:
-            # T5 takes more than its tokenizer expects, if the recipe says so
+            # T5 has no limit of its own: a length in the recipe overrides the tokenizer's
             limits.append(int(self.tokenizer.model_max_length))
         return min(limits)
 
     @property
     def max_length(self) -> int:  # type: ignore[override]
-        """The longest source and the longest target together."""
+        """The sum of the maximum lengths of source and target."""
         return sum(map(self.limit, SIDES))
 
     @property
     def length_note(self) -> str | None:
-        """What to say of lengths that are more than the model can take."""
-        asked = {side: int(getattr(self.spec, f"max_{side}_length")) for side in SIDES}
+        """A warning if the recipe's lengths are more than the model can read; otherwise None."""
+        lengths = {side: int(getattr(self.spec, f"max_{side}_length")) for side in SIDES}
         notes = [
             f"`task.max_{side}_length` is {length}, and the model takes "
             f"{counted(self.limit(side), 'token')}"
-            for side, length in asked.items()
+            for side, length in lengths.items()
             if self.limit(side) < length and f"max_{side}_length" in self.spec.model_fields_set
         ]
         return f"warning: {'; '.join(notes)}: longer texts are cut there" if notes else None
 
     @property
     def length_limit(self) -> str:
-        """The limits in words."""
+        """The maximum lengths in words."""
         source, target = self.limit("source"), self.limit("target")
         return f"{counted(source, 'token')} of the source and {target:,} of the target"
 
     @property
     def length_name(self) -> str:
-        """The limits, to stand in a table."""
+        """The maximum lengths for a table."""
         return " + ".join(str(self.limit(side)) for side in SIDES)
 
     @property
     def longer_hint(self) -> str:
-        """What to do where texts are too long."""
+        """A hint for texts that are too long."""
         return "raise `task.max_source_length` or `task.max_target_length`, if the model takes more"
 
     def cache_key(self) -> list[str]:
-        """Return what an encoded row depends on besides the row."""
+        """Return everything that an encoded row depends on, besides the row itself."""
         return [*super().cache_key(), str(self.texts.target_frame)]
 
     # ------------------------------------------------------------------------------ rows
@@ -146,16 +146,16 @@ class SourceAndTargetTask(WritingTask):
         ]
 
     def references(self, row: dict[str, Any]) -> list[str]:
-        """Return the right answers to a row."""
+        """Return the targets of a row, each of which is a correct answer."""
         value = row[self.spec.target_column]
         return [str(text) for text in (value if isinstance(value, list) else [value])]
 
     def input_error(self, row: dict[str, Any]) -> str:
-        """Return what is wrong with the source, or nothing."""
+        """Return what is wrong with the source; empty if nothing is."""
         return text_error(row, [self.spec.source_column])
 
     def target_error(self, row: dict[str, Any]) -> str:
-        """Return what is wrong with the target, or with one of several, or nothing."""
+        """Return what is wrong with the target, or with one of several; empty if nothing is."""
         column = self.spec.target_column
         value = row.get(column)
         if not isinstance(value, list):
@@ -173,70 +173,77 @@ class SourceAndTargetTask(WritingTask):
             end = self.tokenizer.eos_token
             self.notes.append(f"the tokenizer ends no text: `{end}` is added to each target")
         column = self.spec.target_column
-        self.has_several = any(
+        self.has_several_references = any(
             isinstance(row.get(column), list) for rows in splits.values() for row in rows
         )
 
     def more_text_columns(self) -> list[str]:
-        """Return the column of what the model learns to write."""
+        """Return the column of the target, which is a text too."""
         return [self.spec.target_column]
 
     def encode(self, rows: Sequence[dict[str, Any]]) -> list[list[Example]]:
         """Return an example for each reference of each row."""
         sources = self.texts.sources([str(row[self.spec.source_column]) for row in rows])
-        wanted = [self.references(row) for row in rows]
-        targets = iter(self.texts.targets([text for texts in wanted for text in texts]))
+        references = [self.references(row) for row in rows]
+        targets = iter(self.texts.targets([text for texts in references for text in texts]))
         encoded: list[list[Example]] = []
-        for source, texts in zip(sources, wanted, strict=True):
+        for source, texts in zip(sources, references, strict=True):
             encoded.append(self._examples(source, [next(targets) for _ in texts]))
         return encoded
 
     def _examples(self, source: list[int], targets: list[list[int]]) -> list[Example]:
-        """Return the examples of a source and its targets; those that are too long may be left out.
+        """Return the examples of a source and its targets, except for dropped ones.
 
         Raises:
-            LoraError: If one is too long, and the recipe asks for an error.
+            LoraError: If a source or target is too long and the recipe's setting is `error`.
         """
         ids = self.texts.cut(source, "source")
         examples: list[Example] = []
         for target in targets if ids else []:
             if labels := self.texts.cut(target, "target"):
-                cut = CUT["source"] * (len(ids) < len(source))
-                cut += CUT["target"] * (len(labels) < len(target))
+                cut = CUT_BITS["source"] * (len(ids) < len(source))
+                cut += CUT_BITS["target"] * (len(labels) < len(target))
                 first = int(not examples)
                 examples.append({"input_ids": ids, "labels": labels, "first": first, "cut": cut})
         if any(example["cut"] for example in examples):
-            whole = sum(len(source) + len(target) for target in targets)
-            examples = [{**example, "full_length": whole} for example in examples]
+            full_length = sum(len(source) + len(target) for target in targets)
+            examples = [{**example, "full_length": full_length} for example in examples]
         return examples
 
     def features(self) -> dict[str, str]:
-        """Return the types of the tokens, and of what is known of them."""
+        """Return the type of each key of an example."""
         lists = {"input_ids": "list<int32>", "labels": "list<int32>"}
         return {**lists, "first": "int32", "cut": "int32"}
 
     def cost(self, example: Example) -> int:
-        """Return the tokens of the source and of the target."""
+        """Return the number of tokens of the source and the target together."""
         return len(example["input_ids"]) + len(example["labels"])
 
     def check_examples(self, examples: Sequence[Example]) -> None:
-        """Reject tokens that the model's embeddings do not have."""
+        """Check that the model has an embedding for each token.
+
+        Raises:
+            LoraError: If it has not.
+        """
         for key in ("input_ids", "labels"):
             self.require_known_tokens([max(e[key], default=0) for e in examples])
 
     def cut_note(self, split: Encoded) -> str | None:
-        """Return how many sources and targets of a split were cut, and where."""
+        """Return a note of how many sources and targets of a split were cut; None if none was."""
         cut = split.examples.data.column("cut").to_numpy()
         parts = []
         for side in SIDES:
-            if count := int((cut & CUT[side] > 0).sum()):
+            if count := int((cut & CUT_BITS[side] > 0).sum()):
                 end = "the beginning" if self.texts.truncation(side) == "left" else "the end"
                 limit = f"more than {counted(self.limit(side), 'token')}"
                 parts.append(f"{counted(count, side)} lost {end} ({limit})")
         return ", ".join(parts) or None
 
     def unknown_input(self, name: str, rows: Rows, examples: Any) -> tuple[float, str | None]:
-        """Return the share of tokens that stand for what the tokenizer does not know."""
+        """Return the share of unknown tokens, and a warning if it is high.
+
+        The share is that of the sources or that of the targets, whichever is larger.
+        """
         shares, warning = [], None
         columns = {"input_ids": self.spec.source_column, "labels": self.spec.target_column}
         for key, column in columns.items():
@@ -254,7 +261,7 @@ class SourceAndTargetTask(WritingTask):
         return max(shares), warning
 
     def shown(self, example: Example, colour: bool) -> tuple[list[str], str]:
-        """Return the source and the target of an encoded example, the target marked as trained."""
+        """Return an encoded example for people to read, with its target marked as trained."""
         ids, labels = list(example["input_ids"]), list(example["labels"])
         source = str(self.tokenizer.decode(ids))
         target = marked(self.tokenizer, labels, [True] * len(labels), colour)
@@ -262,11 +269,11 @@ class SourceAndTargetTask(WritingTask):
         return facts, f"{source}\n{target}"
 
     def shown_reference(self, row: dict[str, Any]) -> str | None:
-        """Return the target of a row."""
+        """Return the target of a row for people to read."""
         return readable_value([row.get(self.spec.target_column)]) or None
 
     def trained_share(self, split: Encoded) -> float:
-        """Return the share of the tokens that are written, not read."""
+        """Return the share of the tokens that are trained, which are those of the targets."""
         column = split.examples.data.column("labels")
         trained = sum(len(chunk.flatten()) for chunk in column.chunks)
         return trained / int(split.lengths.sum())

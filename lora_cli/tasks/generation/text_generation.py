@@ -1,4 +1,4 @@
-"""Let a language model write on from prompts, as the recipe asks and in no other way."""
+"""Generates text from prompts with a causal language model, by the recipe's settings alone."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from lora_cli.tasks.texts.padding import MOST_NOISE, Padding, fill, mask_of, tol
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 LEFT = Padding("left")
-TRIAL_TOKENS = 3  # the first comes from the prompt, the others from what the model keeps of it
-FEW_TOKENS = 16  # a convolution over so many tokens reads all of a prompt
-Together = Literal["any", "same length", "none"]
-# which prompts each model can answer together, and the shortest and longest that showed it
-_TRIED: WeakKeyDictionary[nn.Module, tuple[Together, int, int]] = WeakKeyDictionary()
+TRIAL_TOKENS = 3  # the first is computed from the prompt, the others from the cache
+SHORT_PROMPT = 16  # a prompt with fewer tokens may lie within the window of a convolution
+Batching = Literal["any", "same length", "none"]
+# for each model, which prompts it can answer in one batch, and the shortest and longest ones tried
+_TRIALS: WeakKeyDictionary[nn.Module, tuple[Batching, int, int]] = WeakKeyDictionary()
 
-# keys of a generation config that change no token: ids, limits that the recipe sets, formats
-NEUTRAL = {
+# keys of a generation config that change no token, or that the recipe sets
+NEUTRAL_KEYS = {
     "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "max_length",
     "max_new_tokens", "use_cache", "cache_implementation", "cache_config", "compile_config",
     "disable_compile", "output_attentions", "output_hidden_states", "output_scores",
@@ -41,12 +41,12 @@ NEUTRAL = {
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said.
+    """The answer of a model to a prompt.
 
     Args:
-        text: Its words.
-        is_cut: The model has no position for another token, and it had not ended.
-        has_ended: It ended by itself.
+        text: The answer as text.
+        is_cut: Whether the answer was cut because the model has no more positions.
+        has_ended: Whether the model ended the answer itself.
     """
 
     text: str
@@ -55,26 +55,26 @@ class Answer:
 
 
 def stop_ids(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, more: Collection[int] = ()
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, others: Collection[int] = ()
 ) -> list[int]:
-    """Return the tokens that end an answer: the tokenizer's, the model's own, and others.
+    """Return the tokens that end an answer: those of the tokenizer and of the model, and others.
 
-    A model may be published with several: Llama 3 ends a turn by another token than a text.
+    A model may have several: Llama 3 uses different tokens to end a turn and to end a text.
     """
-    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ids = [own] if isinstance(own, int) else list(own or ())
-    return sorted({int(tokenizer.eos_token_id), *more, *(i for i in ids if isinstance(i, int))})
+    eos_ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = [eos_ids] if isinstance(eos_ids, int) else list(eos_ids or ())
+    return sorted({int(tokenizer.eos_token_id), *others, *(i for i in ids if isinstance(i, int))})
 
 
 def stop_note(
     tokenizer: PreTrainedTokenizerBase, stops: Collection[int], usual: Collection[int]
 ) -> str:
-    """Return which tokens end an answer, if the base's files name others than the usual ones.
+    """Return a note of the tokens that end an answer, if some of them are unusual; else empty.
 
     Args:
-        tokenizer: Of the model.
-        stops: What `stop_ids` returned.
-        usual: The tokenizer's end of a text, and what the chat template ends a turn with.
+        tokenizer: The model's tokenizer.
+        stops: The tokens that `stop_ids` returned.
+        usual: The tokenizer's end-of-text token, and the chat template's end-of-turn token.
     """
     if set(stops) <= set(usual):
         return ""
@@ -91,7 +91,7 @@ def stop_note(
 
 
 def base_generation_settings(model: nn.Module) -> dict[str, Any]:
-    """Return what the base's generation config asks for that would change what is written."""
+    """Return the settings in the base's generation config that would change the generated text."""
     config = getattr(model, "generation_config", None)
     if config is None:
         return {}
@@ -99,7 +99,7 @@ def base_generation_settings(model: nn.Module) -> dict[str, Any]:
     return {
         key: value
         for key, value in sorted(config.to_dict().items())
-        if key not in NEUTRAL and value is not None and value != usual.get(key)
+        if key not in NEUTRAL_KEYS and value is not None and value != usual.get(key)
     }
 
 
@@ -113,53 +113,55 @@ def generate(
     stops: Collection[int],
     streamer: Any = None,
 ) -> list[Answer]:
-    """Return what the model says after each prompt; the other prompts make no difference to it.
+    """Return the model's answer to each prompt, which does not depend on the other prompts.
 
     Args:
         model: The model, in eval mode.
-        prompts: Token ids of each prompt; each leaves room for at least one token.
-        tokenizer: Of the model.
-        options: How long, and how it is sampled.
-        pad_id: What fills the rows.
-        positions: How many tokens the model has positions for; None if that is not limited.
-        stops: The tokens that end an answer, and are no part of it.
-        streamer: Is given the tokens of a single prompt's answer as they come.
+        prompts: The token ids of each prompt; each leaves room for at least one more token.
+        tokenizer: The model's tokenizer.
+        options: The maximum length, and the settings of sampling and beam search.
+        pad_id: The token id for padding.
+        positions: The number of positions of the model; None if it is not limited.
+        stops: The tokens that end an answer, which are not part of it.
+        streamer: A streamer of transformers, which receives the tokens as they are generated. It
+            works with a single prompt only.
     """
-    room = positions or 10**9
-    # prompts by the length of their answers, and by what the model can answer together
+    n_positions = positions or 10**9
+    # prompts in one group have the same maximum length of answers, and can be answered in one batch
     groups: dict[tuple[int, int], list[int]] = defaultdict(list)
-    together = _answered_together(model, prompts, pad_id, room)
+    batching = _find_batching(model, prompts, pad_id, n_positions)
     longest = max(map(len, prompts), default=0) + options.max_new_tokens
-    if together == "any" and longest > _same_positions(model):
-        together = "same length"
+    if batching == "any" and longest > _longest_with_equal_positions(model):
+        batching = "same length"
     for i, prompt in enumerate(prompts):
-        assert 0 < len(prompt) < room
-        length = min(options.max_new_tokens, room - len(prompt))
-        own = {"any": 0, "same length": len(prompt), "none": -1 - i}[together]
-        groups[length, own].append(i)
+        assert 0 < len(prompt) < n_positions
+        length = min(options.max_new_tokens, n_positions - len(prompt))
+        group = {"any": 0, "same length": len(prompt), "none": -1 - i}[batching]
+        groups[length, group].append(i)
     answers: dict[int, Answer] = {}
     for (length, _), members in groups.items():
         ids = [prompts[i] for i in members]
         for i, row in zip(
             members, _continue(model, ids, length, stops, pad_id, options, streamer), strict=True
         ):
-            said = until_stop(row, stops)
-            has_ended = len(said) < length
-            text = decode(tokenizer, said, is_cut=not has_ended)
+            answer_ids = before_stop(row, stops)
+            has_ended = len(answer_ids) < length
+            text = decode(tokenizer, answer_ids, is_cut=not has_ended)
             answers[i] = Answer(text, not has_ended and length < options.max_new_tokens)
     return [answers[i] for i in range(len(prompts))]
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], is_cut: bool) -> str:
-    """Return tokens as text, without special ones.
+    """Return tokens as text, without special tokens.
 
-    A token may be a part of a character only: where the tokens were cut, the part that is left at
-    the end is dropped. (What a tokenizer writes for it, U+FFFD, may also be what a model said.)
+    A token may be only a part of a character. If the tokens were cut, an incomplete character at
+    the end is removed. Tokenizers decode it as U+FFFD, which is kept if the model generated exactly
+    that character.
 
     Args:
-        tokenizer: Of the model.
-        ids: The tokens.
-        is_cut: Whether they end because there was no room for more.
+        tokenizer: The model's tokenizer.
+        ids: The token ids.
+        is_cut: Whether the tokens end because there was no room for more.
     """
     text = str(tokenizer.decode(ids, skip_special_tokens=True))
     if not is_cut:
@@ -172,7 +174,7 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], is_cut: bool)
 
 
 def whole_characters(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], cut: int) -> int:
-    """Return where to cut tokens at or before `cut` so that no character is divided."""
+    """Return the last position at or before `cut` at which no character is divided."""
     if cut >= len(ids):
         return len(ids)
     for end in range(cut, max(cut - 4, 0), -1):  # a character has four bytes at most
@@ -191,7 +193,7 @@ def _continue(
     options: GenerationSpec,
     streamer: Any = None,
 ) -> list[list[int]]:
-    """Return the tokens that the model adds to each prompt, and what fills the row behind them."""
+    """Return the tokens that the model generates for each prompt, padded to the same length."""
     inputs = _padded_left(model, prompts, pad_id)
     width = inputs["input_ids"].shape[1]
     sampling: dict[str, Any] = {"do_sample": options.temperature > 0}
@@ -208,8 +210,10 @@ def _continue(
         no_repeat_ngram_size=options.no_repeat_ngram_size,
         **sampling,
     )
-    is_late = streamer is not None and options.num_beams > 1  # which beam wins is known at the end
-    with while_generating(model):
+    is_late = (
+        streamer is not None and options.num_beams > 1
+    )  # the best beam is known only at the end
+    with prepared_for_generation(model):
         output = model.generate(  # type: ignore[operator]  # transformers' generation mix-in
             **inputs,
             generation_config=config,
@@ -227,7 +231,7 @@ def _continue(
 def _padded_left(
     model: nn.Module, prompts: Sequence[Sequence[int]], pad_id: int
 ) -> dict[str, torch.Tensor]:
-    """Return prompts as one batch, padded on the left so that all answers start together."""
+    """Return prompts as one batch (B, T), padded on the left so that all answers start together."""
     device, rows = next(model.parameters()).device, [list(prompt) for prompt in prompts]
     return {
         "input_ids": fill(rows, pad_id, 1, LEFT).to(device),
@@ -235,77 +239,78 @@ def _padded_left(
     }
 
 
-def _same_positions(model: nn.Module) -> int:
-    """Return up to how many tokens in a row all rows of a batch have the positions they have alone.
+def _longest_with_equal_positions(model: nn.Module) -> int:
+    """Return up to which length of the longest row the positions of the others do not depend on it.
 
-    LongRoPE scales the positions of the whole batch otherwise once its longest row has more.
+    If the longest row has more tokens, LongRoPE scales the positions of the whole batch.
     """
     config: Any = getattr(model, "config", None)
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
     rope = rope if isinstance(rope, dict) else {}
     if rope.get("rope_type", rope.get("type")) != "longrope":
         return 10**9
-    own = rope.get("original_max_position_embeddings")
-    own = own or getattr(config, "original_max_position_embeddings", None)
-    return int(own) if own else 0
+    n_original = rope.get("original_max_position_embeddings")
+    n_original = n_original or getattr(config, "original_max_position_embeddings", None)
+    return int(n_original) if n_original else 0
 
 
-def _answered_together(
-    model: nn.Module, prompts: Sequence[Sequence[int]], pad_id: int, room: int
-) -> Together:
-    """Return which prompts the model answers in one batch as it answers each alone.
+def _find_batching(
+    model: nn.Module, prompts: Sequence[Sequence[int]], pad_id: int, n_positions: int
+) -> Batching:
+    """Return which prompts can share a batch without changing each other's answers.
 
-    It is tried on the shortest and the longest prompt, and again when a batch has a longer one than
-    any before, or a much shorter one. BART's decoder counts positions from the start of the row,
-    padded or not; RWKV mixes the rows of a batch even without padding.
+    This is tried on the shortest and the longest prompt, and again when a batch has a longer prompt
+    than all before it, or a much shorter one. BART's decoder counts positions from the start of the
+    row, including padding; RWKV mixes the rows of a batch even without padding.
 
     Args:
         model: The model.
-        prompts: Token ids of each prompt.
-        pad_id: What pads the rows.
-        room: Tokens that the model has positions for.
+        prompts: The token ids of each prompt.
+        pad_id: The token id for padding.
+        n_positions: The number of positions of the model.
     """
     if len(prompts) < 2:
         return "any"
     rows = sorted(map(list, prompts), key=len)
     short, long = rows[0], rows[-1]
-    n_tokens = min(TRIAL_TOKENS, room - len(long))
-    together, least, most = _TRIED.get(model, ("any", len(short), len(short)))
-    if model not in _TRIED:
+    n_tokens = min(TRIAL_TOKENS, n_positions - len(long))
+    batching, least, most = _TRIALS.get(model, ("any", len(short), len(short)))
+    if model not in _TRIALS:
         others = (row[-len(short) :] for row in (*rows, short[::-1]))
         other = next((ids for ids in others if ids != short), short)
-        if other == short:  # the same prompt again: it shows nothing
+        if other == short:  # a copy of the prompt could not change its answer
             return "none"
-        if not _is_same_next_to(model, short, other, pad_id, n_tokens):
-            together = "none"
-    # batches come from the longest rows to the shortest: not each of them is tried
-    is_wider = len(short) < (least if len(short) < FEW_TOKENS else least / 2) or len(long) > most
+        if not _is_unaffected_by(model, short, other, pad_id, n_tokens):
+            batching = "none"
+    # batches are sorted by falling length, so a trial for each shorter prompt would be too many
+    is_wider = len(short) < (least if len(short) < SHORT_PROMPT else least / 2) or len(long) > most
     if (
-        together == "any"
+        batching == "any"
         and is_wider
-        and not _is_same_next_to(model, short, long, pad_id, n_tokens)
+        and not _is_unaffected_by(model, short, long, pad_id, n_tokens)
     ):
-        together = "same length"
+        batching = "same length"
     tried = (min(least, len(short)), max(most, len(long))) if is_wider else (least, most)
-    _TRIED[model] = together, *tried
-    return together
+    _TRIALS[model] = batching, *tried
+    return batching
 
 
-def _is_same_next_to(
+def _is_unaffected_by(
     model: nn.Module, short: Sequence[int], other: Sequence[int], pad_id: int, n_tokens: int
 ) -> bool:
-    """Return whether the logits after a short prompt do not depend on another one next to it.
+    """Return whether another prompt in the batch leaves the logits after a short one unchanged.
 
-    Rounding may differ with the size of a batch: a copy of the short prompt shows by how much.
+    Rounding may depend on the size of the batch. A batch with a copy of the short prompt shows by
+    how much.
     """
     batches = [short], [short, short], [short, other]
     with full_precision(model) as dtype:
         alone, copies, padded = (_greedy(model, batch, pad_id, n_tokens) for batch in batches)
-    for (token, a), (copied, b), (found, c) in zip(alone, copies, padded, strict=True):
+    for (token, a), (copied, b), (other_token, c) in zip(alone, copies, padded, strict=True):
         noise, scale = float((a - b).abs().max()), float(a.abs().max())
         if not float((a - c).abs().max()) <= min(tolerance(a, noise, dtype), MOST_NOISE * scale):
             return False
-        if not token == copied == found:  # a tie: what follows is another text
+        if not token == copied == other_token:  # a tie, after which the texts differ
             break
     return True
 
@@ -314,12 +319,12 @@ def _is_same_next_to(
 def _greedy(
     model: nn.Module, prompts: Sequence[Sequence[int]], pad_id: int, n_tokens: int
 ) -> list[tuple[int, torch.Tensor]]:
-    """Return the likeliest tokens after the first prompt, each with the logits (V,) it is from."""
+    """Return the most likely tokens after the first prompt, each with its logits (V,)."""
     config = GenerationConfig(
         max_new_tokens=n_tokens, do_sample=False, pad_token_id=pad_id, output_logits=True,
         return_dict_in_generate=True, use_cache=can_cache(model),
     )  # fmt: skip
-    with while_generating(model):
+    with prepared_for_generation(model):
         output = model.generate(  # type: ignore[operator]  # transformers' generation mix-in
             **_padded_left(model, prompts, pad_id), generation_config=config
         )
@@ -327,36 +332,43 @@ def _greedy(
 
 
 def can_cache(model: nn.Module) -> bool:
-    """Return whether transformers makes a cache with a place for each layer that fills one.
+    """Return whether the cache that transformers creates has an entry for each decoder layer.
 
-    It counts a decoder's layers by `num_hidden_layers`, which in the configurations of BART and its
-    relatives is the number of the encoder's. Without a cache, answers are the same, and slower.
+    transformers reads the number of layers from `num_hidden_layers`. In the configurations of BART
+    and similar models, this is the number of encoder layers. Without a cache, the answers are the
+    same, but take longer.
     """
     config: Any = getattr(model, "config", None)
-    counted = getattr(config, "num_hidden_layers", None)
-    own = getattr(config, "decoder_layers", None) or getattr(config, "num_decoder_layers", None)
-    return not (isinstance(own, int) and isinstance(counted, int) and own > counted)
+    n_layers = getattr(config, "num_hidden_layers", None)
+    n_decoder_layers = getattr(config, "decoder_layers", None) or getattr(
+        config, "num_decoder_layers", None
+    )
+    return not (
+        isinstance(n_decoder_layers, int)
+        and isinstance(n_layers, int)
+        and n_decoder_layers > n_layers
+    )
 
 
 @contextmanager
-def while_generating(model: nn.Module) -> Iterator[None]:
-    """Prepare a model for `generate`, and leave it as it was.
+def prepared_for_generation(model: nn.Module) -> Iterator[None]:
+    """Prepare a model for `generate` within the context, and restore it afterwards.
 
-    Its own generation config is taken away: `generate` fills what another config leaves open with
-    it, such as penalties, beams and forced tokens. Attention is not computed by cuDNN, which plans
-    anew for each length that it has not seen, and an answer has a new length with each token.
+    The model's generation config is replaced by an empty one, since `generate` takes from it what
+    another config leaves open, such as penalties, beams and forced tokens. cuDNN's attention is
+    turned off, since it plans each new length first, and each token of an answer is a new length.
     """
-    own, attention = model.generation_config, torch.backends.cuda
-    planned: bool = attention.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+    generation_config, cuda = model.generation_config, torch.backends.cuda
+    uses_cudnn: bool = cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
     model.generation_config = GenerationConfig()
-    attention.enable_cudnn_sdp(False)
+    cuda.enable_cudnn_sdp(False)
     try:
         yield
     finally:
-        model.generation_config = own
-        attention.enable_cudnn_sdp(planned)
+        model.generation_config = generation_config
+        cuda.enable_cudnn_sdp(uses_cudnn)
 
 
-def until_stop(ids: Sequence[int], stops: Collection[int]) -> list[int]:
-    """Return the tokens before the first that ends an answer."""
+def before_stop(ids: Sequence[int], stops: Collection[int]) -> list[int]:
+    """Return the tokens before the first stop token."""
     return list(takewhile(lambda i: i not in stops, ids))

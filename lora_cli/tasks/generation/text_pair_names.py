@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from lora_cli.data.column_kinds import Column
 
-# two-letter codes, with the three-letter code and the name that T5 reads
+# two-letter codes, with the three-letter code and the English name, as in T5's prefixes
 LANGUAGES = {
     "ar": ("arb", "Arabic"), "bg": ("bul", "Bulgarian"), "cs": ("ces", "Czech"),
     "da": ("dan", "Danish"), "de": ("deu", "German"), "el": ("ell", "Greek"),
@@ -70,8 +70,8 @@ def _words(name: str) -> set[str]:
 def language_of(name: str) -> str | None:
     """Return the code of the language that a column is named after: `de` for `German`."""
     lower = name.lower()
-    names = {english.lower(): code for code, (_, english) in LANGUAGES.items()}
-    longer = {three: code for code, (three, _) in LANGUAGES.items()}
+    by_name = {english.lower(): code for code, (_, english) in LANGUAGES.items()}
+    by_three_letters = {three: code for code, (three, _) in LANGUAGES.items()}
     if lower in LANGUAGES:
         return lower
-    return names.get(lower) or longer.get(lower)
+    return by_name.get(lower) or by_three_letters.get(lower)

@@ -115,7 +115,7 @@ class DistilledCausalLM(DistilledTask, CausalLM):
         said = self._kept(batch) or self.answers(batch)
         labels, positions = batch.targets["labels"], batch.targets["positions"]
         if isinstance(output, HiddenStates):
-            trained = output.scores(output.states.flatten(0, 1).index_select(0, positions))
+            trained = output.logits(output.states.flatten(0, 1).index_select(0, positions))
         else:
             trained = output.flatten(0, 1).index_select(0, positions)
         trained = trained[:, : self._n_tokens(trained)]
