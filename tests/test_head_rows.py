@@ -22,8 +22,8 @@ from lora_cli.tasks import build_task
 from lora_cli.tasks.classification import head_rows
 from lora_cli.tasks.classification.head_rows import (
     arrange_rows,
+    base_label_names,
     match_rows,
-    own_names,
     rows_of_heads,
 )
 
@@ -193,11 +193,13 @@ def arranged(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def arrange(
         model: nn.Module, missing: set[str], labels: list[str], base: PretrainedConfig,
-        behind: tuple[str, ...] = (), stored: dict[str, torch.Tensor] | None = None,
+        extra_outputs: tuple[str, ...] = (), stored: dict[str, torch.Tensor] | None = None,
     ) -> str | None:  # fmt: skip
-        monkeypatch.setattr(head_rows, "_stored", lambda name, recipe: (stored or {}).get(name))
+        monkeypatch.setattr(
+            head_rows, "_read_checkpoint_tensor", lambda name, recipe: (stored or {}).get(name)
+        )
         recipe: Any = None
-        return arrange_rows(model, missing, labels, base, recipe, None, behind)
+        return arrange_rows(model, missing, labels, base, recipe, None, extra_outputs)
 
     return arrange
 
@@ -237,7 +239,7 @@ def test_rows_of_a_loaded_layer_that_have_no_name_are_drawn_anew(arranged: Any) 
 def test_a_new_row_is_drawn_as_widely_as_the_base_says(spread: float | None, found: float) -> None:
     torch.manual_seed(0)
     parameter = nn.Parameter(torch.full((2, 20_000), 9.0))
-    head_rows._place(parameter, None, [None, None], config("a", initializer_range=spread), True)
+    head_rows._copy_rows(parameter, None, [None, None], config("a", initializer_range=spread), True)
     assert float(parameter.detach().std()) == pytest.approx(found, rel=0.05)
     assert abs(float(parameter.detach().mean())) < 0.1 * found
 
@@ -272,14 +274,14 @@ def test_rows_of_an_adapter_s_head_are_those_of_its_matrices() -> None:
 
 
 def test_names_are_those_of_numbered_outputs_and_five_are_listed() -> None:
-    assert own_names(config("b", "a")) == ["b", "a"]
-    assert own_names(PretrainedConfig(id2label={1: "a", 2: "b"})) == []
+    assert base_label_names(config("b", "a")) == ["b", "a"]
+    assert base_label_names(PretrainedConfig(id2label={1: "a", 2: "b"})) == []
     base = config("a")
     base.id2label = None
-    assert own_names(base) == []
+    assert base_label_names(base) == []
     names = ["a", "b", "c", "d", "e"]
-    assert head_rows._listed(names) == "`a`, `b`, `c`, `d`, `e`"
-    assert head_rows._listed([*names, "f", "g"]) == "`a`, `b`, `c`, `d`, `e` and 2 more"
+    assert head_rows._list_names(names) == "`a`, `b`, `c`, `d`, `e`"
+    assert head_rows._list_names([*names, "f", "g"]) == "`a`, `b`, `c`, `d`, `e` and 2 more"
 
 
 def test_numbers_and_outputs_without_a_name_go_by_position(arranged: Any) -> None:

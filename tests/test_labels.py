@@ -220,7 +220,7 @@ def test_marks_are_labels(marks: list[Any], single: Any, several: Any) -> None:
 def test_marks_that_cannot_be_read_are_named(marks: list[Any], said: str) -> None:
     columns = ["a", "b", "c"]
     labels = reader(label_columns=columns)
-    assert labels.error_of_marks(dict(zip(columns, marks, strict=True)), columns) == said
+    assert labels.mark_error(dict(zip(columns, marks, strict=True)), columns) == said
 
 
 # ---------------------------------------------------------------------------------------- numbers

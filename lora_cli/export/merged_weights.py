@@ -34,7 +34,7 @@ from lora_cli.models.find_base import checkpoint_files
 from lora_cli.models.fingerprint import inner_name
 from lora_cli.models.stored_tensors import ExpertPart, Stored, StoredTensors
 from lora_cli.recipe import Recipe
-from lora_cli.tasks.classification.head_rows import match_rows, own_names
+from lora_cli.tasks.classification.head_rows import base_label_names, match_rows
 from lora_cli.tensorfile import read_header
 
 FORMULAS = {"dora": "m V / |V|", "loha": "W0 + s D", "lokr": "W0 + s D"}
@@ -344,9 +344,9 @@ class _Sources:
 
 def label_rows(model: nn.Module, recipe: Recipe) -> list[int]:
     """Return the index of the base's output for each label; empty if the order is the same."""
-    if isinstance(model, Bundle) or not (labels := own_names(model.config)):
+    if isinstance(model, Bundle) or not (labels := base_label_names(model.config)):
         return []
-    rows = match_rows(own := own_names(load_config(recipe)), labels)
+    rows = match_rows(own := base_label_names(load_config(recipe)), labels)
     known = [row for row in rows if row is not None]
     return known if labels != own and len(known) == len(labels) else []
 

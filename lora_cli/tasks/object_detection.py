@@ -298,7 +298,7 @@ class ObjectDetection(PictureTask):
     def arrange_head(self, model: nn.Module, missing: set[str]) -> None:
         """Put the rows of a pretrained classifier into the order of the labels, by name."""
         config = (self.config, self.recipe, self.auto_class)
-        if note := arrange_rows(model, missing, self.labels, *config, behind=(NO_OBJECT,)):
+        if note := arrange_rows(model, missing, self.labels, *config, extra_outputs=(NO_OBJECT,)):
             self.notes.append(note)
 
     def complete_from(self, tensors: Mapping[str, Tensor]) -> None:

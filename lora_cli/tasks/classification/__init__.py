@@ -1,1 +1,1 @@
-"""What tasks with labels share: classes, tags, heads."""
+"""The shared parts of tasks with labels: classes, tags of entities, classification heads."""

@@ -1,4 +1,4 @@
-"""What tasks share that answer with a label, several labels, or a number, whatever they read."""
+"""The base class of tasks that predict a label, several labels or a number, from any input."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from lora_cli.tasks.classification.labels import Labels, has_scores, is_multi_ho
 from lora_cli.tasks.contract import Task
 from lora_cli.tasks.examples import MAIN, Batch, Example, Field, Kind, Prediction
 
-ALL_SCORES = 20  # labels up to which a prediction keeps the probability of each; of more:
-BEST_SCORES = 10
-MOST_COLUMNS = 100  # labels up to which each has a column of its own in what `lora predict` writes
+MAX_FULL_SCORES = 20  # the most labels with which a prediction keeps every probability
+N_BEST_SCORES = 10  # the probabilities that a prediction keeps otherwise
+MAX_SCORE_COLUMNS = 100  # the most labels with which `lora predict` writes a column for each
 
 
 class Classification(Task):
-    """A task whose model gives an input a label, several labels, or a number."""
+    """A task whose model predicts a label, several labels, or a number."""
 
     has_head = True
 
@@ -50,7 +50,7 @@ class Classification(Task):
     # ---------------------------------------------------------------------------- labels
 
     def label_fields(self) -> list[Field]:
-        """Return the column of the label, or those of the labels."""
+        """Return the column of the label, or the columns of the labels."""
         spec = self.label_spec
         kinds: dict[str, Kind] = {"regression": "number", "multi_label": "labels"}
         kind = kinds.get(spec.problem, "label")
@@ -59,25 +59,25 @@ class Classification(Task):
 
     @property
     def knows_labels(self) -> bool:
-        """Whether the labels are named, or there are none."""
+        """Whether the names of the labels are known, or not needed (regression)."""
         return bool(self.labels) or self.label_spec.problem == "regression"
 
     @property
     def reads_train(self) -> bool:
-        """Whether the labels, or their weights in the loss, are to be found in the train rows."""
+        """Whether the labels, or their weights in the loss, are learned from the train rows."""
         return not self.knows_labels or self.label_spec.class_weights == "balanced"
 
     @property
     def labels(self) -> list[str]:
-        """Names of the labels, in the order of the model's outputs; none with regression."""
+        """The names of the labels, in the order of the model's outputs; empty for regression."""
         return self.reader.names
 
     def learn_names(self, splits: dict[str, Rows]) -> None:
-        """Find the names that a data set gives its numbered labels."""
+        """Read the names of numbered labels from a data set of the Hub."""
         self.reader.learn_classes(splits)
 
     def learn_from(self, splits: dict[str, Rows]) -> None:
-        """Find the labels and their weights."""
+        """Find the labels and their weights in the loss."""
         if self.label_spec.problem == "regression":
             return
         self.reader.learn(splits)
@@ -93,7 +93,7 @@ class Classification(Task):
 
     @property
     def loss_definition(self) -> str:
-        """What the loss measures."""
+        """The definition of the loss, for the report."""
         weighted = ", weighted by `class_weights`" if self.label_spec.class_weights else ""
         if self.label_spec.label_smoothing and self.label_spec.problem == "single_label":
             weighted += f", with label smoothing {self.label_spec.label_smoothing:g}"
@@ -106,9 +106,9 @@ class Classification(Task):
                 return f"mean cross-entropy per row, in nats{weighted}"
 
     def labels_of(self, row: dict[str, Any]) -> list[str] | None:
-        """Return the names of a row's labels, in the order of the labels; or its number.
+        """Return the names of a row's labels, in the order of the labels; or its number as text.
 
-        None of a train row without a label, as a teacher may have.
+        The result is None for a row without a label, which a teacher labels in training.
         """
         if self.label_spec.problem == "regression":
             return [str(self.reader.number(row))]
@@ -118,33 +118,33 @@ class Classification(Task):
         return [self.labels[i] for i in sorted(p for p in positions if p is not None)]
 
     def label_counts(self, rows: Rows) -> dict[str, int]:
-        """Return how often each label stands in the rows, in the order of the labels."""
+        """Return how often each label occurs in the rows, in the order of the labels."""
         counts: Counter[int | None] = Counter()
         for value, count in self.reader.count(rows).items() if self.labels else ():
             counts[self.reader.position(value)] += count
         return {label: counts[i] for i, label in enumerate(self.labels)}
 
     def complete_from(self, tensors: Mapping[str, Tensor]) -> None:
-        """Find the number of labels in the head of an adapter that another tool made.
+        """Find the labels for an adapter from another tool, by the number of outputs of its head.
 
-        Without one in the adapter, they are those of the base's own head.
+        If the adapter has no head, the labels are those of the base's head.
         """
         heads = rows_of_heads(tensors, self.empty_model()[1])
         base = load_config(self.recipe)
-        known: dict[int, str] = base.id2label
-        # the last layer's outputs are fewer than any hidden size
-        count = min(heads) if heads else len(known)
-        if base.problem_type == "multi_label_classification" and count == len(known):
+        base_labels: dict[int, str] = base.id2label
+        # the last layer of the head has the fewest outputs
+        count = min(heads) if heads else len(base_labels)
+        if base.problem_type == "multi_label_classification" and count == len(base_labels):
             self.learned.task["problem"] = "multi_label"
         if count == 1:
             self.learned.task["problem"] = "regression"
-        elif sorted(known) == list(range(count)):  # a base that has such a classifier already
-            self.learned.task["labels"] = [known[i] for i in range(count)]
+        elif sorted(base_labels) == list(range(count)):  # a base that has such a classifier already
+            self.learned.task["labels"] = [base_labels[i] for i in range(count)]
         else:
             self.learned.task["labels"] = [f"LABEL_{i}" for i in range(count)]
 
     def target_error(self, row: dict[str, Any]) -> str:
-        """Return what is wrong with the label, or nothing."""
+        """Return what is wrong with the label; empty if nothing is."""
         column = self.label_spec.label_column
         value = row.get(column)
         if self.label_spec.problem == "regression":
@@ -152,7 +152,7 @@ class Classification(Task):
         if self.reader.texts_of(row) is not None:
             return ""
         if self.label_spec.label_columns is not None:
-            return self.reader.error_of_marks(row, self.label_spec.label_columns)
+            return self.reader.mark_error(row, self.label_spec.label_columns)
         if self.label_spec.problem == "multi_label":
             if is_multi_hot(value, self.label_spec.label_separator):
                 return (
@@ -173,18 +173,18 @@ class Classification(Task):
         return f"column `{column}` is blank"
 
     def skip_reason(self, row: dict[str, Any], split: str) -> str:
-        """Return which of `skip_labels` the row has, or nothing."""
+        """Return why a row is skipped: it has one of `skip_labels`; otherwise empty."""
         if not self.label_spec.skip_labels:
             return ""
         label = self.reader.skipped_label(row)
         return f"the label `{label}` is one of `skip_labels`" if label else ""
 
     def label_problem(self, row: dict[str, Any], place: str) -> Problem | None:
-        """Return which value of a streamed row is no label."""
+        """Return the problem of a streamed row with an unknown label, if it has one."""
         return None if self.label_spec.problem == "regression" else self.reader.problem(row, place)
 
     def label_of(self, row: dict[str, Any]) -> float | int | list[int]:
-        """Return the label of a row as the model learns it: a number, or numbers."""
+        """Return the target of a row: a number, the position of its label, or a 0 or 1 for each."""
         if self.label_spec.problem == "regression":
             value = self.reader.number(row)
             assert value is not None
@@ -203,12 +203,16 @@ class Classification(Task):
 
     @property
     def trial_label(self) -> Any:
-        """A label, to try the model on."""
-        found: Any = {"regression": 0.0, "single_label": 0}.get(self.label_spec.problem)
-        return [0] * len(self.labels) if found is None else found
+        """A target for the examples on which the model is tried."""
+        label: Any = {"regression": 0.0, "single_label": 0}.get(self.label_spec.problem)
+        return [0] * len(self.labels) if label is None else label
 
     def labels_and_items(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
-        """Return the labels of examples, and how many items each is: rows, or their weights."""
+        """Return the targets of examples, (B,) or (B, labels), and the items of each (B,).
+
+        An example is one item of the loss, or as many as its class weight. With several labels in a
+        row, each label is an item.
+        """
         labels = torch.from_numpy(np.array([example["labels"] for example in examples]))
         if self.label_spec.problem != "single_label":
             labels = labels.float()
@@ -220,7 +224,7 @@ class Classification(Task):
         return labels, items
 
     def shown(self, example: Example, colour: bool) -> tuple[list[str], str]:
-        """Return the label of an encoded example, and what is shown of its input."""
+        """Return an encoded example for people to read: its label, and its input."""
         value = self._names(example["labels"])
         label = ", ".join(value) if isinstance(value, list) else value
         return [f"label {label}"], super().shown(example, colour)[1]
@@ -228,11 +232,13 @@ class Classification(Task):
     # ----------------------------------------------------------------------------- model
 
     def model_config(self) -> PretrainedConfig:
-        """Return the configuration with the labels by name."""
+        """Return the model's configuration, with the names of the labels."""
         if self.label_spec.problem == "regression":
             config = load_config(self.recipe, num_labels=1, problem_type="regression")
         else:
-            if not self.labels:  # `lora validate` asks for the names of modules all the same
+            if (
+                not self.labels
+            ):  # `lora validate` needs the names of modules before the labels are known
                 return load_config(self.recipe)
             kind = f"{self.label_spec.problem}_classification"
             config = load_config(
@@ -245,7 +251,7 @@ class Classification(Task):
         return config
 
     def arrange_head(self, model: nn.Module, missing: set[str]) -> None:
-        """Put the rows of a pretrained classifier into the order of the labels, by name."""
+        """Arrange the rows of a pretrained classifier by the names of the labels."""
         if self.label_spec.problem == "regression":
             return
         config = (self.config, self.recipe, self.auto_class)
@@ -255,7 +261,7 @@ class Classification(Task):
     # ------------------------------------------------------------- loss and predictions
 
     def losses(self, model: nn.Module, output: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """Return the loss of each row: cross entropy, its sum over labels, or the square."""
+        """Return the loss of each row (B,): cross-entropy, summed over labels, or squared error."""
         return {MAIN: self._losses(output.float(), batch.targets["labels"])}
 
     def _losses(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -277,7 +283,7 @@ class Classification(Task):
                 )
 
     def _weights_on(self, device: torch.device) -> Tensor | None:
-        """Return the weights of the labels on a device, where they are copied once."""
+        """Return the weights of the labels on a device, to which they are copied only once."""
         if self.reader.weights is None or self.reader.weights.device == device:
             return self.reader.weights
         if self._moved_weights is None or self._moved_weights.device != device:
@@ -285,8 +291,8 @@ class Classification(Task):
         return self._moved_weights
 
     def predictions(self, model: nn.Module, output: Tensor, batch: Batch) -> list[Prediction]:
-        """Return the label, or the number, of each row, with the probabilities."""
-        readings = self.read(output.float())
+        """Return the predicted labels or number of each row, with the probabilities."""
+        decoded = self.decode_logits(output.float())
         labels = batch.targets["labels"].tolist()
         return [
             Prediction(
@@ -297,12 +303,17 @@ class Classification(Task):
                 {self.metric_channel: (value, label if isinstance(label, float) else _ints(label))},
             )
             for row, label, (value, prediction, probabilities) in zip(
-                batch.rows, labels, readings, strict=True
+                batch.rows, labels, decoded, strict=True
             )
         ]
 
-    def read(self, logits: Tensor) -> list[tuple[Any, Any, list[float] | None]]:
-        """Return (value for the metrics, what it is called, probabilities of the labels) by row."""
+    def decode_logits(self, logits: Tensor) -> list[tuple[Any, Any, list[float] | None]]:
+        """Return the predictions for logits (B, labels), or (B, 1) for a regression.
+
+        Returns:
+            For each row, the value for the metrics, the same as names of labels, and the
+            probabilities of all labels; None for a regression.
+        """
         values: list[Any]
         match self.label_spec.problem:
             case "regression":
@@ -321,37 +332,46 @@ class Classification(Task):
     def _kept_scores(
         self, probabilities: list[float] | None, label: Any
     ) -> dict[str, float] | None:
-        """Return the probabilities that are kept with a prediction: of many labels, the best few.
+        """Return the probabilities that are kept with a prediction, by label.
 
-        Those of the row's own labels are among them.
+        If there are many labels, these are the highest ones and those of the row's own labels.
         """
-        if probabilities is None or len(probabilities) <= ALL_SCORES:
-            named = None if probabilities is None else zip(self.labels, probabilities, strict=True)
-            return None if named is None else dict(named)
-        own = [i for i, on in enumerate(label) if on] if isinstance(label, list) else [int(label)]
+        if probabilities is None or len(probabilities) <= MAX_FULL_SCORES:
+            by_name = (
+                None if probabilities is None else zip(self.labels, probabilities, strict=True)
+            )
+            return None if by_name is None else dict(by_name)
+        row_labels = (
+            [i for i, on in enumerate(label) if on] if isinstance(label, list) else [int(label)]
+        )
         return {
-            self.labels[i]: probabilities[i] for i in dict.fromkeys([*_best(probabilities), *own])
+            self.labels[i]: probabilities[i]
+            for i in dict.fromkeys([*_best(probabilities), *row_labels])
         }
 
     def answer_columns(self) -> dict[str, str]:
-        """Return `prediction` and, for labels, the probability of each; of many, of the best."""
+        """Return the columns that `lora predict` writes: the prediction and the probabilities.
+
+        If there are many labels, only the highest probabilities are written.
+        """
         kinds = {"regression": "double", "multi_label": "list<string>", "single_label": "string"}
         columns = {"prediction": kinds[self.label_spec.problem]}
-        if len(self.labels) > MOST_COLUMNS:
-            # the best of many labels are a mapping, which parquet has as JSON
+        if len(self.labels) > MAX_SCORE_COLUMNS:
+            # `best` is a mapping, which parquet stores as JSON
             return columns | {"p": "double", "best": "string"}
         return columns | {f"p_{label}": "double" for label in self.labels}
 
     def answers_of(self, logits: Tensor) -> list[list[Any]]:
-        """Return the values of `answer_columns` for each row of the model's outputs."""
+        """Return the values of `answer_columns` for each row of logits (B, labels)."""
         return [
-            [prediction, *self._answered(row or [])] for _, prediction, row in self.read(logits)
+            [prediction, *self._probability_values(row or [])]
+            for _, prediction, row in self.decode_logits(logits)
         ]
 
-    def _answered(self, probabilities: list[float]) -> list[Any]:
-        """Return the probability of each label; of many, the highest, and the best by name."""
+    def _probability_values(self, probabilities: list[float]) -> list[Any]:
+        """Return each probability; if there are many, the highest one, and the best by label."""
         rounded = [round(p, 6) for p in probabilities]
-        if len(rounded) <= MOST_COLUMNS:
+        if len(rounded) <= MAX_SCORE_COLUMNS:
             return list(rounded)
         best = {self.labels[i]: rounded[i] for i in _best(probabilities)}
         return [max(rounded), best]
@@ -363,8 +383,8 @@ class Classification(Task):
 
 
 def _best(probabilities: list[float]) -> list[int]:
-    """Return the positions of the highest, the highest first."""
-    return heapq.nlargest(BEST_SCORES, range(len(probabilities)), key=probabilities.__getitem__)
+    """Return the positions of the highest probabilities, in falling order."""
+    return heapq.nlargest(N_BEST_SCORES, range(len(probabilities)), key=probabilities.__getitem__)
 
 
 def _ints(label: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Rows with entities: words with a tag each, or a text with places; and what the labels are."""
+"""Reads rows with entities: words with tags, or texts with spans; and finds their labels."""
 
 from __future__ import annotations
 
@@ -32,20 +32,26 @@ from lora_cli.errors import LoraError, Problem, counted, did_you_mean, printable
 from lora_cli.recipe import Recipe, TokenClassificationSpec
 from lora_cli.tasks.texts.word_windows import Place
 
-FIRST = 200  # rows that show how the ends of spans are counted
-SHOWN = 60  # characters of a value in a message
-PROBLEMS = 10  # that are listed of a split
+N_ROWS_CHECKED = 200  # rows that are examined for how the ends of spans are counted
+MAX_SHOWN = 60  # characters of a value in a message
+MAX_PROBLEMS = 10  # listed for each split
 UNKNOWN_NUMBERS = "what they stand for is not known"
-NAME_TAGS = "name the tags in order, `--set 'task.tag_names=[O, B-PER, I-PER]'`"
-AS_BEGINNING = "`--set task.scheme=iob1` reads it as a beginning"
+TAG_NAMES_HINT = "name the tags in order, `--set 'task.tag_names=[O, B-PER, I-PER]'`"
+IOB1_HINT = "`--set task.scheme=iob1` reads it as a beginning"
 
 
 @dataclass(frozen=True)
 class RowText:
-    """The words of a row, in the text that the model reads and in the one that a person sees.
+    """The text of a row and the positions of its words, for the model and for people.
 
-    The two differ where a text was typed for a model of words: it reads them with the
-    `word_separator` between them, as it has learned them.
+    The two texts differ if a user typed a text for a model that is trained on lists of words. The
+    model then reads the words with `word_separator` between them, as in training.
+
+    Args:
+        text: The text that the model reads.
+        places: The start and end of each word in it.
+        shown: The text that is shown to people.
+        shown_places: The start and end of each word in that.
     """
 
     text: str
@@ -62,7 +68,7 @@ class EntityRows:
         self.labels = list(spec.labels or ())
         self.scheme: Scheme = "iob2" if spec.scheme == "auto" else spec.scheme
         self.knows_scheme = spec.scheme != "auto"
-        self.hub_names: list[str] = []  # of the tags, where a data set of the Hub has their numbers
+        self.hub_names: list[str] = []  # names of numbered tags, from a data set of the Hub
 
     @property
     def types(self) -> list[str]:
@@ -71,39 +77,40 @@ class EntityRows:
 
     @property
     def names(self) -> list[str]:
-        """The names of the tags that the data has as numbers."""
+        """The names of the tags that are numbers in the data."""
         return self.spec.tag_names or self.hub_names or self.labels
 
-    # -- what a row holds
+    # -- contents of a row
 
     def words(self, row: dict[str, Any]) -> list[str] | None:
-        """Return the words of a row, or None if its column holds no list of words."""
+        """Return the words of a row, or None if its column does not contain a list of words."""
         items = list_in_cell(row.get(self.spec.tokens_column))
         if items is None or any(isinstance(x, bool | list | dict | None) for x in items):
             return None
         return [str(item) for item in items]
 
     def tags(self, row: dict[str, Any]) -> list[str] | str:
-        """Return the tags of a row by name, in the scheme of the data; or what is wrong."""
+        """Return the names of a row's tags, in the data's scheme; or what is wrong, as text."""
         column = self.spec.tags_column
         items = list_in_cell(row.get(column))
         if items is None:
-            return f"column `{column}` {_said(row.get(column))}, not a list of tags"
+            return f"column `{column}` {_describe_cell(row.get(column))}, not a list of tags"
         found = []
         for number, item in enumerate(items, 1):
             if isinstance(item, str) and item.strip():
                 name = item.strip()
                 if name.isdecimal() and self.names:
-                    item = int(name)  # as a csv file has numbers
+                    item = int(name)  # numbers in a csv file are texts
                 else:
                     found.append(name)
                     continue
             if isinstance(item, bool) or not isinstance(item, int):
+                description = _describe_cell(item)
                 return (
-                    f"column `{column}`: tag {number} {_said(item)}, not a name or a whole number"
+                    f"column `{column}`: tag {number} {description}, not a name or a whole number"
                 )
             if not self.names:
-                return f"column `{column}` holds numbers, and {UNKNOWN_NUMBERS}: {NAME_TAGS}"
+                return f"column `{column}` holds numbers, and {UNKNOWN_NUMBERS}: {TAG_NAMES_HINT}"
             if not 0 <= item < len(self.names):
                 last = len(self.names) - 1
                 return f"column `{column}`: tag {number} is {item}, and there are tags 0 to {last}"
@@ -111,7 +118,7 @@ class EntityRows:
         return found
 
     def spans(self, row: dict[str, Any]) -> list[Span] | str:
-        """Return the entities of a text, or what is wrong with them."""
+        """Return the spans of a row's entities; or what is wrong with them, as text."""
         column = str(self.spec.spans_column)
         value = row.get(column)
         items = list_in_cell(value)
@@ -120,13 +127,13 @@ class EntityRows:
         return f"column `{column}`: {found}" if isinstance(found, str) else found
 
     def entities(self, row: dict[str, Any]) -> list[Entity]:
-        """Return the entities of a row of words; `target_error` has found nothing wrong."""
+        """Return the entities of a row of words for which `target_error` found no error."""
         tags = self.tags(row)
         assert not isinstance(tags, str), tags
         return entities_of(tags)
 
     def types_in(self, row: dict[str, Any]) -> list[str]:
-        """Return the types of a row's entities, each once."""
+        """Return the distinct types of a row's entities."""
         if self.spec.has_spans:
             spans = self.spans(row)
             return [] if isinstance(spans, str) else list(dict.fromkeys(s.label for s in spans))
@@ -134,7 +141,7 @@ class EntityRows:
         return [] if isinstance(tags, str) else types_of(tags)
 
     def text(self, row: dict[str, Any]) -> RowText:
-        """Return the text of a row of words; of one that was typed, its words are found by rule."""
+        """Return the text of a row of words; a typed text is split into words by a rule."""
         value = row.get(self.spec.tokens_column)
         words = self.words(row)
         typed = str(value) if words is None else ""
@@ -149,14 +156,14 @@ class EntityRows:
             return RowText(text, places, typed, shown_places)
         return RowText(text, places, text, places)
 
-    # -- what is wrong with it
+    # -- errors in a row
 
     def input_error(self, row: dict[str, Any], may_be_typed: bool = False) -> str:
-        """Return what is wrong with the words or the text of a row, or nothing.
+        """Return what is wrong with the words or the text of a row; empty if nothing is.
 
         Args:
             row: The row.
-            may_be_typed: A text is allowed where words are expected.
+            may_be_typed: Whether a text is accepted instead of a list of words.
         """
         if self.spec.has_spans:
             return text_error(row, [str(self.spec.text_column)])
@@ -168,13 +175,13 @@ class EntityRows:
         if words is None:
             if isinstance(value, list):
                 return f"column `{column}` holds a list with something else than words in it"
-            return f"column `{column}` {_said(value)}, not a list of words"
+            return f"column `{column}` {_describe_cell(value)}, not a list of words"
         if not words:
             return f"column `{column}` holds no words"
         return ""
 
     def target_error(self, row: dict[str, Any]) -> str:
-        """Return what is wrong with the tags or the spans of a row, or nothing."""
+        """Return what is wrong with the tags or the spans of a row; empty if nothing is."""
         if self.spec.has_spans:
             spans = self.spans(row)
             return spans if isinstance(spans, str) else ""
@@ -188,67 +195,69 @@ class EntityRows:
                 f"{counted(len(tags), 'tag')} in `{self.spec.tags_column}`"
             )
         error = tag_error(tags, self.scheme)
-        begins = {"iob2": "continues an entity", "io": "begins with B"}.get(self.scheme)
-        if begins is not None and begins in error:
-            error += f" ({AS_BEGINNING})"
+        message_part = {"iob2": "continues an entity", "io": "begins with B"}.get(self.scheme)
+        if message_part is not None and message_part in error:
+            error += f" ({IOB1_HINT})"
         return f"column `{self.spec.tags_column}`: {error}" if error else ""
 
     def label_problem(self, row: dict[str, Any], place: str) -> Problem | None:
-        """Return the problem of a row with a type that is no label."""
+        """Return the problem of a row with an unknown type of entity, if it has one."""
         types = self.types
         for kind in self.types_in(row):
             if kind not in types:
                 hint = did_you_mean(kind, types, "the types are")
                 hint += "; fix the rows, or name it in `task.labels`"
-                return Problem(f"`{printable(kind, SHOWN)}` is not a type of entity", place, hint)
+                return Problem(
+                    f"`{printable(kind, MAX_SHOWN)}` is not a type of entity", place, hint
+                )
         return None
 
-    # -- what the rows teach
+    # -- what is learned from the rows
 
     def learn_form(self, splits: dict[str, Rows]) -> None:
-        """Find out the scheme of the tags.
+        """Find the scheme of the tags.
 
         Raises:
-            LoraError: If the tags are none of entities.
+            LoraError: If the tags do not mark entities, or the spans exclude their last characters.
         """
         for rows in splits.values():
             self.hub_names = rows.label_names.get(self.spec.tags_column, self.hub_names)
-        known = [splits["train"]] if "train" in splits else list(splits.values())
+        labelled = [splits["train"]] if "train" in splits else list(splits.values())
         if self.spec.has_spans:
             self.scheme, self.knows_scheme = "iob2", True
-            for rows in known:
-                first = [row for _, row in zip(range(FIRST), rows, strict=False)]
-                read = [
+            for rows in labelled:
+                first = [row for _, row in zip(range(N_ROWS_CHECKED), rows, strict=False)]
+                texts = [
                     (str(row.get(str(self.spec.text_column))), self.spans(row)) for row in first
                 ]
-                require_ends(read, self.recipe.at("task.spans_column"))
+                require_ends(texts, self.recipe.at("task.spans_column"))
             return
-        if self.knows_scheme or not known:
+        if self.knows_scheme or not labelled:
             return
-        found = Beginnings.of(self._readable_tags(known))
-        if not found.has_outside and found.prefixes[""]:
-            if all(tag.isdecimal() for tags in self._readable_tags(known) for tag in tags):
+        prefixes = Beginnings.of(self._readable_tags(labelled))
+        if not prefixes.has_outside and prefixes.prefixes[""]:
+            if all(tag.isdecimal() for tags in self._readable_tags(labelled) for tag in tags):
                 what = f"the tags are numbers, and {UNKNOWN_NUMBERS}"
-                raise LoraError(what, self.recipe.at("task.tags_column"), NAME_TAGS)
+                raise LoraError(what, self.recipe.at("task.tags_column"), TAG_NAMES_HINT)
             raise LoraError(
                 f"no word has the tag `{OUTSIDE}`, and the tags have no prefixes such as B-",
                 self.recipe.at("task.tags_column"),
                 "this task finds entities among other words; a tag for every word (a part of "
                 "speech) is none. Is it the right column?",
             )
-        self.scheme, self.knows_scheme = found.scheme, True
+        self.scheme, self.knows_scheme = prefixes.scheme, True
 
     def _readable_tags(self, splits: Sequence[Rows]) -> Iterator[list[str]]:
-        """Yield the tags of the rows that have some."""
+        """Yield the tags of each row whose tags can be read."""
         for tags in (self.tags(row) for rows in splits for row in rows):
             if not isinstance(tags, str):
                 yield tags
 
     def learn(self, splits: dict[str, Rows]) -> None:
-        """Find the types of entities, and with them the labels.
+        """Find the types of the entities, and so the labels.
 
         Raises:
-            LoraError: If there are none; with the types in the data that are no labels.
+            LoraError: If there are none, or if types in the data are not among the labels.
         """
         if not self.labels:
             self.labels = self._infer(splits)
@@ -259,9 +268,9 @@ class EntityRows:
                 problem = self.label_problem(row, "")
                 if problem is not None and problem.what not in unknown:
                     unknown[problem.what] = Problem(problem.what, rows.place(i), problem.hint)
-            problems += list(unknown.values())[:PROBLEMS]
-            if len(unknown) > PROBLEMS:
-                what = f"{len(unknown) - PROBLEMS} more types of {name} are not labels"
+            problems += list(unknown.values())[:MAX_PROBLEMS]
+            if len(unknown) > MAX_PROBLEMS:
+                what = f"{len(unknown) - MAX_PROBLEMS} more types of {name} are not labels"
                 problems.append(Problem(what, rows.source, "is it the right column?"))
         if problems:
             raise LoraError(problems)
@@ -275,7 +284,9 @@ class EntityRows:
         if named := types_of(self.spec.tag_names or self.hub_names):
             require_types(named, self.recipe.at("task.tags_column"))
             return iob2_labels(named)
-        where = self.recipe.at("task.spans_column" if self.spec.has_spans else "task.tags_column")
+        at_column = self.recipe.at(
+            "task.spans_column" if self.spec.has_spans else "task.tags_column"
+        )
         types = {kind for row in rows for kind in self.types_in(row)}
         if not types:
             column = self.spec.spans_column or self.spec.tags_column
@@ -283,29 +294,29 @@ class EntityRows:
             raise LoraError(what, rows.source, "is it the right column?")
         if len(types) > 20 and len(types) > len(rows) / 2:
             what = f"{counted(len(types), 'type')} of entities in {counted(len(rows), 'row')}"
-            raise LoraError(what, where, "is it the right column? If it is, name `task.labels`")
-        require_types(types, where, self.spec.has_spans)
+            raise LoraError(what, at_column, "is it the right column? If it is, name `task.labels`")
+        require_types(types, at_column, self.spec.has_spans)
         return iob2_labels(sorted(types))
 
 
-def _said(value: Any) -> str:
-    """Return what a column holds, in words."""
+def _describe_cell(value: Any) -> str:
+    """Return a description of a cell for a message."""
     if is_blank(value):
         return "is blank"
     if isinstance(value, str):
-        return f"holds `{printable(value, SHOWN)}`"
+        return f"holds `{printable(value, MAX_SHOWN)}`"
     return f"holds {JSON_NAMES.get(type(value), 'something else')}"
 
 
 def require_ends(texts: Sequence[tuple[str, list[Span] | str]], where: str) -> None:
-    """Reject spans whose ends are the places of their last characters.
+    """Check that the end of a span is the position after its last character.
 
     Args:
-        texts: Texts with their spans, or with what is wrong with these.
-        where: Where the recipe, or the user, names them.
+        texts: Texts with their spans, or with an error instead.
+        where: The location of the spans, for the error.
 
     Raises:
-        LoraError: If nearly all lack the last letter of a word.
+        LoraError: If nearly all spans lack the last letter of a word.
     """
     if end_inside_words([(text, spans) for text, spans in texts if not isinstance(spans, str)]):
         what = f"nearly all spans lack the last letter of a word: {END_AFTER}"
@@ -313,24 +324,33 @@ def require_ends(texts: Sequence[tuple[str, list[Span] | str]], where: str) -> N
 
 
 def spans_in_words(spans: Sequence[Span], places: Sequence[Place], text: str) -> list[Entity]:
-    """Return the entities of a text in its words.
+    """Return spans of characters as entities, whose positions count words.
+
+    Args:
+        spans: The spans in the text.
+        places: The start and end of each word, or token, in the text.
+        text: The text.
 
     Raises:
         LoraError: If a span begins or ends inside a word.
     """
     starts = {start: i for i, (start, _) in enumerate(places)}
     ends = {end: i for i, (_, end) in enumerate(places)}
-    found = []
+    entities = []
     for span in spans:
         first, last = starts.get(span.start), ends.get(span.end)
         if first is None or last is None:
-            cut = span.start if first is None else span.end
-            inside = next((p for p in places if p[0] < cut < p[1]), (span.start, span.end))
+            boundary = span.start if first is None else span.end
+            token_place = next(
+                (p for p in places if p[0] < boundary < p[1]), (span.start, span.end)
+            )
             entity = f"`{printable(text[span.start : span.end], 40)}` ({span.label})"
-            token = f"the token `{printable(text[slice(*inside)], 40)}` of this model's tokenizer"
+            token = (
+                f"the token `{printable(text[slice(*token_place)], 40)}` of this model's tokenizer"
+            )
             raise LoraError(
                 f"the span {span.start} to {span.end}, {entity}, cuts {token}",
                 hint="let it begin and end where a word does, or take a base with shorter tokens",
             )
-        found.append(Entity(first, last + 1, span.label))
-    return found
+        entities.append(Entity(first, last + 1, span.label))
+    return entities

@@ -1,9 +1,9 @@
-"""The rows of a pretrained classifier go by the names of their labels, not by their positions.
+"""Arranges the rows of a pretrained classifier by the names of the recipe's labels.
 
-A base may come with a classifier of its own: `id2label` of its config.json says which row of the
-last layer stands for which label. A recipe has its labels in another order (inferred ones are
-sorted), or some of them, or more. Each row is put where its label is; labels that the base does not
-know get a row of their own, drawn at random.
+A base may already have a classifier. Then `id2label` in its config.json names the label of each row
+of the last layer. The labels of the recipe may have another order (inferred ones are sorted), or be
+fewer or more. Each row is moved to the position of its label, and labels that the base does not
+know get new, random rows.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lora_cli.models.base_model import build_empty, new_modules
 from lora_cli.models.find_base import checkpoint_files
 from lora_cli.recipe import Recipe
 
-UNNAMED = re.compile(r"LABEL_\d+")  # what transformers calls a label without a name
+DEFAULT_NAME = re.compile(r"LABEL_\d+")  # transformers' name for a label without a name
 
 
 def arrange_rows(
@@ -33,88 +33,93 @@ def arrange_rows(
     base: PretrainedConfig,
     recipe: Recipe,
     auto_class: Any,
-    behind: Sequence[str] = (),
+    extra_outputs: Sequence[str] = (),
 ) -> str | None:
     """Put the rows of a pretrained classifier in the order of the recipe's labels.
 
     Args:
-        model: The model as it was loaded, with a row for each of `labels`; it is changed in place.
-        missing: Names of parameters that were drawn at random, since the checkpoint lacks them or
-            has another number of rows; it is changed too: what of the last layer is the
-            checkpoint's row by row is taken out, what is not is added.
-        labels: Of the recipe, in order.
-        base: The configuration of the base, with its own labels.
-        recipe: Names the checkpoint.
+        model: The loaded model, with a row for each of `labels`; it is changed in place.
+        missing: The names of the parameters that were initialised at random, since the checkpoint
+            lacks them or has another number of rows. It is changed in place: a parameter of the
+            last layer is removed if all its rows come from the checkpoint, and otherwise added.
+        labels: The labels of the recipe, in order.
+        base: The configuration of the base, with its labels.
+        recipe: The recipe, which names the checkpoint.
         auto_class: The transformers class of the model.
-        behind: Names of outputs behind those of the labels, which every such model has.
+        extra_outputs: The names of outputs after those of the labels, which every such model has.
 
     Returns:
-        What a user should know, or None.
+        A note for the user, or None.
     """
-    outputs = _output_layer(model, labels, base, recipe, auto_class, len(behind))
-    own = own_names(base)
-    if not outputs or not own:
+    output_parameters = _output_layer(model, labels, base, recipe, auto_class, len(extra_outputs))
+    base_labels = base_label_names(base)
+    if not output_parameters or not base_labels:
         return None
-    is_loaded = not set(outputs) & set(missing)
-    if all(UNNAMED.fullmatch(name) for name in own):
+    is_loaded = not set(output_parameters) & set(missing)
+    if all(DEFAULT_NAME.fullmatch(name) for name in base_labels):
         if is_loaded and not all(label.isdecimal() for label in labels):
             return (
                 "warning: the base's classifier has labels without names: its outputs stand for "
-                f"{_listed(labels)}, in this order"
+                f"{_list_names(labels)}, in this order"
             )
         return None
-    are_numbers = all(name.isdecimal() for name in own)
+    are_numbers = all(name.isdecimal() for name in base_labels)
     if all(label.isdecimal() for label in labels) and not are_numbers:
         if is_loaded:
-            pairs = [f"{label} is `{name}`" for label, name in zip(labels, own, strict=False)]
+            pairs = [
+                f"{label} is `{name}`" for label, name in zip(labels, base_labels, strict=False)
+            ]
             return f"the base's classifier goes by position: {', '.join(pairs[:10])}"
         return None
-    known_labels = match_rows(own, labels)
-    rows = [*known_labels, *range(len(own), len(own) + len(behind))]
+    known_labels = match_rows(base_labels, labels)
+    rows = [*known_labels, *range(len(base_labels), len(base_labels) + len(extra_outputs))]
     stored = {
-        name: parameter.detach().clone() if is_loaded else _stored(name, recipe)
-        for name, parameter in outputs.items()
+        name: parameter.detach().clone() if is_loaded else _read_checkpoint_tensor(name, recipe)
+        for name, parameter in output_parameters.items()
     }
-    for name, parameter in outputs.items():
+    for name, parameter in output_parameters.items():
         source = stored[name]
-        if source is None or len(source) != len(own) + len(behind):
-            rows = [None] * len(rows)  # of unknown names: it starts at random
+        if source is None or len(source) != len(base_labels) + len(extra_outputs):
+            rows = [None] * len(rows)  # its rows cannot be identified, so all start at random
             known_labels = [None] * len(labels)
             source = None
-        _place(parameter, source, rows, base, is_loaded)
+        _copy_rows(parameter, source, rows, base, is_loaded)
         (missing.discard if source is not None and None not in rows else missing.add)(name)
-    new = [label for label, row in zip(labels, known_labels, strict=True) if row is None]
-    return _note_of_new(own, new) if new else None
+    new_labels = [label for label, row in zip(labels, known_labels, strict=True) if row is None]
+    return _new_labels_note(base_labels, new_labels) if new_labels else None
 
 
-def _note_of_new(own: Sequence[str], new: Sequence[str]) -> str:
-    """Return what to say of labels that the base does not know."""
+def _new_labels_note(base_labels: Sequence[str], new: Sequence[str]) -> str:
+    """Return the note about labels that the base does not know."""
     return (
-        f"the base's classifier knows {_listed(own)}: the rows of {_listed(new)} start at random; "
-        "labels of the same name would keep theirs"
+        f"the base's classifier knows {_list_names(base_labels)}: the rows of {_list_names(new)} "
+        "start at random; labels of the same name would keep theirs"
     )
 
 
-def rows_of_heads(tensors: Mapping[str, Tensor], heads: Collection[str]) -> list[int]:
-    """Return the number of rows of each matrix that an adapter holds of a model's head.
+def rows_of_heads(tensors: Mapping[str, Tensor], head_modules: Collection[str]) -> list[int]:
+    """Return the number of rows of each matrix of a model's head that an adapter contains.
 
     Args:
-        tensors: Of the adapter, by name.
-        heads: Names of the modules that the task adds to the pretrained model.
+        tensors: The tensors of the adapter, by name.
+        head_modules: The names of the modules that the task adds to the pretrained model.
     """
-    tops = tuple(f"{head}." for head in heads)
+    prefixes = tuple(f"{head}." for head in head_modules)
     return [
         tensor.shape[0]
         for name, tensor in tensors.items()
-        if tensor.ndim == 2 and adapted_module(name) is None and name.startswith(tops)
+        if tensor.ndim == 2 and adapted_module(name) is None and name.startswith(prefixes)
     ]
 
 
-def match_rows(own: Sequence[str], labels: Sequence[str]) -> list[int | None]:
-    """Return the row of each label among a classifier's own, by name, whatever its case."""
-    exact = {name: i for i, name in reversed(list(enumerate(own)))}
+def match_rows(base_labels: Sequence[str], labels: Sequence[str]) -> list[int | None]:
+    """Return the position of each label among a classifier's labels; None if it is not there.
+
+    A name that differs only in case or surrounding spaces matches if that is not ambiguous.
+    """
+    exact = {name: i for i, name in reversed(list(enumerate(base_labels)))}
     folded: dict[str, list[int]] = {}
-    for i, name in enumerate(own):
+    for i, name in enumerate(base_labels):
         folded.setdefault(name.strip().casefold(), []).append(i)
     taken = {exact[label] for label in labels if label in exact}
     rows: list[int | None] = []
@@ -128,14 +133,14 @@ def match_rows(own: Sequence[str], labels: Sequence[str]) -> list[int | None]:
     return rows
 
 
-def _listed(names: Sequence[str]) -> str:
-    """Return the first names in words."""
+def _list_names(names: Sequence[str]) -> str:
+    """Return the first five names as a list in words."""
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return ", ".join(f"`{printable(name, 60)}`" for name in names[:5]) + more
 
 
-def own_names(base: PretrainedConfig) -> list[str]:
-    """Return the base's labels in the order of its outputs; none if they are not numbered so."""
+def base_label_names(base: PretrainedConfig) -> list[str]:
+    """Return the base's labels in the order of its outputs; empty if its numbers have gaps."""
     names = {int(i): str(name) for i, name in (base.id2label or {}).items()}
     return [names[i] for i in range(len(names))] if sorted(names) == list(range(len(names))) else []
 
@@ -146,10 +151,13 @@ def _output_layer(
     base: PretrainedConfig,
     recipe: Recipe,
     auto_class: Any,
-    n_behind: int,
+    n_extra: int,
 ) -> dict[str, nn.Parameter]:
-    """Return the parameters that have a row for each label: those that grow with their number."""
-    n_outputs = len(labels) + n_behind
+    """Return the parameters with a row for each label, by name.
+
+    If several matrices have that many rows, those are meant that grow with the number of labels.
+    """
+    n_outputs = len(labels) + n_extra
     heads = tuple(f"{head}." for head in new_modules(model))
     found = {
         name: parameter
@@ -158,35 +166,35 @@ def _output_layer(
     }
     if sum(parameter.ndim > 1 for parameter in found.values()) < 2:
         return found
-    config = type(base).from_dict({**base.to_dict(), **_numbered(len(labels) + 1)})
+    config = type(base).from_dict({**base.to_dict(), **_default_label_names(len(labels) + 1)})
     larger = dict(build_empty(auto_class, recipe, config).named_parameters())
     return {name: p for name, p in found.items() if larger[name].shape[0] == n_outputs + 1}
 
 
-def _numbered(count: int) -> dict[str, Any]:
+def _default_label_names(count: int) -> dict[str, Any]:
     names = {i: f"LABEL_{i}" for i in range(count)}
     return {"id2label": names, "label2id": {name: i for i, name in names.items()}}
 
 
-def _stored(name: str, recipe: Recipe) -> Tensor | None:
-    """Return a tensor of the checkpoint, or None if it is not there under this name."""
+def _read_checkpoint_tensor(name: str, recipe: Recipe) -> Tensor | None:
+    """Return a tensor of the checkpoint, or None if it has none of this name."""
     for file in checkpoint_files(recipe):
         with safe_open(file, framework="pt") as tensors:
-            if name in tensors.keys():  # noqa: SIM118 - it is no dictionary
+            if name in tensors.keys():  # noqa: SIM118 - not a dictionary
                 found: Tensor = tensors.get_tensor(name)
                 return found
     return None
 
 
 @torch.no_grad()
-def _place(
+def _copy_rows(
     parameter: nn.Parameter,
     source: Tensor | None,
     rows: Sequence[int | None],
     base: PretrainedConfig,
     is_loaded: bool,
 ) -> None:
-    """Copy the rows that are known; draw the others as transformers draws a new layer."""
+    """Copy the known rows, and initialise the others as transformers initialises a new layer."""
     for i, row in enumerate(rows):
         if row is not None and source is not None:
             parameter[i] = source[row].to(parameter.device, parameter.dtype)

@@ -1,4 +1,4 @@
-"""Rows of a picture with a label, for `lora init`."""
+"""Proposes image classification for `lora init`, for rows of an image with a label."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LABEL_NAME = re.compile(r"(?i)labels?|class(es)?|categor(y|ies)|target|species|b
 
 
 def propose_pictures(table: Table, base: BaseFacts) -> Proposal | None:
-    """Return which label of a picture a table has; see `Task.propose`."""
+    """Return a proposal to classify the images of a table; see `Task.propose`."""
     rows = table.rows[:SAMPLE]
     if any(are_objects([row.get(column.name) for row in rows]) for column in table.columns):
         return None
@@ -25,10 +25,10 @@ def propose_pictures(table: Table, base: BaseFacts) -> Proposal | None:
 
 
 def _of_pictures(table: Table, base: BaseFacts) -> Proposal:
-    """Return the task of rows with a picture and a label.
+    """Return the proposal for rows with an image and a label.
 
     Raises:
-        LoraError: If no column holds pictures, or none is a label, or the model reads texts.
+        LoraError: If no column contains images, or none is a label, or the model reads texts.
     """
     place, label, names = table.place, table.label, [column.name for column in table.columns]
     is_folder = table.media is not None

@@ -1,4 +1,4 @@
-"""Labels: how they are written in the data, which there are, and what each weighs."""
+"""Reads the labels of a classification from the data: their names, positions and weights."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from lora_cli.errors import LoraError, Problem, counted, did_you_mean, printable
 from lora_cli.recipe import Recipe
 from lora_cli.recipe.spec.classification_section import ClassificationSection
 
-SHOWN = 60  # characters of a value that is none
-LABELS_ARE = "the labels are"
-MARKS = ({"0", "1"}, {"false", "true"})
+MAX_SHOWN = 60  # characters of a value in a message
+LABELS_INTRO = "the labels are"
+MARK_PAIRS = ({"0", "1"}, {"false", "true"})
 
 
 class Labels:
@@ -38,29 +38,31 @@ class Labels:
 
     def __init__(self, recipe: Recipe, spec: ClassificationSection) -> None:
         self.recipe, self.spec = recipe, spec
-        self.class_names: list[str] = []  # of the Hub's ClassLabel column; its rows hold positions
+        self.class_names: list[
+            str
+        ] = []  # of a ClassLabel column of the Hub, whose rows contain positions
         self.names = [_text(label) for label in spec.labels or spec.label_columns or []]
         self.class_weights = spec.class_weights
         self.weights: Tensor | None = None
-        self._currency = ""  # of the numbers of a regression, if they have one
+        self._first_currency = ""  # the currency of the numbers in a regression, if any
 
     def learn(self, splits: dict[str, Rows]) -> None:
-        """Find the labels and their weights.
+        """Find the labels and their weights in the loss.
 
         Raises:
-            LoraError: If there are none, or one only; with the values in the data that are none.
+            LoraError: If there are none, or only one; if values in the data are not labels.
         """
         if self.recipe.data.streaming:
             self._learn_classes(stream_label_names(self.recipe))
         self.learn_classes(splits)
         if not self.names:
             self.names = self._infer(splits)
-        twice = [label for label, count in Counter(self.names).items() if count > 1]
-        if twice:
-            what = f"the label `{twice[0]}` appears twice"
+        duplicates = [label for label, n in Counter(self.names).items() if n > 1]
+        if duplicates:
+            what = f"the label `{duplicates[0]}` appears twice"
             raise LoraError(what, self.recipe.at("task.labels"), "name each label once")
-        found = {name: self.count(rows) for name, rows in splits.items()}
-        self._reject_unknown(splits, found)
+        counts = {name: self.count(rows) for name, rows in splits.items()}
+        self._reject_unknown(splits, counts)
         if len(self.names) < 2 and self.spec.problem == "single_label":
             raise LoraError(
                 f"there is one label only, `{self.names[0]}`",
@@ -68,12 +70,12 @@ class Labels:
                 "is it the right column, and are all rows there? One label teaches nothing",
             )
         if self.class_weights == "balanced" and "train" in splits:
-            labelled = sum(self.texts_of(row) is not None for row in splits["train"])
-            self.class_weights = self._balanced(found["train"], labelled)
+            n_labelled = sum(self.texts_of(row) is not None for row in splits["train"])
+            self.class_weights = self._balanced(counts["train"], n_labelled)
         self.weights = self._weights()
 
     def learn_classes(self, splits: dict[str, Rows]) -> None:
-        """Find the names that a data set gives its numbered labels, by which rows are read."""
+        """Read the names of numbered labels from data sets of the Hub."""
         for rows in splits.values():
             self._learn_classes(rows.label_names)
 
@@ -82,12 +84,12 @@ class Labels:
         self._look_up_classes()
 
     def _look_up_classes(self) -> None:
-        # labels of other names in the recipe rename the classes, by position
+        # if the recipe has other names for all of them, these rename the classes by position
         known = any(name in self._positions for name in self.class_names)
         self._by_class_name = known or not self._names
 
     def _infer(self, splits: dict[str, Rows]) -> list[str]:
-        """Return the names that the data set gives its labels, or the values that are found."""
+        """Return the names of the labels from the data set, or the values in the train rows."""
         column = self.spec.label_column
         if "train" not in splits:
             raise LoraError(
@@ -113,10 +115,10 @@ class Labels:
         return _sorted(values)
 
     def _require_one_kind(self, rows: Rows) -> None:
-        """Check that labels are not numbers in one set of a mixture, and names in another.
+        """Check that a mixture does not have numbers as labels in one set, and names in another.
 
         Raises:
-            LoraError: If they are: the numbers would be labels of their own.
+            LoraError: If it does, since the numbers would become additional labels.
         """
         found = {name: self.count(rows.select(at)) for name, at in rows.sets.items()}
         kinds = {name: {number(v) is not None for v in values} for name, values in found.items()}
@@ -130,13 +132,13 @@ class Labels:
             raise LoraError(what, self.recipe.at("task.label_column"), hint)
 
     def count(self, rows: Rows) -> Counter[str]:
-        """Return how often each value stands in the rows."""
+        """Return how often each value occurs in the rows."""
         return Counter(value for row in rows for value in self.texts_of(row) or ())
 
     def texts_of(self, row: dict[str, Any]) -> list[str] | None:
-        """Return the labels of a row as text, or None where they cannot be read."""
+        """Return the labels of a row as texts, or None if they cannot be read."""
         if self.spec.label_columns is not None:
-            return self._marked(row, self.spec.label_columns)
+            return self._labels_of_marks(row, self.spec.label_columns)
         value = row.get(self.spec.label_column)
         if self.spec.problem == "multi_label":
             if (items := listed_labels(value)) is not None:
@@ -152,37 +154,37 @@ class Labels:
         if _is_blank(value):
             return None
         if listed_labels(value) is not None and _text(value) not in self.names:
-            return None  # several labels, and not one of an odd name
+            return None  # a list of several labels, unless a single label has such a name
         return [self._named(value)]
 
     def _named(self, value: Any) -> str:
-        """Return a label as text; for a position in a ClassLabel column, the name of its class."""
+        """Return a label as text; for a position in a ClassLabel column, the name of the class."""
         if isinstance(value, int) and 0 <= value < len(self.class_names) and self._by_class_name:
             return self.class_names[value]
         return _text(value)
 
     @property
     def skipped(self) -> set[str]:
-        """The labels that mark a row without an answer."""
+        """The labels whose rows are skipped."""
         return {_text(name) for name in self.spec.skip_labels}
 
     def skipped_label(self, row: dict[str, Any]) -> str:
-        """Return which of `skip_labels` a row has, by its name or as the row holds it."""
+        """Return which of `skip_labels` a row has, by name or as written in the row; else empty."""
         texts = self.texts_of(row)
         if not texts:
             return ""
-        own = _text(row.get(self.spec.label_column))
-        return next((text for text in (texts[0], own) if text in self.skipped), "")
+        raw = _text(row.get(self.spec.label_column))
+        return next((text for text in (texts[0], raw) if text in self.skipped), "")
 
-    def _marked(self, row: dict[str, Any], columns: list[str]) -> list[str] | None:
-        """Return the labels whose columns hold a 1, or None where some hold neither 0 nor 1."""
+    def _labels_of_marks(self, row: dict[str, Any], columns: list[str]) -> list[str] | None:
+        """Return the labels whose columns contain a 1; None if a column has neither 0 nor 1."""
         marks = [binary_value(row.get(column)) for column in columns]
         if None in marks or (self.spec.problem == "single_label" and sum(map(bool, marks)) != 1):
             return None
         return [name for name, mark in zip(self.names, marks, strict=True) if mark]
 
     def number(self, row: dict[str, Any]) -> float | None:
-        """Return the number of a row that is learned in a regression, or None if it is none."""
+        """Return the target of a row in a regression, or None if it is not a number."""
         value = row.get(self.spec.label_column)
         if not isinstance(value, str):
             return number(value)
@@ -190,33 +192,34 @@ class Labels:
 
     @property
     def number_form(self) -> NumberForm:
-        """How numbers that are text are written."""
+        """The format of numbers that are texts, such as their decimal mark."""
         return NumberForm(*self.recipe.data.number_forms[0])
 
     def number_error(self, row: dict[str, Any]) -> str:
-        """Return why a row has no number to learn, or another currency than rows before it."""
+        """Return why a row has no valid number: none, or another currency than earlier rows."""
         column = self.spec.label_column
         value = row.get(column)
         if self.number(row) is None:
             return not_a_number(column, value, self.number_form)
         currency = currency_of(value) if isinstance(value, str) else ""
-        self._currency = self._currency or currency
-        if currency and currency != self._currency:
-            return f"column `{column}` {_said(value)}, where rows before it have `{self._currency}`"
+        self._first_currency = self._first_currency or currency
+        if currency and currency != self._first_currency:
+            other = f"where rows before it have `{self._first_currency}`"
+            return f"column `{column}` {_describe_cell(value)}, {other}"
         return ""
 
-    def error_of_marks(self, row: dict[str, Any], columns: list[str]) -> str:
-        """Return why the columns of 0 and 1 cannot be read."""
+    def mark_error(self, row: dict[str, Any], columns: list[str]) -> str:
+        """Return why the columns of 0 and 1 of a row cannot be read."""
         for column in columns:
             if binary_value(value := row.get(column)) is None:
-                return f"column `{column}` {_said(value)}, not 0 or 1"
+                return f"column `{column}` {_describe_cell(value)}, not 0 or 1"
         marked = [column for column in columns if binary_value(row.get(column))]
         many = f"`{'`, `'.join(marked)}` are all 1" if marked else "no label's column is 1"
         return f"{many}; with `problem: single_label` it is one"
 
-    def _reject_unknown(self, splits: dict[str, Rows], found: dict[str, Counter[str]]) -> None:
+    def _reject_unknown(self, splits: dict[str, Rows], counts: dict[str, Counter[str]]) -> None:
         problems = []
-        for name, values in found.items():
+        for name, values in counts.items():
             unknown = [value for value in _sorted(values) if self.position(value) is None]
             places: dict[str, str] = {}
             for i, row in enumerate(splits[name] if unknown else ()):
@@ -225,10 +228,10 @@ class Labels:
                         places[value] = splits[name].place(i)
             problems += [
                 Problem(
-                    f"`{printable(value, SHOWN)}` is not a label "
+                    f"`{printable(value, MAX_SHOWN)}` is not a label "
                     f"({counted(values[value], 'row')} of {name})",
                     places[value],
-                    self._meant(value),
+                    self._hint_for(value),
                 )
                 for value in unknown[:10]
             ]
@@ -239,23 +242,23 @@ class Labels:
         if problems:
             raise LoraError(problems)
 
-    def _meant(self, value: str) -> str:
+    def _hint_for(self, value: str) -> str:
         """Return a hint for a value that is not a label."""
-        last = len(self.names) - 1
+        last_position = len(self.names) - 1
         for name in self.names:
-            if how := difference_of_form(value, name):
-                return f"it is the label `{name}` but for {how}: write both alike"
+            if difference := difference_of_form(value, name):
+                return f"it is the label `{name}` but for {difference}: write both alike"
         if value == "-1":
-            taught = self.recipe.train.distill is not None
-            mended = (
+            has_teacher = self.recipe.train.distill is not None
+            remedy = (
                 "leave its cell empty, and the teacher answers it"
-                if taught
+                if has_teacher
                 else "leave such rows out"
             )
-            return f"-1 often stands for a row without a label: {mended}"
+            return f"-1 often stands for a row without a label: {remedy}"
         if value.isdecimal() and self._by_number:
-            return f"positions are 0 to {last}: {', '.join(self.names[:20])}"
-        known = did_you_mean(value, self.names, LABELS_ARE)
+            return f"positions are 0 to {last_position}: {', '.join(self.names[:20])}"
+        known = did_you_mean(value, self.names, LABELS_INTRO)
         return f"{known}; fix the rows, or name it in `task.labels`"
 
     def problem(self, row: dict[str, Any], place: str) -> Problem | None:
@@ -263,7 +266,7 @@ class Labels:
         for value in self.texts_of(row) or ():
             if self.position(value) is None:
                 return Problem(
-                    f"`{printable(value, SHOWN)}` is not a label", place, self._meant(value)
+                    f"`{printable(value, MAX_SHOWN)}` is not a label", place, self._hint_for(value)
                 )
         return None
 
@@ -275,22 +278,22 @@ class Labels:
     @names.setter
     def names(self, names: list[str]) -> None:
         self._names = names
-        # there may be tens of thousands, and each is looked up in every row
+        # a mapping, since there may be tens of thousands, and every row looks one up
         self._positions = {name: i for i, name in reversed(list(enumerate(names)))}
         self._by_number = not any(name.isdecimal() for name in names)
         self._look_up_classes()
 
     def position(self, value: str) -> int | None:
-        """Return the index of a label given by name, or by position."""
+        """Return the position of a label that is given by its name or position; None if unknown."""
         if (found := self._positions.get(value)) is not None:
             return found
         if value.isdecimal() and len(value) < 10 and int(value) < len(self.names):
-            # names in the recipe, positions in the data, as in GLUE
+            # the recipe has names and the data positions, as in GLUE
             return int(value) if self._by_number else None
         return None
 
     def _balanced(self, values: Counter[str], n_rows: int) -> dict[str, float]:
-        """Return rows / (labels x rows of the label), by label."""
+        """Return balanced class weights by label: rows / (labels x rows of the label)."""
         counts = dict.fromkeys(self.names, 0)
         for value, count in values.items():
             position = self.position(value)
@@ -326,16 +329,18 @@ class Labels:
 
 
 def _is_blank(value: Any) -> bool:
-    """Return whether a value cannot be a label: nothing, NaN (a parquet file's nothing), a list."""
+    """Return whether a value cannot be a label: it is empty, NaN (in parquet files), or a list."""
     return isinstance(value, list | dict) or is_blank(value)
 
 
 def is_multi_hot(value: Any, separator: str | None = None) -> bool:
-    """Return whether a list has a 0 or 1 for each label, so that one of them stands there twice.
+    """Return whether a cell contains a 0 or 1 for each label, instead of a list of labels.
+
+    A list of labels has no duplicates, so a list of marks is recognised by having some.
 
     Args:
-        value: What stands in a cell.
-        separator: What divides the labels of a text.
+        value: The value of the cell.
+        separator: The separator of the labels in a text.
     """
     items = listed_labels(value) if isinstance(value, str) else value
     if items is None and isinstance(value, str) and separator is not None:
@@ -343,11 +348,11 @@ def is_multi_hot(value: Any, separator: str | None = None) -> bool:
     if not isinstance(items, list):
         return False
     marks = [_text(item) for item in items]
-    return len(set(marks)) < len(marks) and any(set(marks) <= pair for pair in MARKS)
+    return len(set(marks)) < len(marks) and any(set(marks) <= pair for pair in MARK_PAIRS)
 
 
 def has_scores(value: Any) -> bool:
-    """Return whether a list has fractions, as scores of labels are, and labels are not."""
+    """Return whether a list contains fractions, which are scores of labels rather than labels."""
     items = listed_labels(value) if isinstance(value, str) else value
     return isinstance(items, list) and any(
         isinstance(item, float) and not item.is_integer() for item in items
@@ -355,7 +360,7 @@ def has_scores(value: Any) -> bool:
 
 
 def look_alikes(names: Sequence[str]) -> list[list[str]]:
-    """Return the labels that differ by nothing but case, spaces, or how a number is written."""
+    """Return groups of labels that differ only in case, spaces, or the notation of a number."""
     groups: dict[str, list[str]] = {}
     for name in names:
         key = folded(name)
@@ -375,34 +380,34 @@ def _text(value: Any) -> str:
 
 
 def number(value: Any) -> float | None:
-    """Return a value as a number, or None if it is none that a float32 holds."""
+    """Return a value as a number, or None if it is not one within the range of float32."""
     if isinstance(value, str):
-        return read_number(value)  # Python's own reading takes 1_0 for ten
+        return read_number(value)  # Python's `float` accepts 1_0 as ten
     if isinstance(value, bool):
         return None
     try:
         result = float(value)
     except (TypeError, ValueError, OverflowError):
         return None
-    return result if abs(result) <= FLOAT32_MAX else None  # nor is it NaN
+    return result if abs(result) <= FLOAT32_MAX else None  # false for NaN too
 
 
 def not_a_number(column: str, value: Any, form: NumberForm) -> str:
-    """Return why a value is not a number to learn, and how it might be read as one."""
+    """Return the error for a value that is not a number, and how it might be read as one."""
     how = other_forms(value, form) if isinstance(value, str) else ""
-    return f"column `{column}` {_said(value)}, not a number" + (f"; {how}" if how else "")
+    return f"column `{column}` {_describe_cell(value)}, not a number" + (f"; {how}" if how else "")
 
 
-def _said(value: Any) -> str:
-    """Return what a column holds, as JSON writes it."""
+def _describe_cell(value: Any) -> str:
+    """Return a description of a cell for a message, with its value as JSON."""
     if is_blank(value) and value == value:
         return "is blank"
     text = value if isinstance(value, str) else json.dumps(value, default=str)
-    return f"holds `{printable(text, SHOWN)}`"
+    return f"holds `{printable(text, MAX_SHOWN)}`"
 
 
 def _sorted(values: Counter[str]) -> list[str]:
-    """Return labels in order: by value where all are numbers, else by name."""
+    """Return the labels sorted: by value if all are numbers, else by name."""
     numbers = {value: number(value) for value in values}
     if None in numbers.values():
         return sorted(values)
