@@ -1,15 +1,15 @@
-"""What of a recipe decides an adapter's answers: kept beside the adapter, and checked on use.
+"""The recipe keys that decide an adapter's answers: saved with the adapter, and checked on use.
 
-`recipe.yaml` beside an adapter is a text that anybody may edit, and some edits are right: data that
-were moved, another batch size. Others change what the adapter says: two labels exchanged there
-exchange the predictions. So `computation.json`, which the manifest vouches for, holds the values
-that the adapter was trained with:
+Anybody can edit the `recipe.yaml` that is saved with an adapter. Some edits are harmless, such as
+the new path of data that were moved, or another batch size. Others change the adapter's answers: if
+two labels are swapped, so are the predictions. Therefore `computation.json`, whose hash is in the
+manifest, contains the values that the adapter was trained with:
 
     {"format": 1,
      "recipe": {"task.labels": ["bad", "good"], "task.max_length": 512, …},
      "base": {"config": {…}, "tokenizer": "…", "chat_template": null}}
 
-(`base` is written and checked by `lora_cli.models.base_facts`.)
+(`lora_cli.models.base_facts` writes and checks `base`.)
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ from lora_cli.format_version import require_format
 from lora_cli.recipe.spec import Recipe
 
 COMPUTATION_FILE = "computation.json"
-# where rows lie may change; the template's text is kept, not its place; and what is measured of an
-# answer does not change it
-PLACES = {
+# Files may be moved (the text of the chat template is saved, so its path does not matter), and how
+# an answer is measured does not change it.
+EXCLUDED_KEYS = {
     "task.answer_pattern", "task.chat_template", "task.prior.path", "data.path", "data.name",
     "data.config", "data.revision", "data.train", "data.validation", "data.test",
 }  # fmt: skip
-WORTH_A_WARNING = ("data.", "evaluate.generation.", "model.dtype", "model.attention",
+WARN_ABOUT = ("data.", "evaluate.generation.", "model.dtype", "model.attention",
                    "train.precision")  # fmt: skip
-LABELS = ("task.labels", "task.problem", "task.type")
+LABEL_KEYS = ("task.labels", "task.problem", "task.type")
 
 
 def computing_values(recipe: Recipe) -> dict[str, Any]:
-    """Return the keys of a recipe that decide what a trained adapter answers, with their values."""
-    kept: dict[str, Any] = {
+    """Return the keys of a recipe that decide a trained adapter's answers, with their values."""
+    sections: dict[str, Any] = {
         "task": True, "data": True, "model": {"dtype", "attention"}, "train": {"precision"},
         "evaluate": {"generation"},
     }  # fmt: skip
-    values = flat(recipe.model_dump(mode="json", by_alias=True, include=kept))
-    kept_keys = (key for key in values if key not in PLACES and not key.startswith("data.mix."))
-    return {key: values[key] for key in kept_keys}
+    values = flat(recipe.model_dump(mode="json", by_alias=True, include=sections))
+    keys = (key for key in values if key not in EXCLUDED_KEYS and not key.startswith("data.mix."))
+    return {key: values[key] for key in keys}
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return a tree of dictionaries as one: `{"train": {"seed": 0}}` as `{"train.seed": 0}`."""
+    """Flatten nested dictionaries: `{"train": {"seed": 0}}` becomes `{"train.seed": 0}`."""
     result: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
@@ -58,11 +58,11 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def read_computation(folder: Path) -> dict[str, Any] | None:
-    """Return what `computation.json` holds; None if the folder has none.
+    """Return the content of `computation.json`, or None if the folder has no such file.
 
     Raises:
-        IntegrityError: If it is damaged.
-        LoraError: If a later version wrote it.
+        IntegrityError: If the file is damaged.
+        LoraError: If a later version of this tool wrote it.
     """
     file = folder / COMPUTATION_FILE
     if not file.is_file():
@@ -80,15 +80,15 @@ def read_computation(folder: Path) -> dict[str, Any] | None:
 
 
 def check_recipe_file(folder: Path, written: Recipe, file: Path) -> None:
-    """Check that the recipe beside an adapter still says what the adapter was trained with.
+    """Check that the recipe saved with an adapter still has the values that it was trained with.
 
     Args:
-        folder: The adapter's.
-        written: The recipe as the file says it, without overrides.
-        file: Where it stands.
+        folder: The adapter's folder.
+        written: The recipe in the file, without overrides.
+        file: The path of the recipe, for errors.
 
     Raises:
-        IntegrityError: With every changed key of the task.
+        IntegrityError: With every key of the task that was changed.
     """
     _compare(folder, written, str(file), lambda key: key.startswith("task."))
 
@@ -96,12 +96,12 @@ def check_recipe_file(folder: Path, written: Recipe, file: Path) -> None:
 def check_labels(folder: Path, recipe: Recipe) -> None:
     """Check that a recipe, wherever it comes from, has the labels that an adapter was trained with.
 
-    What the command line itself says is what the user wants: it is followed, with a warning.
+    Labels that a `--set` flag changes are what the user wants, so they only cause a warning.
 
     Raises:
-        IntegrityError: If they are others, or in another order.
+        IntegrityError: If the labels or their order differ.
     """
-    _compare(folder, recipe, None, lambda key: key in LABELS, LABELS)
+    _compare(folder, recipe, None, lambda key: key in LABEL_KEYS, LABEL_KEYS)
 
 
 def _compare(
@@ -119,20 +119,20 @@ def _compare(
     for key in sorted(then.keys() & now.keys()):  # another version may have other keys
         if then[key] == now[key] or (only and key not in only) or now[key] is None:
             continue
-        what = f"the adapter was trained with {_shown(key, then[key])}, and the recipe says "
+        what = f"the adapter was trained with {_quoted(key, then[key])}, and the recipe says "
         what += f"`{_json(now[key])}`"
         if recipe.is_overridden(key):
             warn(what)
         elif is_error(key):
-            hint = f"restore {_shown(key, then[key])}; for one command, use `--set {key}=…`"
+            hint = f"restore {_quoted(key, then[key])}; for one command, use `--set {key}=…`"
             problems.append(Problem(what, place or recipe.at(key), hint))
-        elif key.startswith(WORTH_A_WARNING):
+        elif key.startswith(WARN_ABOUT):
             warn(what)
     if problems:
         raise IntegrityError(problems)
 
 
-def _shown(key: str, value: Any) -> str:
+def _quoted(key: str, value: Any) -> str:
     return f"`{key}: {_json(value)}`"
 
 

@@ -1,4 +1,4 @@
-"""What is learnt on the way, and a recipe leaves open."""
+"""Values that a recipe leaves open and that a command determines while it runs."""
 
 from __future__ import annotations
 
@@ -12,25 +12,27 @@ Checkpointing = bool | Literal["offload"]
 
 @dataclass
 class Learned:
-    """What a command learns that its recipe leaves open; the recipe itself never changes.
+    """Values that the recipe leaves open, learned while a command runs.
 
-    It is created once, with the task, and handed on. Each part has one place that sets it.
+    The recipe itself never changes. This object is created once, together with the task, and passed
+    on. Each attribute is set in only one place.
 
     Args:
-        task: Values of keys of the recipe's task section: the labels, their weights, the scheme of
-            tags. The task sets them when it has seen the rows.
-        adapter: The adapter section with what the adapter of `adapter.from` decides.
-            `make_trainable` sets it, or the checkpoint of a run that is resumed.
-        in_checkpoint: The adapter's parameters are in the checkpoint of a run that is resumed: they
-            are neither read from `adapter.from` again, nor decomposed from the base's weights.
+        task: Values for keys of the recipe's task section: the labels, their weights, the tagging
+            scheme. The task sets them after reading the rows.
+        adapter: The adapter section, with the values that the adapter in `adapter.from` decides.
+            Set by `make_trainable`, or by the checkpoint of a run that is resumed.
+        in_checkpoint: Whether the adapter's parameters are in the checkpoint of a run that is
+            resumed. They are then neither read from `adapter.from` nor computed from the base's
+            weights again.
         ranks: With `init: eva`, the rank of each module in that checkpoint.
-        token_ids: The tokens whose rows of the embedding are trained. The task sets them when it
-            has its tokenizer.
-        micro_batch: Examples of one forward pass, where the run chooses them: `micro_batch_size`
-            is `auto`, or the micro-batches of a step are computed together. The run sets it, or
-            the checkpoint of one that is resumed.
-        checkpointing: How activations are computed again, where the run chooses it:
+        micro_batch: Examples per forward pass, if the run chooses the number: because
+            `micro_batch_size` is `auto`, or because the micro-batches of a step are computed
+            together. Set by the run, or by the checkpoint of a run that is resumed.
+        checkpointing: How activations are recomputed, if the run chooses it because
             `gradient_checkpointing` is `auto`. Set like `micro_batch`.
+        token_ids: Tokens whose rows of the embedding are trained. The task sets them after loading
+            the tokenizer.
     """
 
     task: dict[str, Any] = field(default_factory=dict)
@@ -42,19 +44,19 @@ class Learned:
     token_ids: list[int] = field(default_factory=list)
 
     def completed(self, recipe: Recipe) -> Recipe:
-        """Return the recipe with what is learnt: as `recipe.yaml` beside the adapter says it."""
+        """Return the recipe with the learned values, as it is saved with the adapter."""
         values: dict[str, Any] = {f"task.{key}": value for key, value in self.task.items()}
         if self.adapter is not None:
             values["adapter"] = self.adapter
         return recipe.with_values(values)
 
     def checkpointing_of(self, train: TrainSpec) -> Checkpointing:
-        """Return how activations are computed again; `auto` is what was found, or False before."""
-        asked = train.gradient_checkpointing
-        return self.checkpointing or False if asked == "auto" else asked
+        """Return how activations are recomputed; for `auto`, False until the run has chosen."""
+        setting = train.gradient_checkpointing
+        return self.checkpointing or False if setting == "auto" else setting
 
     def micro_batch_of(self, train: TrainSpec) -> int:
-        """Return the examples of one forward pass; `auto` is what was found, or 8 before."""
+        """Return the examples per forward pass; for `auto`, at most 8 until the run has chosen."""
         if self.micro_batch is not None:
             return self.micro_batch
         if train.micro_batch_size != "auto":

@@ -1,4 +1,4 @@
-"""From a YAML file and `--set` overrides to a checked `Recipe`, and back."""
+"""Load a YAML file and `--set` overrides as a validated `Recipe`, and write it as YAML."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from lora_cli.recipe.spec.train import READ_BY
 from lora_cli.recipe.yaml_reader import Reader, YamlDumper, parse
 from lora_cli.redaction import redacted
 
-MAX_BYTES = 200_000  # a second of reading; a recipe has a hundredth of it
-MAX_OWN_BYTES = 5_000_000  # beside an adapter, where all labels are named that were found
-RECIPE_FILE = "recipe.yaml"  # beside an adapter
+MAX_BYTES = 200_000  # takes a second to parse; recipes are about a hundred times smaller
+MAX_ADAPTER_RECIPE_BYTES = 5_000_000  # a recipe saved with an adapter lists all labels
+RECIPE_FILE = "recipe.yaml"  # in the folder of an adapter
 MAX_PROBLEMS = 20
-OTHER_FORMAT = (
+FORMAT_HINT = (
     "leave it out (`task.format` and `data.format` are other keys); if a newer lora wrote the "
     "recipe, upgrade: `pip install --upgrade lora-cli`"
 )
-# Of each pair, a recipe has at most one. A key of `--set` replaces the other one of the file.
-EXCLUDES_NOTHING = (None, False, "exact", "openai")  # values of these keys that go with the other
+# A recipe may contain only one key of each pair. A key of `--set` replaces the other in the file.
+NEUTRAL_VALUES = (None, False, "exact", "openai")  # with these values, a key excludes no other
 EXCLUSIVE_KEYS = [
     ("train.epochs", "train.max_steps"),
     ("train.gradient_accumulation_steps", "train.examples_per_step"),
@@ -59,28 +59,28 @@ EXCLUSIVE_KEYS = [
 def load_recipe(
     path: str | Path,
     overrides: Sequence[str] = (),
-    most_bytes: int = MAX_BYTES,
+    max_bytes: int = MAX_BYTES,
     trained: bool = False,
 ) -> Recipe:
     """Read a recipe, apply overrides, and check it against the schema.
 
     Args:
         path: The YAML file.
-        overrides: `key=value` each, the key with dots (`train.epochs=1`), the value a text as it
-            is, a number, or a list or a mapping in brackets.
-        most_bytes: Largest size of the file.
-        trained: The recipe was trained by, so that a setting without effect is no error: earlier
-            versions allowed it.
+        overrides: Texts of the form `key=value`. Keys have dots (`train.epochs=1`); values are
+            plain text, numbers, or lists and mappings in brackets.
+        max_bytes: Largest allowed size of the file.
+        trained: Whether an adapter was already trained with the recipe. Keys without effect are
+            then no errors, since earlier versions allowed them.
 
     Returns:
-        The recipe. Paths of data and local models in it are absolute: those written in the file
-        were relative to the file, those of an override to the working directory.
+        The recipe, with absolute paths of data and local models. Paths in the file are relative to
+        the file, paths in an override to the working directory.
 
     Raises:
-        LoraError: With every problem that the schema finds, each with its line.
+        LoraError: With every problem in the recipe, each with its line.
     """
     file = Path(path)
-    data, reader = parse(_text_of(file, most_bytes), str(path))
+    data, reader = parse(_text_of(file, max_bytes), str(path))
     if not isinstance(data, dict):
         raise LoraError(
             "the recipe is empty" if data is None else "a recipe is a mapping of keys to values",
@@ -92,9 +92,10 @@ def load_recipe(
     _drop_replaced_keys(data, reader, overrides)
     if trained:
         _drop_unread_keys(data)
-    if "format" not in reader.faulty:  # before its keys are read, which may be others
+    # first, since another version of the format may have other keys
+    if "format" not in reader.invalid_keys:
         place = reader.places.get("format", str(path))
-        require_format(data, f"format ({place})", OTHER_FORMAT)
+        require_format(data, f"format ({place})", FORMAT_HINT)
     try:
         try:
             recipe = Recipe.model_validate(data)
@@ -103,29 +104,29 @@ def load_recipe(
                 raise
             recipe = Recipe.model_validate(data)
     except ValidationError as error:
-        found = explain(error, data, reader.places, reader.faulty)
-        raise LoraError(_first(reader.problems + found)) from None
+        found = explain(error, data, reader.places, reader.invalid_keys)
+        raise LoraError(_limited(reader.problems + found)) from None
     if reader.problems:
-        raise LoraError(_first(reader.problems))
+        raise LoraError(_limited(reader.problems))
     return _with_absolute_paths(recipe.with_origin(Origin(reader.places)), file.parent)
 
 
 def _restore_texts(data: dict[str, Any], typed: dict[str, str], error: ValidationError) -> bool:
-    """Put back what was typed where text is wanted and a flag's value looked like a number.
+    """Restore the typed text of `--set` values that look like numbers, for keys that need text.
 
     Args:
-        data: The recipe's values, which are changed.
+        data: The recipe's values, which are changed in place.
         typed: Values of flags as they were typed, by key.
-        error: What the schema finds wrong.
+        error: The errors of validating `data`.
 
     Returns:
-        Whether any value was put back.
+        Whether any value was restored.
     """
     wanted = [found["loc"] for found in error.errors() if found["type"] == "string_type"]
     restored = False
     for key, text in typed.items():
         *sections, last = key.split(".")
-        # a location has the names of alternatives between those of the sections
+        # between the names of sections, a location also contains names of union members
         if not any(loc[0] == (*sections, last)[0] and last in loc for loc in wanted):
             continue
         section: Any = data
@@ -138,27 +139,27 @@ def _restore_texts(data: dict[str, Any], typed: dict[str, str], error: Validatio
 
 
 def load_adapter_recipe(adapter: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read the recipe beside an adapter, which may be anybody's.
+    """Read the recipe saved with an adapter, which may come from anybody.
 
-    What only the user may allow, to run code and to take another base, counts in an override alone.
-    Metrics that are code of their own count as code too.
+    Only an override by the user can allow running code or using another base: in the file, these
+    keys are ignored. The origin of the metrics is recorded, since a metric may be code as well.
 
     Raises:
-        IntegrityError: If it was edited, and says otherwise what the adapter was trained with.
+        IntegrityError: If edits contradict what the adapter was trained with.
     """
     file = adapter / RECIPE_FILE
-    check_recipe_file(adapter, load_recipe(file, (), MAX_OWN_BYTES, trained=True), file)
-    recipe = load_recipe(file, overrides, MAX_OWN_BYTES, trained=True)
-    said = {override.partition("=")[0].strip() for override in overrides}
+    check_recipe_file(adapter, load_recipe(file, (), MAX_ADAPTER_RECIPE_BYTES, trained=True), file)
+    recipe = load_recipe(file, overrides, MAX_ADAPTER_RECIPE_BYTES, trained=True)
+    overridden = {override.partition("=")[0].strip() for override in overrides}
     for key in ("model.trust_remote_code", "model.allow_other_base"):
-        if not said & {"model", key}:
+        if not overridden & {"model", key}:
             recipe = recipe.with_values({key: False})
-    of_adapter = not said & {"evaluate", "evaluate.metrics"}
+    of_adapter = not overridden & {"evaluate", "evaluate.metrics"}
     return recipe.with_origin(replace(recipe.origin, metrics_of_adapter=of_adapter))
 
 
-def _first(problems: list[Problem]) -> list[Problem]:
-    """Return so many problems as a person reads, and how many more there are."""
+def _limited(problems: list[Problem]) -> list[Problem]:
+    """Return the first problems, and one more that says how many are not shown."""
     if len(problems) <= MAX_PROBLEMS:
         return problems
     more = f"{len(problems) - MAX_PROBLEMS + 1:,} more problems are not shown"
@@ -166,12 +167,12 @@ def _first(problems: list[Problem]) -> list[Problem]:
     return [*first, Problem(more, first[-1].at, "fix those above first")]
 
 
-def _text_of(file: Path, most_bytes: int) -> str:
+def _text_of(file: Path, max_bytes: int) -> str:
     try:
-        raw = read_bounded(file, most_bytes)
+        raw = read_bounded(file, max_bytes)
     except OSError as error:
         if error.errno == errno.EFBIG:
-            what = f"the recipe has more than {most_bytes:,} bytes"
+            what = f"the recipe has more than {max_bytes:,} bytes"
             raise LoraError(what, str(file), "is this a data file, or a device?") from error
         if error.errno == errno.ETIMEDOUT:
             what = "nothing is written into this pipe"
@@ -205,7 +206,7 @@ def _cannot_read(file: Path, error: OSError) -> LoraError:
 
 
 def _override(data: dict[str, Any], reader: Reader, override: str) -> None:
-    """Put the value of a `--set` flag into the recipe; what is wrong goes to the reader."""
+    """Put the value of a `--set` flag into the recipe; add problems to the reader."""
     key, equals, text = override.partition("=")
     key = key.strip()
     *sections, last = key.split(".")
@@ -231,11 +232,11 @@ def _override(data: dict[str, Any], reader: Reader, override: str) -> None:
     except LoraError as error:
         reader.problems += error.problems
         return
-    for known in (reader.places, reader.faulty):
+    for known in (reader.places, reader.invalid_keys):
         for old in [k for k in known if k == key or k.startswith(key + ".")]:
             known.pop(old) if isinstance(known, dict) else known.discard(old)
     reader.places |= flag_reader.places | {key: flag}
-    reader.faulty |= flag_reader.faulty
+    reader.invalid_keys |= flag_reader.invalid_keys
     reader.problems += flag_reader.problems
     for old in [k for k in reader.typed if k == key or k.startswith(key + ".")]:
         del reader.typed[old]
@@ -243,23 +244,23 @@ def _override(data: dict[str, Any], reader: Reader, override: str) -> None:
 
 
 def _drop_replaced_keys(data: dict[str, Any], reader: Reader, overrides: Sequence[str]) -> None:
-    """Drop each key of the file that excludes a key which an override sets.
+    """Drop each key of the file that excludes a key which is set by an override.
 
-    Two such keys in the file, or in the overrides, stay, and are an error of the schema.
+    If both keys are in the file, or both in overrides, they stay and fail validation.
     """
-    said = {override.partition("=")[0].strip() for override in overrides}
+    overridden = {override.partition("=")[0].strip() for override in overrides}
     for one, other in EXCLUSIVE_KEYS:
         for new, old in ((one, other), (other, one)):
-            if _is_set(data, new, said) and not _is_set(data, old, said):
+            if _is_set(data, new, overridden) and not _is_set(data, old, overridden):
                 *sections, last = old.split(".")
                 section = _section(data, sections)
                 if section is not None and section.pop(last, None) is not None:
                     reader.places.pop(old, None)
-                    reader.faulty.discard(old)
+                    reader.invalid_keys.discard(old)
 
 
 def _drop_unread_keys(data: dict[str, Any]) -> None:
-    """Drop each key that the optimizer or the start of the adapter does not read."""
+    """Drop each key that the chosen optimizer or `adapter.init` does not read."""
     optimizer = _section(data, ["train", "optimizer"]) or {}
     for key, type_ in READ_BY.items():
         if not str(optimizer.get("type", "adamw")).startswith(type_):
@@ -277,16 +278,16 @@ def _section(data: dict[str, Any], names: Sequence[str]) -> dict[str, Any] | Non
     return section if isinstance(section, dict) else None
 
 
-def _is_set(data: dict[str, Any], key: str, said: Collection[str]) -> bool:
-    """Return whether an override gives a key, or the section around it, a value that counts."""
+def _is_set(data: dict[str, Any], key: str, overridden: Collection[str]) -> bool:
+    """Return whether an override sets a key, or a section around it, to a value that excludes."""
     *sections, last = key.split(".")
     around = {".".join([*sections, last][:depth]) for depth in range(1, len(sections) + 2)}
     value = (_section(data, sections) or {}).get(last)
-    return bool(around & set(said)) and value not in EXCLUDES_NOTHING
+    return bool(around & set(overridden)) and value not in NEUTRAL_VALUES
 
 
-class _Paths:
-    """Makes the paths of a recipe absolute, and collects those that are not what they should be."""
+class _PathResolver:
+    """Makes the paths of a recipe absolute, and collects the problems of invalid paths."""
 
     def __init__(self, recipe: Recipe, folder: Path) -> None:
         self.recipe, self.folder = recipe, folder
@@ -304,72 +305,76 @@ class _Paths:
         self.check(key, value, start)
         return str((start / expanded(value)).absolute())
 
-    def named(self, key: str, value: str) -> str:
-        """Return a folder, or what has another meaning, such as a Hub id."""
+    def folder_or_name(self, key: str, value: str) -> str:
+        """Return the absolute path of a folder; other names, such as Hub ids, unchanged."""
         start = self.start_of(key)
         if value.startswith((".", "/", "~")) or os.path.isdir(start / expanded(value)):
             return self.absolute(key, value)
         self.check(key, value, start)
         return value
 
-    def of_rows(self, source: SourceSpec, section: str) -> dict[str, str]:
-        """Return the absolute paths of where rows come from, by key."""
+    def source_paths(self, source: SourceSpec, section: str) -> dict[str, str]:
+        """Return the absolute paths from which a source reads rows, by key."""
         found = {}
         if source.path is not None:
             found["path"] = self.absolute(f"{section}.path", source.path)
         if source.name is not None:
-            found["name"] = self.named(f"{section}.name", source.name)
+            found["name"] = self.folder_or_name(f"{section}.name", source.name)
         for key in ("train", "validation", "test"):
             value = getattr(source, key)
-            # with a Hub data set, `train` may be anything but a file
+            # in a Hub data set, `train` is a split, even if it looks like a file
             if not source.name and isinstance(value, str) and is_file(value.strip()):
                 found[key] = self.absolute(f"{section}.{key}", value)
         return found
 
 
 def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
-    """Return a recipe whose paths are absolute; that of the output stays as it is, but for `~`.
+    """Return a recipe with absolute paths; in `output_dir`, only `~` is expanded.
 
     Raises:
-        LoraError: With every path that is not what its author means.
+        LoraError: With every invalid path.
     """
-    own = _Paths(recipe, folder)
-    paths = {"model.name": own.named("model.name", recipe.model.name)}
+    resolver = _PathResolver(recipe, folder)
+    paths = {"model.name": resolver.folder_or_name("model.name", recipe.model.name)}
     if recipe.adapter.from_:
-        paths["adapter.from_"] = own.named("adapter.from", recipe.adapter.from_)
+        paths["adapter.from_"] = resolver.folder_or_name("adapter.from", recipe.adapter.from_)
     if recipe.train.distill is not None:
         key = "train.distill.teacher"
-        paths[key] = own.named(key, recipe.train.distill.teacher)
+        paths[key] = resolver.folder_or_name(key, recipe.train.distill.teacher)
     mirror = recipe.checkpoint.mirror
     if mirror and "://" not in mirror:
-        paths["checkpoint.mirror"] = own.absolute("checkpoint.mirror", mirror)
-    paths |= {f"data.{key}": path for key, path in own.of_rows(recipe.data, "data").items()}
+        paths["checkpoint.mirror"] = resolver.absolute("checkpoint.mirror", mirror)
+    paths |= {
+        f"data.{key}": path for key, path in resolver.source_paths(recipe.data, "data").items()
+    }
     mix = recipe.data.mix.items()
-    sets = {name: one.with_values(own.of_rows(one, f"data.mix.{name}")) for name, one in mix}
+    sets = {
+        name: one.with_values(resolver.source_paths(one, f"data.mix.{name}")) for name, one in mix
+    }
     for key in recipe.task.local_files:
-        paths[f"task.{key}"] = own.absolute(f"task.{key}", getattr(recipe.task, key))
+        paths[f"task.{key}"] = resolver.absolute(f"task.{key}", getattr(recipe.task, key))
     for key, name in recipe.task.models_by_key.items():
-        paths[f"task.{key}"] = own.named(f"task.{key}", name)
+        paths[f"task.{key}"] = resolver.folder_or_name(f"task.{key}", name)
     for key in recipe.task.local_folders:
         section, name = key.split(".")
         value = getattr(getattr(recipe.task, section), name)
-        paths[f"task.{key}"] = own.absolute(f"task.{key}", value)
-    own.check("output_dir", recipe.output_dir, Path.cwd())
+        paths[f"task.{key}"] = resolver.absolute(f"task.{key}", value)
+    resolver.check("output_dir", recipe.output_dir, Path.cwd())
     paths["output_dir"] = expanded(recipe.output_dir)
-    if own.problems:
-        raise LoraError(own.problems)
+    if resolver.problems:
+        raise LoraError(resolver.problems)
     return recipe.with_values({**paths, "data.mix": sets})
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """Return the resolved recipe as YAML: defaults written out, paths absolute, secrets masked."""
+    """Return the resolved recipe as YAML, with defaults, absolute paths and masked secrets."""
     values = _without_unset(recipe)
     text = yaml.dump(values, Dumper=YamlDumper, sort_keys=False, allow_unicode=True, width=1000)
     return redacted(text)
 
 
 def _without_unset(section: BaseModel) -> dict[str, Any]:
-    """Return the values of a section; what is empty stays where it is not so by default."""
+    """Return the values of a section without those that are empty, unless the default is not."""
     values: dict[str, Any] = {}
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)

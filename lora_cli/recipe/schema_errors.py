@@ -1,4 +1,4 @@
-"""What the schema finds wrong with a recipe, said by key, line and the field's own text."""
+"""Explain validation errors of a recipe by key, line and the description of the field."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from lora_cli.errors import Problem, counted, did_you_mean, nearest
 from lora_cli.recipe.spec import Recipe
 from lora_cli.recipe.yaml_reader import KeyPath, dotted
 
-Fault = tuple[KeyPath, dict[str, Any]]
+LocatedError = tuple[KeyPath, dict[str, Any]]
 
-WANTED = {
+EXPECTED = {
     "string_type": "text",
     "string_too_short": "a text that is not empty",
     "int_type": "a whole number",
@@ -39,56 +39,56 @@ PATTERNS = {
 
 
 def explain(
-    error: ValidationError, data: dict[str, Any], places: dict[str, str], faulty: set[str]
+    error: ValidationError, data: dict[str, Any], places: dict[str, str], invalid_keys: set[str]
 ) -> list[Problem]:
-    """Turn pydantic's errors into problems: one a key, with its line and the field's own text.
+    """Turn pydantic's errors into problems: one per key, with its line and its description.
 
     Args:
-        error: What pydantic says of `data`.
+        error: The errors of validating `data`.
         data: The recipe as it was read.
-        places: Where each key stands.
-        faulty: Keys whose value was rejected by the reader already.
+        places: Where each key was written.
+        invalid_keys: Keys whose value the YAML reader has already rejected.
     """
-    absent = {key.rsplit(".", 1)[-1] for key in faulty}
-    entries = _entries(error, data, absent)
-    found = _problems(entries, data, places, faulty)
-    # Pydantic looks for conflicts only within a section that has no other error: look again
-    # without the keys that are wrong, as long as that shows more.
+    absent_keys = {key.rsplit(".", 1)[-1] for key in invalid_keys}
+    entries = _entries(error, data, absent_keys)
+    found = _problems(entries, data, places, invalid_keys)
+    # Pydantic only checks for conflicts in a section without other errors. So validate again
+    # without the invalid keys, as long as that shows new conflicts.
     paths = [path for path, _ in entries]
     while entries:
         pruned, removed = _without(paths, data)
         try:
             Recipe.model_validate(pruned)
             break
-        except ValidationError as again:
-            entries = _entries(again, pruned, absent | removed)
+        except ValidationError as remaining:
+            entries = _entries(remaining, pruned, absent_keys | removed)
         entries = [(p, entry) for p, entry in entries if entry["type"] == "conflict"]
         entries = [(p, entry) for p, entry in entries if p not in paths]
         paths += [path for path, _ in entries]
-        found += _problems(entries, pruned, places, faulty)
+        found += _problems(entries, pruned, places, invalid_keys)
     return found
 
 
-def _entries(error: ValidationError, data: Any, absent: set[str]) -> list[Fault]:
-    """Return pydantic's errors by the key that each is about.
+def _entries(error: ValidationError, data: Any, absent_keys: set[str]) -> list[LocatedError]:
+    """Return pydantic's errors, each with the key that it is about.
 
-    Conflicts that name an absent key are left out: its absence may be their only cause.
+    Conflicts that name an absent key are left out, as its absence may be their only cause.
     """
-    entries: list[Fault] = []
+    entries: list[LocatedError] = []
     for entry in error.errors(include_url=False):
         path = _path_in(data, entry["loc"], entry["type"] == "missing")
         if entry["type"] != "conflict":
             entries.append((path, dict(entry)))
             continue
         for key, what, hint in entry["ctx"]["found"]:
-            if not absent & set(re.findall(r"`(?:\w+\.)*(\w+)\b[^`]*`", f"{what} {hint}")):
+            if not absent_keys & set(re.findall(r"`(?:\w+\.)*(\w+)\b[^`]*`", f"{what} {hint}")):
                 where = (*path, *key.split(".")) if key else path
                 entries.append((where, {**entry, "msg": what, "hint": hint}))
     return entries
 
 
 def _path_in(data: Any, location: Sequence[str | int], missing: bool) -> KeyPath:
-    """Drop from pydantic's location what is not in the recipe: names of union members."""
+    """Return pydantic's location without what is not in the recipe: the names of union members."""
     path: list[str | int] = []
     node = data
     for i, part in enumerate(location):
@@ -103,7 +103,7 @@ def _path_in(data: Any, location: Sequence[str | int], missing: bool) -> KeyPath
 
 
 def _without(paths: list[KeyPath], data: Any) -> tuple[Any, set[str]]:
-    """Return the recipe without some keys, and the names of those and of what encloses them."""
+    """Return the recipe without some keys, and the names of the keys and sections removed."""
     pruned = copy.deepcopy(data)
     removed: set[str] = set()
     for path in paths:
@@ -114,24 +114,24 @@ def _without(paths: list[KeyPath], data: Any) -> tuple[Any, set[str]]:
         if keys and isinstance(node, dict):
             node.pop(keys[-1], None)
             removed.add(str(keys[-1]))
-            if not node and len(keys) > 1:  # what is empty now was not written so
+            if not node and len(keys) > 1:  # the section is only empty because of the removal
                 removed.add(str(keys[-2]))
     return pruned, removed
 
 
 def _problems(
-    entries: list[Fault], data: Any, places: dict[str, str], faulty: set[str]
+    entries: list[LocatedError], data: Any, places: dict[str, str], invalid_keys: set[str]
 ) -> list[Problem]:
     by_key: dict[tuple[KeyPath, str], list[dict[str, Any]]] = {}
     for path, entry in entries:
         text = entry["msg"] if entry["type"] == "conflict" else ""
         by_key.setdefault((path, text), []).append(entry)
-    # where a value may be a word or a list, a wrong item of a list is the list's only error
+    # if a value may be a word or a list, only report the invalid item of a list, not the list
     deeper = {path[:i] for path, _ in by_key for i in range(len(path))}
     problems = []
     for (path, conflict), group in by_key.items():
         beginnings = {dotted(path[:i]) for i in range(1, len(path) + 1)}
-        if beginnings & faulty or (path in deeper and not conflict and path):
+        if beginnings & invalid_keys or (path in deeper and not conflict and path):
             continue
         key = dotted(path)
         enclosing = (dotted(path[:i]) for i in range(len(path), -1, -1))
@@ -142,7 +142,7 @@ def _problems(
 
 
 def _problem(path: KeyPath, group: list[dict[str, Any]], data: Any, at: str | None) -> Problem:
-    """Return the problem of one key; `group` holds an error for each form its value may have."""
+    """Return the problem of one key; `group` has an error for each type that its value may have."""
     entry = group[0]
     name = str(path[-1]) if path else ""
     about_key = entry["type"] == "string_pattern_mismatch" and entry["input"] == name
@@ -150,7 +150,7 @@ def _problem(path: KeyPath, group: list[dict[str, Any]], data: Any, at: str | No
     match entry["type"]:
         case "extra_forbidden":
             section = _schema_at(path[:-1], data)
-            return Problem(f"unknown key `{name}`", at, _where_else(path, section))
+            return Problem(f"unknown key `{name}`", at, _unknown_key_hint(path, section))
         case "missing":
             section_name = dotted(path[:-1])
             of = f" from `{section_name}`" if section_name else ""
@@ -169,11 +169,11 @@ def _problem(path: KeyPath, group: list[dict[str, Any]], data: Any, at: str | No
     if given is None:
         what = f"`{name}`" if isinstance(path[-1], str) else f"item {path[-1] + 1} of `{path[-2]}`"
         return Problem(f"{what} is empty", at, f"give it a value, or leave it out: {text}")
-    wanted = " or ".join(dict.fromkeys(_wanted(one) for one in group))
-    what = f"`{_shown(given)}` should be {wanted}"
-    if isinstance(given, str) and "number" in wanted and re.fullmatch(r"[-+.\deE]+", given):
+    expected = " or ".join(dict.fromkeys(_expected(one) for one in group))
+    what = f"`{_shown(given)}` should be {expected}"
+    if isinstance(given, str) and "number" in expected and re.fullmatch(r"[-+.\deE]+", given):
         what += ", without quotation marks"
-    elif isinstance(given, bool | int | float) and "text" in wanted:
+    elif isinstance(given, bool | int | float) and "text" in expected:
         what += f': if it is a word, write "{_shown(given)}" with its quotation marks'
     choices = [word for one in group for word in _choices(one)]
     if choices and isinstance(given, str) and nearest(given, choices):
@@ -192,7 +192,7 @@ def _choices(entry: dict[str, Any]) -> list[str]:
     return re.findall(r"'([^']+)'", entry["ctx"]["expected"])
 
 
-def _wanted(entry: dict[str, Any]) -> str:
+def _expected(entry: dict[str, Any]) -> str:
     if entry["type"] in ("too_short", "too_long"):
         few = "at least" if entry["type"] == "too_short" else "at most"
         count = entry["ctx"].get("min_length") or entry["ctx"]["max_length"]
@@ -204,7 +204,7 @@ def _wanted(entry: dict[str, Any]) -> str:
         message = message.removeprefix(beginning)
     if entry["type"] == "string_pattern_mismatch":
         return PATTERNS[entry["ctx"]["pattern"]]
-    return WANTED.get(entry["type"], message)
+    return EXPECTED.get(entry["type"], message)
 
 
 # ------------------------------------------------------------------------------- the JSON schema
@@ -212,7 +212,7 @@ def _wanted(entry: dict[str, Any]) -> str:
 
 @functools.cache
 def recipe_schema() -> dict[str, Any]:
-    """Return the JSON schema of a recipe, for editors. It is shared: do not change it."""
+    """Return the JSON schema of a recipe, for editors. Do not change it, as it is cached."""
     schema = Recipe.model_json_schema(by_alias=True)
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -222,7 +222,7 @@ def recipe_schema() -> dict[str, Any]:
 
 
 def _one_line(node: Any) -> Any:
-    """Join descriptions that were broken over lines, and drop titles that repeat the key."""
+    """Join the lines of descriptions, and drop titles, which repeat the key."""
     if isinstance(node, dict):
         return {
             key: " ".join(value.split())
@@ -242,7 +242,7 @@ def _definition(node: dict[str, Any]) -> dict[str, Any]:
 
 
 def _section(node: dict[str, Any], value: Any) -> dict[str, Any]:
-    """Return the section that a schema stands for; of a union, the one that `type` names."""
+    """Return the section that a schema describes; for a union, the member that `type` selects."""
     node = _definition(node)
     members = [_section(member, value) for member in node.get("anyOf", node.get("oneOf", []))]
     members = [m for m in members if m.keys() & {"properties", "additionalProperties"}]
@@ -254,7 +254,7 @@ def _section(node: dict[str, Any], value: Any) -> dict[str, Any]:
 
 
 def _schema_at(path: KeyPath, data: Any) -> dict[str, Any]:
-    """Return the schema of the section at `path`, or nothing."""
+    """Return the schema of the section at `path`; empty if there is none."""
     node, value = _section(recipe_schema(), data), data
     for part in path:
         node = _section(_child(node, part), value := _item(value, part))
@@ -262,7 +262,7 @@ def _schema_at(path: KeyPath, data: Any) -> dict[str, Any]:
 
 
 def _field_at(path: KeyPath, data: Any) -> dict[str, Any]:
-    """Return the schema of the field at `path` as its section has it, or nothing."""
+    """Return the schema of the field at `path`, from its section's schema; empty if none."""
     return _child(_schema_at(path[:-1], data), path[-1]) if path else {}
 
 
@@ -280,17 +280,17 @@ def _child(node: dict[str, Any], part: str | int) -> dict[str, Any]:
 
 
 def _description(path: KeyPath, data: Any) -> str | None:
-    """Return the text of the field at `path`, or of what encloses it."""
+    """Return the description of the field at `path`, or of the closest section around it."""
     for length in range(len(path), 0, -1):
         field = _field_at(path[:length], data)
-        # pydantic leaves out a field's text where it equals that of its section
+        # pydantic leaves out a field's description if it equals that of its section
         text = field.get("description") or _definition(field).get("description")
         if text:
             return str(text)
     return None
 
 
-def _where_else(path: KeyPath, section: dict[str, Any]) -> str:
+def _unknown_key_hint(path: KeyPath, section: dict[str, Any]) -> str:
     """Return a hint for an unknown key: the section it belongs to, or the nearest one here."""
     name, here = str(path[-1]), list(section.get("properties", {}))
     kind = section.get("properties", {}).get("type", {}).get("const")
