@@ -212,7 +212,7 @@ def test_every_command_reads_the_folder(tmp_path: Path) -> None:
         app, ["combine", str(a), str(b), "--to", str(tmp_path / "c"), "--head", str(b)]
     )
     assert run.exit_code == 0, run.output
-    assert "as if they ran together" in run.output
+    assert "as if all were applied together" in run.output
     for arguments in (
         ["eval", "--adapter", str(tmp_path / "c"), "--split", "train"],
         ["predict", "--adapter", str(tmp_path / "c"), "a film"],

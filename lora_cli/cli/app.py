@@ -2,7 +2,7 @@
 
 A command reads its recipe first, then imports the code that it runs. Data goes to stdout, progress
 and errors to stderr. This module imports neither torch nor pydantic, so `lora --help` and shell
-completion answer at once.
+completion respond at once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lora_cli.cli.merge_command import merge
 from lora_cli.cli.predict_command import predict
 from lora_cli.cli.push_command import push
 from lora_cli.cli.recipe_commands import params, schema, validate
-from lora_cli.cli.shell_completion import join_words
+from lora_cli.cli.shell_completion import join_split_words
 from lora_cli.cli.standard_streams import prepare_streams
 from lora_cli.cli.train_command import train
 from lora_cli.errors import (
@@ -36,18 +36,18 @@ from lora_cli.errors import (
 )
 from lora_cli.redaction import redacted
 
-FULL = {
+NO_SPACE = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
     errno.EFBIG: "a file has grown larger than the system allows",
 }
-# errors about a path that the user can mend
-NO_ENTRY = (
+# errors about a path, which the user can fix
+PATH_ERRORS = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST,
     errno.EISDIR, errno.ELOOP, errno.ENOENT,
 )  # fmt: skip
 
-# the options that name what a command writes
+# the options that name the output of a command
 OUTPUT_OPTIONS = ("--to", "-o", "--output")
 
 app = typer.Typer(
@@ -60,14 +60,14 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Run the command line; turn every error that a user can fix into a message and a code."""
-    # Click would turn an interruption into exit code 1.
+    """Run the command line; turn errors that a user can fix into a message and an exit code."""
+    # by default, Click turns an interruption into exit code 1
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
     debug = "--debug" in sys.argv or bool(os.environ.get("LORA_DEBUG"))
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     prepare_streams()
     if os.environ.get("_LORA_COMPLETE") == "complete_bash":
-        join_words()
+        join_split_words()
     try:
         code = app(prog_name="lora", standalone_mode=False)
         sys.stdout.flush()
@@ -77,7 +77,7 @@ def main() -> None:
             print(error, file=sys.stderr)  # noqa: T201 - the help
             sys.exit(LoraError.exit_code)
         if debug:
-            sys.excepthook = _show_traceback  # not earlier: Typer has one of its own
+            sys.excepthook = _show_traceback  # not earlier, as Typer sets its own
             raise
         if known is None:
             from lora_cli.unexpected_errors import unexpected_error
@@ -99,19 +99,19 @@ def _show_traceback(
 
 
 def _known_error(error: Exception) -> LoraError | None:
-    """Return the error to print for one of the arguments, of files or of memory; else None."""
+    """Return the error to print for a mistake in the arguments, a file error or full memory."""
     from lora_cli.cli.argument_errors import usage_error
 
     if (wrong := usage_error(error, sys.argv[1:])) is not None:
         return wrong
     number = system_error(error)
     filename = getattr(error, "filename", None)
-    if number in FULL:
+    if number in NO_SPACE:
         hint = "free some space" + (", then use `--resume`" if "train" in sys.argv[1:2] else "")
-        # some libraries do not say which file it was
+        # some libraries do not name the file
         place = filename or next((a for a in sys.argv if a in OUTPUT_OPTIONS), None)
-        return ResourceError(FULL[number], place, hint)
-    if number in NO_ENTRY and filename:
+        return ResourceError(NO_SPACE[number], place, hint)
+    if number in PATH_ERRORS and filename:
         denied = number in (errno.EACCES, errno.EPERM, errno.EROFS)
         what = "the system denies access to the file" if denied else "the path cannot be used"
         hint = f"check it with `ls -ld {shlex.quote(str(filename))}`, or name another"
@@ -121,14 +121,14 @@ def _known_error(error: Exception) -> LoraError | None:
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
         hint = (
             "halve `train.micro_batch_size` and double `train.gradient_accumulation_steps`, "
-            "which changes no number, or set `train.gradient_checkpointing=true`"
+            "which gives the same result, or set `train.gradient_checkpointing=true`"
         )
         return ResourceError("the GPU's memory is full", hint=hint)
     return None
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(requested: bool) -> None:
+    if requested:
         from lora_cli import __version__
 
         typer.echo(__version__)

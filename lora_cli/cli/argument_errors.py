@@ -1,6 +1,6 @@
-"""Turn Typer's errors about arguments into errors with a place and a hint, as all others are.
+"""Turn Typer's errors about arguments into errors with a place and a hint, like all others.
 
-Typer raises errors of Click, or of its own copy of Click, depending on its version. So they are
+Depending on its version, Typer raises errors of Click or of its own copy of Click. So errors are
 distinguished by the names of their classes.
 """
 
@@ -14,7 +14,7 @@ from lora_cli.errors import LoraError, did_you_mean, nearest
 
 
 def usage_error(error: Exception, given: Sequence[str]) -> LoraError | None:
-    """Return the error to print for an error in the arguments; None for any other, or for the help.
+    """Return the error to print for an error in the arguments; None for others, and for the help.
 
     Args:
         error: The exception that was raised.
@@ -65,7 +65,7 @@ def _name(parameter: Any) -> str:
 
 
 def _bad_value(message: str, named: str, given: Sequence[str]) -> str:
-    """Return which option has a wrong value, in the same words for every version of Typer."""
+    """Return a message about an option's wrong value that is the same for every Typer version."""
     kind = "another value"
     if re.search("integer|int ", message):
         kind = "a whole number"

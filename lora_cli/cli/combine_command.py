@@ -1,4 +1,4 @@
-"""`lora combine`: make one adapter of several."""
+"""`lora combine`: combine several adapters into one."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from lora_cli.cli.options import expand, find_adapter
 from lora_cli.errors import LoraError, counted, did_you_mean
 from lora_cli.export.combine_names import BY_SVD, METHODS, PRUNING
 
-EXACT = 1e-5  # a relative distance from the weighted sum that rounding explains
+EXACT = 1e-5  # largest relative distance from the weighted sum that rounding can cause
 
 
 def offer_methods(incomplete: str) -> list[tuple[str, str]]:
-    """Return the methods whose names begin with what was typed."""
+    """Return the methods whose names begin with the typed text."""
     return [(name, about) for name, about in METHODS.items() if name.startswith(incomplete)]
 
 
@@ -26,7 +26,7 @@ Adapters = Annotated[
     list[Path],
     typer.Argument(
         metavar="ADAPTER",
-        help="Adapters of one base and one task: folders, or ids of the Hub.",
+        help="Adapters for the same base and task: folders or Hub ids.",
         callback=find_adapter,
     ),
 ]
@@ -48,13 +48,13 @@ Weights = Annotated[
     typer.Option(
         "--weights",
         metavar="W,W,…",
-        help="Factor of each adapter. Default: 1 each, as if all ran together.",
+        help="Weight of each adapter. Default: 1 each, as if all were applied together.",
     ),
 ]
 Density = Annotated[
     float | None,
     typer.Option(
-        "--density", metavar="SHARE", help="Share of the entries that ties, dare, prune keep."
+        "--density", metavar="SHARE", help="Share of the entries that ties, dare and prune keep."
     ),
 ]
 Rank = Annotated[
@@ -67,11 +67,14 @@ Head = Annotated[
     Path | None,
     typer.Option(
         "--head",
-        help="Adapter whose head and other modules trained in full are taken, if they differ.",
+        help="Adapter from which to take the head and other modules trained in full, if they "
+        "differ.",
         callback=find_adapter,
     ),
 ]
-Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Of the entries that dare draws.")]
+Seed = Annotated[
+    int, typer.Option("--seed", metavar="N", help="Seed of the entries that dare drops.")
+]
 
 
 def combine(
@@ -98,7 +101,7 @@ def combine(
     what = f"{counted(len(adapters), 'adapter')} into {result.folder}/"
     typer.echo(f"combined {what} ({counted(result.modules, 'module')}, rank {result.rank})")
     if result.distance <= EXACT:
-        typer.echo("the update is the weighted sum of theirs: as if they ran together")
+        typer.echo("the update is the weighted sum of theirs, as if all were applied together")
     else:
         typer.echo(
             f"the update is {result.distance:.1%} away from the weighted sum of theirs: compare "
@@ -135,7 +138,7 @@ def _check(folders: list[Path], method: str, density: float | None, rank: int | 
 
 
 def _factors(weights: str | None, count: int) -> list[float] | None:
-    """Return the weights of `--weights` as numbers."""
+    """Return the numbers of `--weights`, or None without it."""
     if weights is None:
         return None
     try:

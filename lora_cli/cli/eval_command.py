@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from lora_cli.evaluation.compare import Comparison
     from lora_cli.recipe import Recipe
 
-MAX_DROP = 0.005  # by which an adapter may be worse than an older one
+MAX_DROP = 0.005  # how much worse than an older adapter a new one may be, in the metric
 
 OldAdapter = Annotated[
     Path | None,
     typer.Option(
         "--against",
-        help="An older adapter to compare with: a folder, or one of the Hub.",
+        help="An older adapter to compare with: a folder or a Hub id.",
         callback=find_adapter,
     ),
 ]
@@ -36,7 +36,7 @@ MaxDrop = Annotated[
     typer.Option(
         "--max-drop",
         min=0,
-        help="How much worse than the older one it may be.",
+        help="How much worse than the older adapter it may be.",
         show_default=str(MAX_DROP),
     ),
 ]
@@ -88,23 +88,23 @@ def evaluate(
     from lora_cli.evaluation.compare import compare
 
     max_drop = MAX_DROP if max_drop is None else max_drop
-    found = compare(adapter, against, loaded, metric, max_drop, split)
-    found.split = source.name if source is not None else found.split
+    comparison = compare(adapter, against, loaded, metric, max_drop, split)
+    comparison.split = source.name if source is not None else comparison.split
     if not as_json:
         typer.echo(f"old  {shown_name(against)}\nnew  {shown_name(adapter)}")
-    print_comparison(found, as_json)
-    if found.worse:
-        raise _regression(found)
+    print_comparison(comparison, as_json)
+    if comparison.worse:
+        raise _regression(comparison)
 
 
-def _regression(found: Comparison) -> RegressionError:
+def _regression(comparison: Comparison) -> RegressionError:
     """Return the error that ends a command whose new adapter is worse than the old one."""
     return RegressionError(
-        f"{found.metric} on {found.split} is worse by {found.drop:.4f}, "
-        f"and {found.max_drop:g} is allowed",
+        f"{comparison.metric} on {comparison.split} is worse by {comparison.drop:.4f}, "
+        f"and {comparison.max_drop:g} is allowed",
         "--max-drop",
         "keep the old adapter, or allow it with "
-        f"`--max-drop {math.ceil(found.drop * 1e4) / 1e4:g}`",
+        f"`--max-drop {math.ceil(comparison.drop * 1e4) / 1e4:g}`",
     )
 
 

@@ -15,7 +15,7 @@ from lora_cli.export.reader_names import READERS
 
 
 def offer_readers(incomplete: str) -> list[tuple[str, str]]:
-    """Return the readers that a name may go on to."""
+    """Return the readers whose names begin with the typed text."""
     return [(name, about) for name, about in READERS.items() if name.startswith(incomplete)]
 
 
@@ -27,7 +27,7 @@ def export(
             "--for",
             metavar="READER",
             help="peft, vllm, gguf (llama.cpp), mlx (mlx-lm), diffusers, kohya (web interfaces "
-            "that draw), or plain (PEFT's format for any other reader).",
+            "for image generation), or plain (PEFT's format for any other reader).",
             autocompletion=offer_readers,
         ),
     ],

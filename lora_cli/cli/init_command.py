@@ -38,26 +38,26 @@ def init(
         ),
     ] = Path("recipe.yaml"),
     text: Annotated[
-        str | None, typer.Option("--text", help="The column of the text, where it is not obvious.")
+        str | None, typer.Option("--text", help="The column of the text, if it is not obvious.")
     ] = None,
     pair: Annotated[
         str | None,
-        typer.Option("--pair", help="The column of a second text, for a label of two texts."),
+        typer.Option("--pair", help="The column of the second text, to classify pairs of texts."),
     ] = None,
     label: Annotated[
         str | None,
-        typer.Option("--label", help="The column of the label, or of the answer; none: no label."),
+        typer.Option("--label", help="The column of the label or answer; `none` for no label."),
     ] = None,
     memory: Annotated[
         float | None,
         typer.Option(
             "--memory",
             min=1,
-            help="Memory of the GPU that will train, in GiB. Default: that of this machine's GPU.",
+            help="Memory of the GPU for training, in GiB. Default: that of this machine's GPU.",
         ),
     ] = None,
 ) -> None:
-    """Read a data file or folder and write a recipe for it, with the reasons as comments."""
+    """Read a data file or folder and write a recipe for it, with reasons as comments."""
     from lora_cli.recipe_draft import draft_recipe, reject_existing, write_recipe
 
     if len(sources) > 2:
@@ -72,7 +72,7 @@ def init(
 
 
 def _print_findings(findings: list[tuple[str, str]], output: Path) -> None:
-    """Print what was inferred, a line each, and what to do next."""
+    """Print each finding on a line, and the next command."""
     from lora_cli.characters import cells, padded
 
     width = max(cells(name) for name, _ in findings)

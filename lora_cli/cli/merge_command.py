@@ -14,7 +14,7 @@ from lora_cli.errors import LoraError, counted
 
 
 def split_weight(value: str) -> tuple[str, float]:
-    """Divide `DIR:0.5` into the folder and its weight, which is 1 if there is none.
+    """Split `DIR:0.5` into the folder and its weight, which is 1 by default.
 
     Raises:
         LoraError: If the weight is not a finite number.
@@ -28,12 +28,12 @@ def split_weight(value: str) -> tuple[str, float]:
         return value, 1.0  # the colon belongs to the name, as in `hf://user/name`
     if not math.isfinite(weight):
         what = f"the weight of an adapter cannot be {text}"
-        raise LoraError(what, f"--adapter {value}", "write a number behind the colon: `DIR:0.5`")
+        raise LoraError(what, f"--adapter {value}", "write a number after the colon: `DIR:0.5`")
     return folder, weight
 
 
 def find_weighted(context: typer.Context, parameter: typer.CallbackParam, values: Any) -> Any:
-    """Return the folder and the weight of each adapter, again as `DIR:WEIGHT`."""
+    """Find the folder of each adapter, and return it with its weight as `DIR:WEIGHT`."""
     if not values or context.resilient_parsing:
         return values
     found = []
@@ -58,7 +58,8 @@ Head = Annotated[
     Path | None,
     typer.Option(
         "--head",
-        help="Of several adapters, the one whose head and other modules trained in full are taken.",
+        help="With several adapters, the one from which to take the head and other modules trained "
+        "in full.",
         callback=find_adapter,
     ),
 ]
@@ -66,8 +67,8 @@ LowMemory = Annotated[
     bool,
     typer.Option(
         "--low-memory",
-        help="Merge tensor by tensor, as is done for a base larger than memory; no outputs are "
-        "compared.",
+        help="Merge one tensor at a time, as for a base larger than memory, without comparing "
+        "outputs.",
     ),
 ]
 

@@ -37,7 +37,7 @@ def expand(parameter: typer.CallbackParam, value: Any) -> Any:
 
 
 def find_adapter(context: typer.Context, parameter: typer.CallbackParam, value: Any) -> Any:
-    """Return the folders of the adapters that an argument names; from the Hub they are loaded."""
+    """Return the folders of the adapters that an argument names; download those on the Hub."""
     if isinstance(value, list | tuple):
         return [find_adapter(context, parameter, one) for one in value]
     if value is None or context.resilient_parsing:
@@ -80,9 +80,7 @@ Overrides = Annotated[
 ]
 RecipeOption = Annotated[
     Path | None,
-    typer.Option(
-        "--recipe", help="Recipe for an adapter whose folder holds none.", callback=expand
-    ),
+    typer.Option("--recipe", help="Recipe for an adapter whose folder has none.", callback=expand),
 ]
 BaseOption = Annotated[
     str | None,
@@ -106,7 +104,7 @@ def load(path: Path, overrides: list[str] | None, output: Path | None = None) ->
 
 
 def quiet_libraries() -> None:
-    """Keep environment variables from other libraries, and their output off the screen."""
+    """Remove environment variables that other libraries read, and silence their output."""
     clean_environment()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     import warnings
@@ -115,16 +113,16 @@ def quiet_libraries() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    if logging.get_verbosity() != logging.ERROR:  # to set it walks through all loggers
+    if logging.get_verbosity() != logging.ERROR:  # setting it is slow, as it visits all loggers
         logging.set_verbosity_error()
     warnings.filterwarnings("ignore", module=r"(transformers|accelerate|torch|datasets)\.")
 
 
 def _import_torch_and_transformers() -> None:
-    """Import what every command needs that loads a model, with garbage collection turned off.
+    """Import torch and transformers with garbage collection turned off.
 
-    The collector would search the growing number of modules again and again, which takes a tenth of
-    the time of the import, and find nothing.
+    During the import, the collector would search the loaded modules again and again without finding
+    anything, which takes a tenth of the time.
     """
     import gc
 
@@ -149,7 +147,7 @@ def recipe_for(adapter: Path, recipe: Path | None, overrides: list[str] | None) 
         if adapter.is_dir():
             require_adapter(adapter)
         raise LoraError(
-            f"{shown_name(adapter)} holds no {RECIPE_FILE}",
+            f"{shown_name(adapter)} contains no {RECIPE_FILE}",
             "--adapter",
             "name a recipe with `--recipe FILE`, for its task and data",
         )

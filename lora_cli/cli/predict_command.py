@@ -1,4 +1,4 @@
-"""`lora predict`: answer texts, the rows of a file, or a conversation."""
+"""`lora predict`: predict for texts, for the rows of a file, or in a conversation."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def predict(
         Path | None,
         typer.Option(
             "--input",
-            help="File of rows (csv, tsv, json lines, parquet, or a text a line), or a folder "
-            "of pictures or recordings.",
+            help="File with rows (csv, tsv, json lines, parquet, or one text per line), or a "
+            "folder of images or recordings.",
             callback=expand,
         ),
     ] = None,
@@ -38,13 +38,15 @@ def predict(
         Path | None,
         typer.Option(
             "--output",
-            help="File of the same rows with predictions.",
+            help="File to write: the same rows with predictions.",
             callback=expand,
         ),
     ] = None,
     interactive: Annotated[
         bool,
-        typer.Option("--interactive", help="Answer line by line; a chat model remembers."),
+        typer.Option(
+            "--interactive", help="Answer line by line; a chat model remembers earlier lines."
+        ),
     ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the output file, if it exists.")
@@ -53,7 +55,7 @@ def predict(
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Answer texts (or pictures), the rows of a file, or a conversation, with the adapted model."""
+    """Predict for texts (or images), for the rows of a file, or in a conversation."""
     if interactive:
         if texts or source or target or as_json:
             other = "texts, files or `--json`"
@@ -63,7 +65,7 @@ def predict(
         return
     _require_either(bool(texts), bool(source), bool(target))
     if target is not None and as_json:
-        what, hint = "`--json` prints answers to texts", "name the file so: `--output FILE.jsonl`"
+        what, hint = "`--json` prints answers to texts", "for a JSON file: `--output FILE.jsonl`"
         raise LoraError(what, "--json", hint)
     if source is not None and target is not None:
         from lora_cli.data.write_rows import reject_target
@@ -95,7 +97,7 @@ def _require_either(has_texts: bool, has_source: bool, has_target: bool) -> None
 def _predict_texts(
     model: nn.Module, task: Task, texts: list[str], accelerator: Accelerator, as_json: bool
 ) -> None:
-    """Print the answer to each text."""
+    """Print the answer for each text."""
     from lora_cli.evaluation.predict import answer
 
     rows = [task.parse_input(text) for text in texts]
@@ -154,11 +156,11 @@ def _converse(adapter: Path, recipe: Recipe) -> None:
     from lora_cli.evaluation.open_adapter import open_adapter
 
     def lines() -> Iterator[str]:
-        asking = sys.stdin.isatty()
-        if asking:
+        is_terminal = sys.stdin.isatty()
+        if is_terminal:
             typer.echo(HELP, err=True)
         while True:
-            if asking:
+            if is_terminal:
                 typer.echo("> ", nl=False, err=True)
             line = read_line(sys.stdin, note)
             if not line:

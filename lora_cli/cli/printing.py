@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from lora_cli.recipe import Recipe
 
 
-STARTS = {
-    "pissa": "at the largest singular values of the weights; saved as LoRA of twice the rank",
-    "olora": "at the QR decomposition of the weights; saved as LoRA of twice the rank",
-    "eva": "at the main directions of the train rows, which also decide the rank of each module",
-    "loftq": "at what quantising has taken from the weights; for this quantised base alone",
+INITIALISATIONS = {
+    "pissa": "from the largest singular values of the weights; saved as LoRA of twice the rank",
+    "olora": "from the QR decomposition of the weights; saved as LoRA of twice the rank",
+    "eva": "from the principal directions of the train rows, which also set each module's rank",
+    "loftq": "from the error of quantising the weights; only for this quantised base",
     "orthogonal": "at random, with B A = 0",
 }
 
@@ -33,7 +33,7 @@ def print_results(recipe: Recipe, report: dict[str, Any]) -> None:
 
     rows = results_table(report)
     if len(rows) > 1:
-        wide = len(rows[0]) > 5  # with baselines there are more columns than a terminal has room
+        wide = len(rows[0]) > 5  # baselines add more columns than fit into a terminal
         typer.echo(_table([list(line) for line in zip(*rows, strict=True)] if wide else rows))
         _print_definitions(report.get("metric_definitions") or {})
     if verdict := report.get("verdict"):
@@ -48,7 +48,7 @@ def print_results(recipe: Recipe, report: dict[str, Any]) -> None:
 def print_measured(
     results: dict[str, dict[str, float]], source: Path | None, definitions: dict[str, str]
 ) -> None:
-    """Print metrics by split, and what they measure; the split of a file is called by its name."""
+    """Print metrics by split, and their definitions; the name of a file stands for its split."""
     names = list(dict.fromkeys(name for metrics in results.values() for name in metrics))
     rows = [["metric", *([source.name] if source is not None else results)]]
     rows += [
@@ -60,47 +60,51 @@ def print_measured(
 
 
 def _print_definitions(definitions: dict[str, str]) -> None:
-    """Print what each metric measures."""
+    """Print the definition of each metric."""
     from lora_cli.errors import printable
 
     for name, words in definitions.items():
         typer.echo(f"{name}: {printable(words)}")
 
 
-def print_comparison(found: Comparison, as_json: bool) -> None:
+def print_comparison(comparison: Comparison, as_json: bool) -> None:
     """Print the comparison of a new adapter with an old one."""
     from lora_cli.reporting.report import strict
 
-    low, high = found.interval
+    low, high = comparison.interval
     if as_json:
-        facts = asdict(found) | {"worse": found.worse, "verdict": found.verdict}
+        facts = asdict(comparison) | {"worse": comparison.worse, "verdict": comparison.verdict}
         typer.echo(json.dumps(strict(facts), indent=2))
     else:
-        cells = (found.old, found.new)
-        row = [found.metric, *(f"{value:.4f}" for value in cells), f"{found.difference:+.4f}"]
+        cells = (comparison.old, comparison.new)
+        row = [
+            comparison.metric,
+            *(f"{value:.4f}" for value in cells),
+            f"{comparison.difference:+.4f}",
+        ]
         header = [
-            f"{found.split} ({counted(found.rows, 'row')})",
+            f"{comparison.split} ({counted(comparison.rows, 'row')})",
             "old",
             "new",
             "difference",
             "95 % interval",
         ]
         typer.echo(_table([header, [*row, f"{low:+.4f} to {high:+.4f}"]]))
-        _print_definitions({found.metric: found.definition})
-        typer.echo(f"interval: paired bootstrap, {found.resamples:,} resamples of the rows")
-        typer.echo(f"verdict: {found.verdict}")
+        _print_definitions({comparison.metric: comparison.definition})
+        typer.echo(f"interval: paired bootstrap, {comparison.resamples:,} resamples of the rows")
+        typer.echo(f"verdict: {comparison.verdict}")
 
 
 def print_parameters(
-    table: Sequence[ParameterRow], every: bool, as_json: bool, start: str = "default"
+    table: Sequence[ParameterRow], show_all: bool, as_json: bool, init: str = "default"
 ) -> None:
     """Print which parameters are trained, and their numbers.
 
     Args:
         table: A row for each parameter of the model.
-        every: Print them all, and not a row for each kind.
+        show_all: Print every parameter, instead of a row for each kind.
         as_json: Print JSON.
-        start: The recipe's `adapter.init`.
+        init: The recipe's `adapter.init`.
     """
     from lora_cli.adapters.count_parameters import group_rows
 
@@ -114,7 +118,7 @@ def print_parameters(
                     "total": total,
                     "trainable": trainable,
                     "trainable_percent": round(percent, 4),
-                    "init": start,
+                    "init": init,
                     "parameters": [
                         {
                             "name": r.name,
@@ -129,8 +133,8 @@ def print_parameters(
             )
         )
         return
-    rows = [["parameter", "times" if not every else "shape", "trained", "count"]]
-    if every:
+    rows = [["parameter", "times" if not show_all else "shape", "trained", "count"]]
+    if show_all:
         rows += [
             [r.name, " x ".join(map(str, r.shape)), "yes" if r.trainable else "", f"{r.count:,}"]
             for r in table
@@ -142,12 +146,12 @@ def print_parameters(
         ]
     typer.echo(_table(rows))
     typer.echo(f"\ntotal {total:,}  trainable {trainable:,}  ({percent:.4f} %)")
-    if start in STARTS or start.startswith("pissa"):
-        typer.echo(f"start {start}: {STARTS.get(start, STARTS['pissa'])}")
+    if init in INITIALISATIONS or init.startswith("pissa"):
+        typer.echo(f"init {init}: {INITIALISATIONS.get(init, INITIALISATIONS['pissa'])}")
 
 
 def _table(rows: list[list[str]]) -> str:
-    """Return rows as aligned columns, the first to the left, the others to the right."""
+    """Return rows as aligned columns: the first column left-aligned, the others right-aligned."""
     from lora_cli.characters import aligned
 
     return "\n".join(aligned(rows))

@@ -16,20 +16,20 @@ def push(
     adapter: Annotated[
         Path, typer.Option("--adapter", help="Output folder of `lora train`.", callback=expand)
     ],
-    to: Annotated[str, typer.Option("--to", metavar="USER/NAME", help="Repository of the Hub.")],
+    to: Annotated[str, typer.Option("--to", metavar="USER/NAME", help="Repository on the Hub.")],
     private: Annotated[
         bool, typer.Option("--private", help="Only you may read the repository, if it is new.")
     ] = False,
     revision: Annotated[
         str | None,
-        typer.Option("--revision", metavar="BRANCH", help="Branch, made if it is new."),
+        typer.Option("--revision", metavar="BRANCH", help="Branch; created if it does not exist."),
     ] = None,
     base: Annotated[
         str | None,
         typer.Option(
             "--base",
             metavar="USER/NAME",
-            help="Hub id of the base model, where the adapter names a folder of this machine.",
+            help="Hub id of the base model, if the adapter names a folder on this machine.",
         ),
     ] = None,
 ) -> None:

@@ -17,18 +17,18 @@ from lora_cli.errors import LoraError
 def params(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    every: Annotated[bool, typer.Option("--all", help="A row for every parameter.")] = False,
+    show_all: Annotated[bool, typer.Option("--all", help="Print every parameter.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """List and count the parameters that a recipe trains; the weights are not loaded."""
+    """List and count the parameters that a recipe trains, without loading weights."""
     loaded = options.load(recipe, overrides)
     options.quiet_libraries()
     from lora_cli.adapters.count_parameters import parameter_table
     from lora_cli.preprocessing.check_recipe import empty_adapted_model
 
     table = parameter_table(empty_adapted_model(loaded))
-    start = loaded.adapter.init if loaded.adapter.low_rank else "default"
-    print_parameters(table, every, as_json, start)
+    init = loaded.adapter.init if loaded.adapter.low_rank else "default"
+    print_parameters(table, show_all, as_json, init)
 
 
 def validate(
@@ -40,11 +40,11 @@ def validate(
     show: Annotated[
         int,
         typer.Option(
-            "--show", min=0, help="With --data: print so many encoded rows of each split instead."
+            "--show", min=0, help="With --data: print this many encoded rows per split instead."
         ),
     ] = 0,
 ) -> None:
-    """Check a recipe, its data and what it trains, without weights; print it with all values."""
+    """Check a recipe, its data and its targets without loading weights; print it in full."""
     loaded = options.load(recipe, overrides)
     if show and not data:
         what, at = "`--show` needs `--data`", "the arguments of `lora validate`"

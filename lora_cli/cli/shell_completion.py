@@ -1,7 +1,7 @@
-"""What the shell offers after TAB: the keys of a recipe and their values, for `--set`.
+"""Complete `--set` in the shell: the keys of a recipe, and their values.
 
-They are read from the text of `recipe/spec/`, which documents each key beneath it. To import it
-would take pydantic, and longer than one waits for a TAB.
+They are read from the source text of `recipe/spec/`, where the docstring of each key is below it.
+Importing it, and with it pydantic, would take too long for completion.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from pathlib import Path
 
 SPEC = Path(__file__).parents[1] / "recipe" / "spec"
 ROOT = "Recipe"
-DIVIDED = "_LORA_DIVIDED"
+PREFIX_VARIABLE = "_LORA_DIVIDED"
 HELP_WIDTH = 68
-Offer = tuple[str, str]  # what is inserted, and what it is
+Offer = tuple[str, str]  # the text to insert, and its description
 
 
 @dataclass(frozen=True)
@@ -29,20 +29,20 @@ class Key:
     name: str
     help: str
     sections: tuple[str, ...]
-    """The classes of its value, where that is a section."""
+    """The classes of its value, if that is a section."""
     values: tuple[str, ...]
-    """Values that are known: the choices, or the default."""
+    """Known values: the choices, or the default."""
     plain: bool
-    """Whether its value may be something else than a section."""
+    """Whether its value may be something other than a section."""
 
 
 def offer_overrides(incomplete: str) -> list[Offer]:
-    """Return what `--set` may go on with: keys, level by level, then the values of a key.
+    """Return completions for `--set`: keys, level by level, then the values of a key.
 
-    A key stands with `=` and again with each known value, so that the shell adds no space.
+    A key is offered with `=`, and again with each known value, so that the shell adds no space.
     """
-    divided = os.environ.get(DIVIDED, "")
-    incomplete = divided + incomplete
+    prefix_of_word = os.environ.get(PREFIX_VARIABLE, "")
+    incomplete = prefix_of_word + incomplete
     path, assigned, _ = incomplete.partition("=")
     above, _, last = path.rpartition(".")
     classes = _classes(file.read_text(encoding="utf-8") for file in SPEC.glob("*.py"))
@@ -55,18 +55,18 @@ def offer_overrides(incomplete: str) -> list[Offer]:
     else:
         found = [key for key in keys.values() if key.name.startswith(last)]
         offers = [offer for key in found for offer in _names(prefix, key)]
-        while len(offers) == 1 and offers[0][0].endswith("."):  # nothing else: go down at once
+        while len(offers) == 1 and offers[0][0].endswith("."):  # the only choice: descend at once
             prefix, keys = offers[0][0], _keys_of(classes, found[0].sections)
             found = list(keys.values())
             offers = [offer for key in found for offer in _names(prefix, key)]
         if len(found) == 1 and found[0].plain:
             offers += _assignments(prefix, found[0])
     offers = [offer for offer in dict.fromkeys(offers) if offer[0].startswith(incomplete)]
-    return [(text.removeprefix(divided), about) for text, about in offers]
+    return [(text.removeprefix(prefix_of_word), about) for text, about in offers]
 
 
 def offer_splits(incomplete: str) -> list[str]:
-    """Return the names of the splits."""
+    """Return the splits whose names begin with the typed text."""
     return [name for name in ("train", "validation", "test") if name.startswith(incomplete)]
 
 
@@ -88,7 +88,7 @@ Definitions = dict[str, ast.ClassDef | ast.expr]
 
 
 def _classes(texts: Iterable[str]) -> Definitions:
-    """Return the sections of the recipe, and the names that stand for several of them."""
+    """Return the sections of the recipe, and the type aliases that stand for several of them."""
     found: Definitions = {}
     for node in (node for text in texts for node in ast.parse(text).body):
         if isinstance(node, ast.ClassDef):
@@ -99,7 +99,7 @@ def _classes(texts: Iterable[str]) -> Definitions:
 
 
 def _keys_of(classes: Definitions, names: list[str] | tuple[str, ...]) -> dict[str, Key]:
-    """Return the keys of a section, which may be of several classes."""
+    """Return the keys of a section, which may have one of several classes."""
     keys: dict[str, Key] = {}
     for name in names:
         body = _body(classes, name)
@@ -117,7 +117,7 @@ def _keys_of(classes: Definitions, names: list[str] | tuple[str, ...]) -> dict[s
 
 
 def _body(classes: Definitions, name: str) -> list[ast.stmt]:
-    """Return the statements of a class, after those of the classes that it extends."""
+    """Return the statements of a class, preceded by those of its base classes."""
     section = classes[name]
     assert isinstance(section, ast.ClassDef)
     bases = [base.id for base in section.bases if isinstance(base, ast.Name)]
@@ -139,7 +139,7 @@ def _key(classes: Definitions, node: ast.AnnAssign, after: ast.stmt | None) -> K
     about = ""
     if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
         about = re.split(r"(?<=[.;])\s", str(after.value.value), maxsplit=1)[0].rstrip(".;")
-    # without what a shell, or rich, reads as its own
+    # without characters that are special for a shell or for rich
     about = textwrap.shorten(re.sub(r"[^\w\s.,;%/-]", "", about), HELP_WIDTH, placeholder="")
     values = tuple(dict.fromkeys(known.values))
     return Key(name, about, tuple(known.sections), values, known.plain)
@@ -150,7 +150,7 @@ def _word(value: object) -> str:
 
 
 class _Type:
-    """What an annotation allows."""
+    """The values that a type annotation allows."""
 
     def __init__(self) -> None:
         self.sections: list[str] = []
@@ -181,11 +181,11 @@ class _Type:
                 self.plain = True
 
 
-def join_words() -> None:
-    """Put together what bash has divided at `=`, before the words are read.
+def join_split_words() -> None:
+    """Join the words that bash has split at `=`, before they are read.
 
-    Of `--set train.precision=f` bash makes three words and replaces the last alone, so the others
-    are kept aside.
+    Bash splits `train.precision=f` into three words and only replaces the last one, so the text
+    before it is kept in an environment variable.
     """
     words, at = os.environ.get("COMP_WORDS", "").split("\n"), int(os.environ.get("COMP_CWORD", 0))
     joined: list[str] = []
@@ -196,5 +196,5 @@ def join_words() -> None:
             joined.append(word)
     key, assigned, value = joined[-1].partition("=")
     if assigned and not key.startswith("-"):
-        os.environ[DIVIDED], joined[-1] = key + assigned, value
+        os.environ[PREFIX_VARIABLE], joined[-1] = key + assigned, value
     os.environ |= {"COMP_WORDS": "\n".join(joined), "COMP_CWORD": str(len(joined) - 1)}

@@ -1,4 +1,4 @@
-"""Standard input, output and error that are closed, or cannot be written to."""
+"""Handle standard streams that are closed, or that cannot be written to."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import Any
 from lora_cli.broken_pipe import guard_output
 from lora_cli.errors import ResourceError
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EBADF)
+WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EBADF)
 
 
 def prepare_streams() -> None:
-    """Replace closed streams by `/dev/null`, and let a run go on if its log cannot be written.
+    """Replace closed streams by `/dev/null`, and let a run continue if its log cannot be written.
 
-    The number of a closed stream would be given to the next file that is opened, and whatever a
+    Otherwise the next file that is opened would get the number of a closed stream, and what a
     library prints would be written into that file.
     """
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
@@ -32,10 +32,8 @@ def prepare_streams() -> None:
             opened = number
         stream = open(opened, mode, encoding="utf-8")  # noqa: SIM115 - for the whole run
         setattr(sys, name, stream)
-    for stream in (
-        sys.stdout,
-        sys.stderr,
-    ):  # whose encoding may not have every character of the data
+    for stream in (sys.stdout, sys.stderr):
+        # its encoding may lack characters of the data
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     guard_output()
@@ -54,12 +52,12 @@ def _is_open(number: int) -> bool:
 
 
 class _Stream:
-    """A stream whose disk or pipe may be full.
+    """A stream whose disk may be full.
 
     Args:
         stream: The stream to write to.
-        is_log: Whether text that cannot be written is dropped. The output of a command is not
-            dropped; that it cannot be written is an error.
+        is_log: Whether to drop text that cannot be written. For the output of a command, which is
+            no log, this is an error.
     """
 
     def __init__(self, stream: io.TextIOWrapper, is_log: bool) -> None:
@@ -70,7 +68,7 @@ class _Stream:
 
     def write(self, text: str) -> int:
         """Write a text."""
-        with self._warned():
+        with self._handled_errors():
             self._stream.write(text)
         return len(text)
 
@@ -81,18 +79,18 @@ class _Stream:
 
     def flush(self) -> None:
         """Write what is buffered."""
-        with self._warned():
+        with self._handled_errors():
             self._stream.flush()
 
     @contextmanager
-    def _warned(self) -> Iterator[None]:
+    def _handled_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            if error.errno not in FULL:  # such as a pipe that nobody reads any more
+            if error.errno not in WRITE_ERRORS:  # such as a pipe whose reader has closed it
                 raise
             if self._is_log:
                 return
             what = f"the output cannot be printed: {(error.strerror or str(error)).lower()}"
-            hint = "let stdout be a file or a pipe that takes it; files that were written are whole"
+            hint = "redirect stdout elsewhere; files that were already written are complete"
             raise ResourceError(what, "stdout", hint) from None
