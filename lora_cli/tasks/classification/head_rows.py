@@ -39,8 +39,7 @@ def arrange_rows(
 
     Args:
         model: The loaded model, with a row for each of `labels`; it is changed in place.
-        missing: The names of the parameters that were initialised at random, since the checkpoint
-            lacks them or has another number of rows. It is changed in place: a parameter of the
+        missing: The names of the parameters that were initialised at random. A parameter of the
             last layer is removed if all its rows come from the checkpoint, and otherwise added.
         labels: The labels of the recipe, in order.
         base: The configuration of the base, with its labels.

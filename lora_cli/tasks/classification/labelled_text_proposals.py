@@ -292,12 +292,8 @@ def _keys_for_label(
         if with_unit > len(label.counts) / 2:
             example = next(value for value in label.counts if WITH_UNIT.fullmatch(value))
             hint = f"to predict numbers, write them alone, without what stands in `{example}`"
-        raise LoraError(
-            f"`{label.name}` has {counted(len(label.counts), 'value')} in "
-            f"{counted(label.count, 'row')}: no label",
-            place,
-            hint,
-        )
+        what = f"`{label.name}` has {counted(len(label.counts), 'value')} in "
+        raise LoraError(what + f"{counted(label.count, 'row')}: no label", place, hint)
     return keys, why, label.counts
 
 
