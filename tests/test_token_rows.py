@@ -15,7 +15,7 @@ import tiny_translators as translators
 import torch
 from closeness import assert_close, assert_different
 from torch import Tensor, nn
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from lora_cli.adapters.attach import attach, disabled, remove_layers, trainable_parameters
 from lora_cli.adapters.load_adapter import load_adapter
@@ -297,6 +297,35 @@ def test_an_encoder_decoder_gets_new_tokens(kind: str, tmp_path: Path) -> None:
     assert_close(found, wanted, 1e-5)
     empty = opened_task.empty_model()[0]  # has no values to draw rows from
     assert empty.get_input_embeddings().weight.shape == ours.get_input_embeddings().weight.shape
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["bart", "mbart", "nllb", "pegasus", "led", "marian", "t5"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_new_tokens_leave_what_the_model_says_of_old_ones(
+    kind: str, tied: bool, tmp_path: Path
+) -> None:
+    base = translators.save(tmp_path / "base", kind)
+    config = AutoConfig.from_pretrained(base, tie_word_embeddings=tied)
+    plain = tiny.enliven(AutoModelForSeq2SeqLM.from_config(config))
+    plain.save_pretrained(base)
+    plain = AutoModelForSeq2SeqLM.from_pretrained(base).eval()
+    ids = torch.tensor([[5, 8, 9, 2]])
+    options = {"input_ids": ids, "decoder_input_ids": ids.flip(1)}
+    wanted = plain(**options).logits
+    columns = {"source_column": "text", "target_column": "label"}
+    task = {"type": "seq2seq_lm", **columns, **translators.languages(kind)}
+    sections = {"task": task, "model": {"name": str(base), "add_tokens": ["<a>", "<b>"]}}
+    embeddings = {m.weight for m in plain.modules() if isinstance(m, nn.Embedding)}
+    words = {w for w in embeddings if len(w) == config.vocab_size}
+    if len(words) > 1:  # the encoder and the decoder have embeddings of their own
+        with pytest.raises(LoraError, match="encoder.embed_tokens` by `.*shared`"):
+            opened(tmp_path, base, **sections)
+        return
+    _, ours = opened(tmp_path, base, **sections)
+    found = ours.eval()(**options).logits
+    assert found.shape[-1] == wanted.shape[-1] + 2
+    assert_close(found[..., :-2], wanted, 1e-6)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -83,9 +82,7 @@ def _ids_of(token: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 @torch.no_grad()
-def grow_vocabulary(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]
-) -> None:
+def grow_vocabulary(model: nn.Module, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
     """Add rows for new tokens to a model's embeddings, each the mean of the old rows.
 
     The mean does not depend on random numbers, so a reloaded model has the same rows.
@@ -93,8 +90,12 @@ def grow_vocabulary(
     Args:
         model: The loaded model, or a model on the meta device; changed in place.
         tokenizer: The tokenizer, with the new tokens.
-        tokens: All tokens that the recipe adds; some may be in the base's vocabulary already.
+        recipe: Its `model.add_tokens` are the new tokens, of which the base may have some already.
+
+    Raises:
+        LoraError: If resizing would replace an embedding by another one.
     """
+    tokens = recipe.model.add_tokens
     if not tokens:
         return
     ids = sorted(int(tokenizer.convert_tokens_to_ids(token)) for token in tokens)
@@ -103,9 +104,15 @@ def grow_vocabulary(
     resizable: Any = model
     rows = resizable.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
+        weights = _embedding_weights(model)
         with torch.random.fork_rng(devices=[]):  # resizing initialises the rows at random
             torch.manual_seed(0)
             _resize(resizable, len(tokenizer))
+        if replaced := _replaced(weights, _embedding_weights(model)):
+            name, other = replaced
+            what = f"with more tokens, transformers would replace `{name}` by `{other}`"
+            hint = "this base has an embedding for each of its sides: leave `add_tokens` out"
+            raise LoraError(what, recipe.at("model.add_tokens"), hint)
     if not ids:
         return
     for module in {resizable.get_input_embeddings(), resizable.get_output_embeddings()} - {None}:
@@ -113,6 +120,25 @@ def grow_vocabulary(
             if isinstance(tensor, Tensor) and not tensor.is_meta and tensor.shape[0] > max(ids):
                 mean = tensor[: min(n_old, rows)].float().mean(0)
                 tensor[ids] = mean.to(tensor.dtype)
+
+
+def _embedding_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the weights of a model's embeddings, by each of their names."""
+    named = model.named_modules(remove_duplicate=False)
+    return {name: module.weight for name, module in named if isinstance(module, nn.Embedding)}
+
+
+def _replaced(
+    before: dict[str, nn.Parameter], after: dict[str, nn.Parameter]
+) -> tuple[str, str] | None:
+    """Return two embeddings that had weights of their own before and are one now, or None."""
+    for name, weight in after.items():
+        for other, other_weight in after.items():
+            if name == other:
+                break
+            if weight is other_weight and before[name] is not before[other]:
+                return name, other
+    return None
 
 
 def _resize(model: Any, size: int) -> None:

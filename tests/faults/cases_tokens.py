@@ -123,6 +123,25 @@ CASES.append(
 )
 
 
+def _two_embeddings(world: World) -> Printed:
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    base = tiny_translators.save(world.folder / "base", "bart")
+    config = BartConfig.from_pretrained(base, tie_word_embeddings=False)
+    BartForConditionalGeneration(config).save_pretrained(base)
+    world.write("rows.jsonl", '{"source": "a warm film", "target": "fun"}\n' * 4)
+    recipe = world.recipe(
+        model={"name": "./base", "add_tokens": ["<a>"]}, data={"path": "rows.jsonl"},
+        task={"type": "seq2seq_lm"}, evaluate={"baseline": False},
+    )  # fmt: skip
+    return world.lora("validate", recipe)
+
+
+CASES.append(
+    Case("Models", "a new token where encoder and decoder have own embeddings", _two_embeddings)
+)
+
+
 def _combine(world: World) -> Printed:
     _saved(world, [5, 9], {EMBEDDING: ROWS})
     return world.lora("combine", "saved", "saved", "--to", "both")

@@ -267,14 +267,14 @@ class TextTask(Task):
         # cuDNN's attention would plan its kernels again for each new length
         self.pad_multiple = 8 if device.type == "cuda" else 1
         model, new = super().load_model(device, dtype)
-        grow_vocabulary(model, self.tokenizer, self.recipe.model.add_tokens)
+        grow_vocabulary(model, self.tokenizer, self.recipe)
         return model, new
 
     def empty_model(self) -> tuple[nn.Module, list[str]]:
         """Return the same as `load_model`, but without weights."""
         model, new = super().empty_model()
         if self.recipe.model.add_tokens:
-            grow_vocabulary(model, self.tokenizer, self.recipe.model.add_tokens)
+            grow_vocabulary(model, self.tokenizer, self.recipe)
         return model, new
 
     def fit_to_model(self, model: nn.Module, longest: int | None = None) -> None:
