@@ -319,7 +319,7 @@ def test_new_tokens_leave_what_the_model_says_of_old_ones(
     embeddings = {m.weight for m in plain.modules() if isinstance(m, nn.Embedding)}
     words = {w for w in embeddings if len(w) == config.vocab_size}
     if len(words) > 1:  # the encoder and the decoder have embeddings of their own
-        with pytest.raises(LoraError, match="encoder.embed_tokens` by `.*shared`"):
+        with pytest.raises(LoraError, match=r"encoder.embed_tokens` by `.*shared`"):
             opened(tmp_path, base, **sections)
         return
     _, ours = opened(tmp_path, base, **sections)

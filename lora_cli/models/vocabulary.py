@@ -122,15 +122,13 @@ def grow_vocabulary(model: nn.Module, tokenizer: PreTrainedTokenizerBase, recipe
                 tensor[ids] = mean.to(tensor.dtype)
 
 
-def _embedding_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+def _embedding_weights(model: nn.Module) -> dict[str, Tensor]:
     """Return the weights of a model's embeddings, by each of their names."""
     named = model.named_modules(remove_duplicate=False)
     return {name: module.weight for name, module in named if isinstance(module, nn.Embedding)}
 
 
-def _replaced(
-    before: dict[str, nn.Parameter], after: dict[str, nn.Parameter]
-) -> tuple[str, str] | None:
+def _replaced(before: dict[str, Tensor], after: dict[str, nn.Parameter]) -> tuple[str, str] | None:
     """Return two embeddings that had weights of their own before and are one now, or None."""
     for name, weight in after.items():
         for other, other_weight in after.items():
