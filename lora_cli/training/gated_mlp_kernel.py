@@ -238,7 +238,9 @@ def _gradients(
     ranks = gate_b.shape[1], up_b.shape[1], len(a)
     n_columns = gate.shape[-1]
     n_tokens = gate.numel() // n_columns
-    tokens = TOKENS if max(ranks) <= 16 else TOKENS // 2  # for the same number of registers
+    # a large rank, and the numbers for a mask, need registers
+    tokens = TOKENS if max(ranks) <= 16 else TOKENS // 2
+    columns = COLUMNS if down_seed is None else COLUMNS // 2
     n_segments = triton.cdiv(n_tokens, SEGMENT)
     n_blocks = triton.cdiv(n_tokens, max(n_segments, 1) * tokens)
     dgate, dup = torch.empty_like(parts[0]), torch.empty_like(parts[0])
@@ -247,10 +249,10 @@ def _gradients(
     ]
     if n_tokens:
         with torch.cuda.device(gate.device):
-            _backward[triton.cdiv(n_columns, COLUMNS), n_segments](
+            _backward[triton.cdiv(n_columns, columns), n_segments](
                 *parts, a, dy.contiguous(), through_h, dgate, dup, *sums, down_seed,
                 n_tokens, n_columns, *ranks, 1 / (1 - down_p), threshold_of(down_p), n_blocks,
-                TOKENS=tokens, COLUMNS=COLUMNS, STAGES=_stages(gate.device), IS_GELU=is_gelu,
+                TOKENS=tokens, COLUMNS=columns, STAGES=_stages(gate.device), IS_GELU=is_gelu,
                 DROPOUT=down_seed is not None and len(a) > 0,
                 num_warps=BACKWARD_WARPS, **_block_ranks(*ranks),
             )  # fmt: skip
