@@ -406,6 +406,21 @@ def test_the_kernel_of_gated_mlps_changes_what_is_kept(
     assert on_cpu.products == []
 
 
+@pytest.mark.parametrize("used", [False, True])
+def test_the_report_says_whether_attention_has_a_kernel(
+    used: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stub = SimpleNamespace(uses_short_attention=lambda compute: (compute(), used)[1])
+    monkeypatch.setitem(sys.modules, "lora_cli.training.short_attention", stub)
+    monkeypatch.setattr(torch, "compile", lambda forward, **_: forward)
+    model = Layered()
+    layers = CompiledLayers(model, few_shapes=True)
+    layers.on_gpu = True
+    layers.choose_products(lambda: model(torch.ones(1, 2), False))
+    by_kernel = " (attention over short rows by a kernel of our own)"
+    assert layers.kind == "compiled layers" + (by_kernel if used else "")
+
+
 def test_layers_that_are_alike_are_those_of_lists_of_at_least_two() -> None:
     few = nn.ModuleList(nn.Linear(3, 3) for _ in range(2))
     single, unlike = nn.ModuleList([nn.Linear(9, 9)]), nn.ModuleList([nn.Linear(9, 9), nn.ReLU()])

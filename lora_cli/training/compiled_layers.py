@@ -86,6 +86,11 @@ class CompiledLayers:
         """
         if self.few_shapes:
             self.products = stacked_products(self.layers, compute)
+            if self.on_gpu:
+                from lora_cli.training.short_attention import uses_short_attention
+
+                if uses_short_attention(compute):
+                    self.kind += " (attention over short rows by a kernel of our own)"
         elif self.on_gpu:  # torch compiles with Triton there, so the kernel can use it too
             from lora_cli.training.gated_mlp import GatedMLPs
 

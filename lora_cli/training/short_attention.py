@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,13 +17,38 @@ MAX_SEED = 2**31 - 1  # exclusive, for the random seeds of dropout
 
 
 @contextmanager
-def short_attention_in_use() -> Iterator[None]:
-    """Within the context, let models with `sdpa` attention use the kernel if it supports a row."""
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = _attention  # overrides transformers' entry
+def short_attention_in_use(attention: Callable[..., Any] | None = None) -> Iterator[None]:
+    """Within the context, let models with `sdpa` attention use the kernel if it supports a row.
+
+    Args:
+        attention: The function to use instead.
+    """
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = attention or _attention  # overrides transformers' entry
     try:
         yield
     finally:
         del ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+
+@torch.no_grad()
+def uses_short_attention(compute: Callable[[], Any]) -> bool:
+    """Return whether the kernel supports an attention layer of a forward pass.
+
+    Args:
+        compute: Runs the forward pass, by layers that are not compiled.
+    """
+    supported: list[bool] = []
+
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
+    ) -> Any:
+        is_causal = _is_causal(module, options.get("is_causal"))
+        supported.append(_is_supported(query, key, value, mask, is_causal, options))
+        return sdpa_attention_forward(module, query, key, value, mask, **options)
+
+    with short_attention_in_use(attention):
+        compute()
+    return any(supported)
 
 
 def _attention(
@@ -50,9 +75,8 @@ def _attention(
         is_causal: Whether attention is causal, if there is no mask.
         options: Further arguments of some models.
     """
-    if is_causal is None:
-        is_causal = getattr(module, "is_causal", True)
-    if not _is_supported(query, key, value, attention_mask, bool(is_causal), options):
+    is_causal = _is_causal(module, is_causal)
+    if not _is_supported(query, key, value, attention_mask, is_causal, options):
         result: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, **options
         )
@@ -61,6 +85,10 @@ def _attention(
     seeds = torch.randint(MAX_SEED, (2,), dtype=torch.int32, device=query.device)
     outputs, _ = short_attention(query, key, value, attention_mask, seeds, scale, float(dropout))
     return outputs, None
+
+
+def _is_causal(module: nn.Module, is_causal: bool | None) -> bool:
+    return bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
 
 
 def _is_supported(
