@@ -25,7 +25,7 @@ from lora_cli.tasks.generation.output_head import HiddenStates
 from lora_cli.tasks.teachers.distillation_loss import (
     TopTokens,
     label_divergence,
-    marks_divergence,
+    multi_label_divergence,
     token_divergence,
     top_tokens,
 )
@@ -115,7 +115,7 @@ def test_divergences_are_the_sums_that_they_stand_for(temperature: float) -> Non
     p, q = (torch.sigmoid(z / temperature) for z in (teacher, student))
     each = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
     wanted = temperature**2 * each.sum(-1)
-    torch.testing.assert_close(marks_divergence(student, teacher, temperature), wanted)
+    torch.testing.assert_close(multi_label_divergence(student, teacher, temperature), wanted)
 
 
 @pytest.mark.parametrize("size", [10, 64, 65, 400])
@@ -213,7 +213,7 @@ def test_several_labels_are_compared_one_by_one(tmp_path: Path) -> None:
     read = AutoTokenizer.from_pretrained(tmp_path / "teacher")
     with torch.no_grad():
         said = teacher(**read(rows[0]["text"], return_tensors="pt")).logits[:, [1, 0]]
-    assert_close(found["teacher"][:1], marks_divergence(logits[:1], said, 3.0))
+    assert_close(found["teacher"][:1], multi_label_divergence(logits[:1], said, 3.0))
 
 
 @pytest.mark.slow
@@ -474,7 +474,7 @@ def test_a_teacher_of_other_labels_is_rejected(
 def test_labels_match_whatever_their_case_and_by_number(tmp_path: Path) -> None:
     tiny.save_encoder(tmp_path / "teacher", ["GOOD", "Bad"], seed=3)
     task, *_ = opened(classifier(tmp_path, teacher="./teacher"))
-    assert task.order.tolist() == [1, 0]  # type: ignore[attr-defined]
+    assert task.teacher_positions.tolist() == [1, 0]  # type: ignore[attr-defined]
 
 
 def test_a_teacher_without_a_head_is_rejected(tmp_path: Path) -> None:

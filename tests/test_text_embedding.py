@@ -438,17 +438,17 @@ def plain_ranks(cosines: np.ndarray[Any, Any], right: set[int], without: set[int
 
 
 @pytest.mark.parametrize(("at_once", "sizes"), [(100, [3] * 3 + [1]), (19, [1] * 10)])
-def test_so_many_cosines_are_computed_at_once(
+def test_cosines_in_memory_are_limited(
     at_once: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embedding_search, "AT_ONCE", at_once)
-    own, found = embedding_search._found, []
+    monkeypatch.setattr(embedding_search, "MAX_COSINES", at_once)
+    own, found = embedding_search._results, []
 
     def noted(cosines: Tensor, right: Tensor) -> Any:
         found.append(len(cosines))
         return own(cosines, right)
 
-    monkeypatch.setattr(embedding_search, "_found", noted)
+    monkeypatch.setattr(embedding_search, "_results", noted)
     vectors = np.random.default_rng(0).normal(size=(30, 4)).astype(np.float32)
     corpus, _ = pairs_corpus(vectors[:10], vectors[:10], range(10), range(100, 110))
     assert len(search(replace(corpus, texts=vectors))) == 10
@@ -503,7 +503,9 @@ def test_ranks_are_those_of_sentence_transformers() -> None:
 
 
 def test_a_search_ranks_as_sorting_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lora_cli.tasks.embeddings.embedding_search.AT_ONCE", 100)  # several parts
+    monkeypatch.setattr(
+        "lora_cli.tasks.embeddings.embedding_search.MAX_COSINES", 100
+    )  # several parts
     generator = np.random.default_rng(1)
     vectors = generator.normal(size=(30, 4)).astype(np.float32)
     texts = [i % 25 for i in range(30)]  # the last five texts are there twice

@@ -19,7 +19,7 @@ from lora_cli.tasks.task_rows import TaskRows
 from lora_cli.tasks.teachers.distillation_loss import (
     TopTokens,
     label_divergence,
-    marks_divergence,
+    multi_label_divergence,
     token_divergence,
     top_tokens,
 )
@@ -37,7 +37,7 @@ def order(theirs: list[str], ours: list[str]) -> list[int]:
     own: Any = SimpleNamespace(
         labels=ours, teacher=SimpleNamespace(task=SimpleNamespace(labels=theirs))
     )
-    return DistilledClassification._order(own)
+    return DistilledClassification._find_teacher_positions(own)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_the_losses_of_labels_are_those_of_rows_that_have_one(
         monkeypatch.setattr(kind, "losses", losses, raising=False)
     own: Any = object.__new__(DistilledSequenceClassification)
     own.label_spec = SimpleNamespace(problem="multi_label" if several else "single_label")
-    own.order = torch.tensor([1, 0])
+    own.teacher_positions = torch.tensor([1, 0])
     own.teacher = SimpleNamespace(spec=SimpleNamespace(temperature=2.0))
     labels = torch.tensor([[1, 0], [IGNORED] * 2] if several else [1, IGNORED])
     torch.manual_seed(0)
@@ -159,7 +159,7 @@ def test_the_losses_of_labels_are_those_of_rows_that_have_one(
     batch = Batch(inputs, targets, items, 7, [3, 4])
     found = own.losses(None, output, batch)
     assert found["loss"].tolist() == [5.0, 0.0]
-    compare = marks_divergence if several else label_divergence
+    compare = multi_label_divergence if several else label_divergence
     torch.testing.assert_close(found["teacher"], compare(output, said[:, [1, 0]], 2.0))
     (read,) = given
     assert read.inputs is inputs
@@ -201,7 +201,7 @@ class Reader:
 )
 def test_tokens_have_to_be_those_of_the_teacher(theirs: Reader, ours: Reader, said: str) -> None:
     own: Any = SimpleNamespace(
-        reader_of_teacher=SimpleNamespace(tokenizer=theirs), tokenizer=ours,
+        teacher_task=SimpleNamespace(tokenizer=theirs), tokenizer=ours,
         recipe=SimpleNamespace(model=SimpleNamespace(name="m")),
     )  # fmt: skip
     if not said:
@@ -218,7 +218,7 @@ def test_tokens_that_only_fill_up_an_embedding_are_not_compared(
 ) -> None:
     text = SimpleNamespace(vocab_size=known)
     config = SimpleNamespace(get_text_config=lambda: text)
-    own: Any = SimpleNamespace(reader_of_teacher=SimpleNamespace(config=config))
+    own: Any = SimpleNamespace(teacher_task=SimpleNamespace(config=config))
     assert DistilledCausalLM._n_tokens(own, torch.zeros(3, scored)) == compared
 
 
@@ -274,7 +274,7 @@ def test_the_teacher_s_term_of_a_row_is_the_sum_over_its_trained_tokens(
     answers = said(1)
     monkeypatch.setattr(CausalLM, "losses", lambda *_: {"loss": torch.tensor([7.0, 8.0])})
     monkeypatch.setattr(
-        DistilledCausalLM, "reader_of_teacher",
+        DistilledCausalLM, "teacher_task",
         SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(
             vocab_size=6))),
     )  # fmt: skip
@@ -305,14 +305,14 @@ def test_answers_are_kept_for_each_example(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_what_was_kept_is_used_where_both_parts_are_there() -> None:
     answers = said(4)
-    kept = DistilledCausalLM._kept(batch(teacher_top_ids=answers.ids,
+    kept = DistilledCausalLM._cached_answers(batch(teacher_top_ids=answers.ids,
                                       teacher_top_log_p=answers.log_p))  # fmt: skip
     assert kept is not None
     assert torch.equal(kept.ids, answers.ids)
     assert torch.equal(kept.log_p, answers.log_p)
-    assert DistilledCausalLM._kept(batch()) is None
-    assert DistilledCausalLM._kept(batch(teacher_top_ids=answers.ids)) is None
-    assert DistilledCausalLM._kept(batch(teacher_top_log_p=answers.log_p)) is None
+    assert DistilledCausalLM._cached_answers(batch()) is None
+    assert DistilledCausalLM._cached_answers(batch(teacher_top_ids=answers.ids)) is None
+    assert DistilledCausalLM._cached_answers(batch(teacher_top_log_p=answers.log_p)) is None
 
 
 @pytest.mark.parametrize("mark", [{}, {"taught": 1}])
@@ -347,7 +347,7 @@ def test_of_the_teacher_s_scores_those_of_the_student_s_tokens_count(
     logits = torch.randn(2, 4, scored)
     asked: list[Any] = []
     reader = SimpleNamespace(logits=lambda *given: asked.append(given) or logits)
-    monkeypatch.setattr(DistilledCausalLM, "reader_of_teacher", reader)
+    monkeypatch.setattr(DistilledCausalLM, "teacher_task", reader)
     text = SimpleNamespace(vocab_size=own_size)
     given = batch()
     found = taught(config=SimpleNamespace(get_text_config=lambda: text)).answers(given)

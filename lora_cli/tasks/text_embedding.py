@@ -1,4 +1,4 @@
-"""Turn texts into vectors, so that texts of like meaning are near each other."""
+"""Embeds texts as vectors, so that texts of similar meaning are near each other."""
 
 from __future__ import annotations
 
@@ -20,15 +20,20 @@ from lora_cli.recipe import Recipe, TextEmbeddingSpec
 from lora_cli.tasks.embeddings.embedding_losses import NEGATIVE, POSITIVE, embedding_losses
 from lora_cli.tasks.embeddings.embedding_proposals import propose_embedding
 from lora_cli.tasks.embeddings.embedding_rows import EmbeddingRows
-from lora_cli.tasks.embeddings.embedding_search import Found, labelled_corpus, pairs_corpus, search
+from lora_cli.tasks.embeddings.embedding_search import (
+    SearchResult,
+    labelled_corpus,
+    pairs_corpus,
+    search,
+)
 from lora_cli.tasks.examples import MAIN, Batch, Encoded, Example, Prediction
 from lora_cli.tasks.finite_scores import require_finite
 from lora_cli.tasks.texts.padding import fill, mask_of, positions_of
 from lora_cli.tasks.texts.text_task import forward_parameters
 
-UNUSED = "pooler"  # of BERT and its kin, trained for another task; no embedding comes from it
-DIGITS = 9  # of a number of an embedding, which bring float32 back exactly
-SHOWN = 8  # numbers of an embedding that are printed
+UNUSED_MODULE = "pooler"  # of BERT and similar models; no pooling uses it
+DIGITS = 9  # decimal digits that represent a float32 exactly
+N_SHOWN = 8  # numbers of an embedding that are printed
 
 
 class TextEmbedding(EmbeddingRows):
@@ -49,7 +54,7 @@ class TextEmbedding(EmbeddingRows):
 
     @property
     def loss_definition(self) -> str:
-        """What the loss measures."""
+        """The definition of the loss, for the report."""
         spec = self.spec
         match spec.loss_in_effect:
             case "in_batch_negatives":
@@ -71,14 +76,14 @@ class TextEmbedding(EmbeddingRows):
     # ------------------------------------------------------------------------------- batches
 
     def collate(self, examples: Sequence[Example]) -> Batch:
-        """Return the texts of the examples as one batch: all anchors, all positives, the rest."""
+        """Return the texts of examples as one batch: all anchors, all positives, all negatives."""
         found: list[tuple[int, int, Any, int]] = []  # role, example, tokens, hash
         for i, example in enumerate(examples):
             ends = np.cumsum(example["lengths"]).tolist()
             for n, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
                 tokens = example["input_ids"][start:end]
                 found.append((min(n, NEGATIVE), i, tokens, int(example["texts"][n])))
-        found.sort(key=lambda text: text[0])  # stable: in each role by example
+        found.sort(key=lambda text: text[0])  # stable, so texts of the same role keep their order
         ids = [tokens for _, _, tokens, _ in found]
         options = (self.pad_multiple, self.padding)
         inputs = {
@@ -101,7 +106,7 @@ class TextEmbedding(EmbeddingRows):
 
     @property
     def _pad(self) -> int:
-        """What rows are filled with; it is masked by its position, so any token will do."""
+        """The token id for padding, which may be any, since padding is masked by position."""
         ids = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
         return int(next((token for token in ids if token is not None), 0))
 
@@ -110,18 +115,18 @@ class TextEmbedding(EmbeddingRows):
     def load_model(
         self, device: torch.device, dtype: torch.dtype | str | None = None
     ) -> tuple[nn.Module, list[str]]:
-        """Return the base model; there is no head."""
+        """Return the base model, to which no head is added."""
         model, _ = super().load_model(device, dtype)
-        self.drawn = frozenset()  # a pooler that the checkpoint lacks takes no part
-        return mark_frozen(model, [UNUSED]), []
+        self.drawn = frozenset()  # a pooler may be missing in the checkpoint, since it is not used
+        return mark_frozen(model, [UNUSED_MODULE]), []
 
     def empty_model(self) -> tuple[nn.Module, list[str]]:
-        """Return the same without weights."""
+        """Return the same model without weights."""
         model, _ = super().empty_model()
-        return mark_frozen(model, [UNUSED]), []
+        return mark_frozen(model, [UNUSED_MODULE]), []
 
     def save_processor(self, folder: Path, facts: dict[str, Any] | None = None) -> None:
-        """Write the tokenizer, and what sentence-transformers reads, into a folder."""
+        """Write the tokenizer and the files of sentence-transformers into a folder."""
         super().save_processor(folder, facts)
         prompts = {"query": self.anchor_prompt, "document": self.positive_prompt}
         width = int(self.config.get_text_config().hidden_size)
@@ -135,7 +140,7 @@ class TextEmbedding(EmbeddingRows):
         mask, taken = inputs["attention_mask"], self._taken(inputs, takes)
         if self.padding.side != "none":
             return self._pooled(model(**taken, **options).last_hidden_state, mask)
-        lengths = mask.sum(-1)  # filled on the right
+        lengths = mask.sum(-1)  # padding is on the right
         found: Tensor | None = None
         for length in sorted(set(lengths.tolist())):
             those = (lengths == length).nonzero().squeeze(-1)
@@ -147,7 +152,7 @@ class TextEmbedding(EmbeddingRows):
         return found
 
     def _pooled(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        """Return one vector for each text, of the vectors of its tokens (B, T, D)."""
+        """Return one vector for each text (B, D), from its hidden states (B, T, D) and mask."""
         if hidden.dtype in (torch.float16, torch.bfloat16):
             hidden = hidden.float()
         lines = torch.arange(len(hidden), device=hidden.device)
@@ -163,22 +168,22 @@ class TextEmbedding(EmbeddingRows):
         return nn.functional.normalize(vectors, dim=-1) if self.normalize else vectors
 
     def tensor_of(self, output: Any) -> Tensor:
-        """Return what of a model's output is compared: the vectors of all tokens."""
+        """Return the hidden states of all tokens, by which two models are compared (B, T, D)."""
         hidden: Tensor = output.last_hidden_state
         return hidden
 
     # -------------------------------------------------------------------- loss and predictions
 
     def losses(self, model: nn.Module, output: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """Return the loss of each example, of a batch that is a whole step."""
+        """Return the loss of each example (B,) of a batch that is a whole step."""
         return {MAIN: embedding_losses(output, batch.targets, self.spec)}
 
     def predict(self, model: nn.Module, batch: Batch) -> list[Prediction]:
-        """Return the embeddings of each example; `compared` makes answers of them."""
+        """Return the embeddings of each example, from which `compared` computes predictions."""
         return self.predictions(model, self.output(model, batch), batch)
 
     def predictions(self, model: nn.Module, output: Tensor, batch: Batch) -> list[Prediction]:
-        """Return the embeddings of each example, and a loss of NaN if one is not finite."""
+        """Return the embeddings of each example, with a loss of NaN if they are not finite."""
         vectors = output.float().cpu().numpy()
         facts = {name: values.cpu().numpy() for name, values in batch.targets.items()}
         found = []
@@ -192,26 +197,28 @@ class TextEmbedding(EmbeddingRows):
         return found
 
     def compared(self, found: Sequence[Prediction], split: Encoded) -> list[Prediction]:
-        """Return for each row what its anchor finds in the split, or how near its pair is."""
-        vectors = [one.outputs[0] for one in found]
-        facts = [one.outputs[1] for one in found]
-        rows = [one.row for one in found]
+        """Return for each row the search result of its anchor, or the cosine of its pair."""
+        vectors = [prediction.outputs[0] for prediction in found]
+        facts = [prediction.outputs[1] for prediction in found]
+        rows = [prediction.row for prediction in found]
         losses = self._losses_in_groups(vectors, facts)
         if self.spec.row_kind == "scored":
-            made = [self._scored(row, v, f) for row, v, f in zip(rows, vectors, facts, strict=True)]
+            predictions = [
+                self._scored(row, v, f) for row, v, f in zip(rows, vectors, facts, strict=True)
+            ]
         else:
-            made = self._searched(rows, vectors, facts, split)
-        for prediction, loss in zip(made, losses, strict=True):
+            predictions = self._searched(rows, vectors, facts, split)
+        for prediction, loss in zip(predictions, losses, strict=True):
             prediction.losses[MAIN] = (0.0, 0.0) if loss is None else (loss, 1.0)
-        return made
+        return predictions
 
     def _losses_in_groups(
         self, vectors: list[NDArray[np.float32]], facts: list[dict[str, Any]]
     ) -> list[float | None]:
-        """Return the loss of each row, in groups as large as a step that are drawn once for all.
+        """Return the loss of each row, computed in fixed random groups as large as a step.
 
-        So the loss does not depend on how many texts are embedded together. Where rows have a
-        label, the positive is another row of that label; None for a row that has none.
+        So the loss does not depend on how many texts are embedded together. If rows have labels,
+        the positive is another row of the same label, and the loss is None if there is none.
         """
         positives = self._drawn_positives(facts) if self.is_labelled else {}
         order = np.random.default_rng(0).permutation(len(vectors))
@@ -238,7 +245,7 @@ class TextEmbedding(EmbeddingRows):
 
     @staticmethod
     def _drawn_positives(facts: list[dict[str, Any]]) -> dict[int, int]:
-        """Return for rows that have another text of their label, one such row."""
+        """Return a row with the same label and another text, for each row that has one."""
         of_label: dict[int, list[int]] = {}
         for i, one in enumerate(facts):
             of_label.setdefault(int(one["label"][0]), []).append(i)
@@ -255,7 +262,7 @@ class TextEmbedding(EmbeddingRows):
     def _as_positive(
         vectors: list[NDArray[np.float32]], facts: list[dict[str, Any]], row: int, other: int
     ) -> tuple[NDArray[np.float32], dict[str, Any]]:
-        """Return the text of one row as the positive of another."""
+        """Return the text of row `other` as the positive of `row`."""
         vector, known = TextEmbedding._first(vectors[other], facts[other])
         role = np.full(1, POSITIVE)
         return vector, {**known, "row": facts[row]["row"][:1], "role": role}
@@ -264,7 +271,7 @@ class TextEmbedding(EmbeddingRows):
     def _first(
         vectors: NDArray[np.float32], facts: dict[str, Any]
     ) -> tuple[NDArray[np.float32], dict[str, Any]]:
-        """Return the first text of a row, which is the anchor."""
+        """Return the anchor of a row, which is its first text."""
         return vectors[:1], {name: values[:1] for name, values in facts.items()}
 
     @staticmethod
@@ -282,43 +289,48 @@ class TextEmbedding(EmbeddingRows):
         facts: list[dict[str, Any]],
         split: Encoded,
     ) -> list[Prediction]:
-        anchors = np.stack([own[0] for own in vectors])
-        texts = [int(one["text"][0]) for one in facts]
+        anchors = np.stack([row_vectors[0] for row_vectors in vectors])
+        texts = [int(row_facts["text"][0]) for row_facts in facts]
         if self.is_labelled:
-            corpus, of = labelled_corpus(anchors, texts, [int(one["label"][0]) for one in facts])
+            corpus, corpus_rows = labelled_corpus(
+                anchors, texts, [int(row_facts["label"][0]) for row_facts in facts]
+            )
         else:
-            seconds = np.stack([own[1] for own in vectors])
-            corpus, of = pairs_corpus(anchors, seconds, texts, [int(f["text"][1]) for f in facts])
+            seconds = np.stack([row_vectors[1] for row_vectors in vectors])
+            corpus, corpus_rows = pairs_corpus(
+                anchors, seconds, texts, [int(f["text"][1]) for f in facts]
+            )
         results = zip(rows, search(corpus), corpus.right, strict=True)
         return [
-            self._retrieved(row, one, len(right), split, rows, of) for row, one, right in results
+            self._retrieved(row, result, len(right), split, rows, corpus_rows)
+            for row, result, right in results
         ]
 
     def _retrieved(
         self,
         row: int,
-        found: Found | None,
+        found: SearchResult | None,
         n_right: int,
         split: Encoded,
         rows: list[int],
-        of: list[int],
+        corpus_rows: list[int],
     ) -> Prediction:
-        """Return what an anchor finds first, and the ranks of what it should find."""
-        own = split.rows[row]
-        wanted = self.label_of(own) if self.is_labelled else self.texts_of(own)[1]
+        """Return the nearest text of an anchor, and the ranks of its correct texts."""
+        own_row = split.rows[row]
+        reference = self.label_of(own_row) if self.is_labelled else self.texts_of(own_row)[1]
         if found is None:
-            return Prediction(row, None, wanted)
-        other = split.rows[rows[of[found.nearest]]]
-        said = self.label_of(other) if self.is_labelled else self.texts_of(other)[1]
+            return Prediction(row, None, reference)
+        other = split.rows[rows[corpus_rows[found.nearest]]]
+        prediction = self.label_of(other) if self.is_labelled else self.texts_of(other)[1]
         scores = {"rank": float(found.best), "cosine": found.cosine}
         scores["nearest_cosine"] = found.nearest_cosine
         inputs = {"ranks": (found.ranks, n_right)}
-        return Prediction(row, said, wanted, None if self.is_labelled else scores, inputs)
+        return Prediction(row, prediction, reference, None if self.is_labelled else scores, inputs)
 
     # --------------------------------------------------------------------------------- answers
 
     def answer_problem(self, row: dict[str, Any]) -> Problem | None:
-        """Return why a text cannot be embedded, with what to do about it, or nothing."""
+        """Return why a text cannot be embedded, with a hint; None if it can."""
         if reason := self.input_error(row):
             return Problem(reason, hint=self.answer_hint)
         text = f"{self.anchor_prompt}{row[self.spec.anchor_column]}"
@@ -334,7 +346,7 @@ class TextEmbedding(EmbeddingRows):
         return Problem(what, hint="cut it: `--set task.truncate=right`")
 
     def answer_error(self, row: dict[str, Any]) -> str:
-        """Return why a row cannot be answered, or nothing."""
+        """Return why a text cannot be embedded; empty if it can."""
         problem = self.answer_problem(row)
         return problem.what if problem else ""
 
@@ -356,7 +368,7 @@ class TextEmbedding(EmbeddingRows):
         return [[[float(f"{x:.{DIGITS}g}") for x in one]] for one in vectors.float().tolist()]
 
     def answer_line(self, values: Sequence[Any]) -> str:
-        """Return the first numbers of an embedding, and how many there are."""
+        """Return the first numbers of an embedding, and their total count."""
         (vector,) = values
-        first = " ".join(f"{x:.4f}" for x in vector[:SHOWN])
+        first = " ".join(f"{x:.4f}" for x in vector[:N_SHOWN])
         return f"{first} …\t{len(vector)} numbers"

@@ -1,1 +1,1 @@
-"""What embeddings of texts need: their rows, losses and search."""
+"""The parts of the text embedding task: rows, losses, search, and proposals for `lora init`."""

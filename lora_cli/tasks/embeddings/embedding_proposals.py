@@ -1,4 +1,4 @@
-"""Rows of texts that belong together, such as a question and its answer, for `lora init`."""
+"""Proposes text embedding for `lora init`, for rows of texts that belong together."""
 
 from __future__ import annotations
 
@@ -12,83 +12,96 @@ from lora_cli.errors import LoraError
 from lora_cli.tasks.proposal import BaseFacts, Certainty, Proposal, Table, proposed
 from lora_cli.tasks.texts.text_checks import check_texts
 
-ANCHORS = ("anchor", "query", "question")
-POSITIVES = ("positive", "positives", "pos", "positive_passage", "positive_text")
-NEGATIVES = re.compile(r"(?i)(hard_?)?neg(ative)?s?(_passage|_text)?(_?\d+)?")
-SENTENCES = [("sentence1", "sentence2"), ("sentence_1", "sentence_2"), ("text1", "text2"),
+ANCHOR_NAMES = ("anchor", "query", "question")
+POSITIVE_NAMES = ("positive", "positives", "pos", "positive_passage", "positive_text")
+NEGATIVE_NAME = re.compile(r"(?i)(hard_?)?neg(ative)?s?(_passage|_text)?(_?\d+)?")
+SENTENCE_PAIRS = [("sentence1", "sentence2"), ("sentence_1", "sentence_2"), ("text1", "text2"),
              ("sentence_a", "sentence_b")]  # fmt: skip
-SCORES = ("score", "similarity", "similarity_score", "relatedness_score")
-SIMCSE = ("sent0", "sent1")  # a text, and one that means the same
-SEVERAL = re.compile(r"(?i)pos(itives?)?([_ ]?(passages|texts|ctxs|docs))?s?")  # lists of positives
-REFUSED = re.compile(
+SCORE_NAMES = ("score", "similarity", "similarity_score", "relatedness_score")
+SIMCSE_NAMES = ("sent0", "sent1")  # a text and a paraphrase
+POSITIVE_LIST_NAME = re.compile(
+    r"(?i)pos(itives?)?([_ ]?(passages|texts|ctxs|docs))?s?"
+)  # columns of lists
+NEGATIVE_LIST_NAME = re.compile(
     r"(?i)(hard_?)?neg(atives?)?([_ ]?(passages|texts|ctxs|docs))?s?"
-)  # lists, too
-TEXTS = ("text", "category", "list")
-LISTS = ("list", "other")
+)  # columns of lists
+TEXT_KINDS = ("text", "category", "list")
+LIST_KINDS = ("list", "other")
 
 
 def propose_embedding(table: Table, base: BaseFacts) -> Proposal | None:
-    """Return which texts of a table belong together; see `Task.propose`."""
+    """Return a proposal to embed the texts of a table; see `Task.propose`."""
     if table.names_columns or base.is_encoder_decoder:
         return None
     lower = {column.name.lower(): column for column in table.columns}
-    anchor = next((lower[name] for name in ANCHORS if name in lower), None)
-    positive = next((lower[name] for name in POSITIVES if name in lower), None)
-    if anchor is not None and positive is not None and positive.kind in TEXTS[:2]:
-        a, b = anchor, positive  # which no other task calls its columns
-        return proposed(lambda: _pairs(a, b, table), Certainty.NAMED)
-    several = [c for c in table.columns if SEVERAL.fullmatch(c.name) and c.kind in LISTS]
-    if anchor is not None and anchor.kind in TEXTS[:2] and several:
-        error = _several(anchor, several[0], table)
+    anchor = next((lower[name] for name in ANCHOR_NAMES if name in lower), None)
+    positive = next((lower[name] for name in POSITIVE_NAMES if name in lower), None)
+    if anchor is not None and positive is not None and positive.kind in TEXT_KINDS[:2]:
+        anchor_column, positive_column = anchor, positive  # which no other task calls its columns
+        return proposed(
+            lambda: _pair_proposal(anchor_column, positive_column, table), Certainty.NAMED
+        )
+    positive_lists = [
+        c for c in table.columns if POSITIVE_LIST_NAME.fullmatch(c.name) and c.kind in LIST_KINDS
+    ]
+    if anchor is not None and anchor.kind in TEXT_KINDS[:2] and positive_lists:
+        error = _positive_lists_error(anchor, positive_lists[0], table)
         return Proposal({}, {}, [], certainty=Certainty.NAMED, error=error)
-    first_, second_ = (lower.get(name) for name in SIMCSE)
-    has_negatives = any(map(NEGATIVES.fullmatch, lower))
+    first_, second_ = (lower.get(name) for name in SIMCSE_NAMES)
+    has_negatives = any(map(NEGATIVE_NAME.fullmatch, lower))
     if first_ is not None and second_ is not None and (has_negatives or base.embeds):
-        return proposed(lambda: _pairs(first_, second_, table), Certainty.NAMED)
+        return proposed(lambda: _pair_proposal(first_, second_, table), Certainty.NAMED)
     if not base.embeds:
         return None
-    for first, second in SENTENCES:
-        a_, b_ = lower.get(first), lower.get(second)
-        score = next((lower[name] for name in SCORES if name in lower), None)
-        if a_ is not None and b_ is not None and score is not None and score.kind == "number":
-            found = _scored(a_, b_, score, table)
+    for first, second in SENTENCE_PAIRS:
+        first_column, second_column = lower.get(first), lower.get(second)
+        score = next((lower[name] for name in SCORE_NAMES if name in lower), None)
+        if (
+            first_column is not None
+            and second_column is not None
+            and score is not None
+            and score.kind == "number"
+        ):
+            found = _score_proposal(first_column, second_column, score, table)
             return proposed(lambda: found, Certainty.NAMED)  # noqa: B023 - called at once
     return None
 
 
-def _several(anchor: Column, positives: Column, table: Table) -> LoraError:
-    """Return the error of rows that have a list of positives, as those of FlagEmbedding and DPR."""
-    refused = [c for c in table.columns if REFUSED.fullmatch(c.name) and c.kind in LISTS]
+def _positive_lists_error(anchor: Column, positives: Column, table: Table) -> LoraError:
+    """Return the error for rows with lists of positives, as in data of FlagEmbedding and DPR."""
+    negative_lists = [
+        c for c in table.columns if NEGATIVE_LIST_NAME.fullmatch(c.name) and c.kind in LIST_KINDS
+    ]
     one = "$one.text" if _are_objects(positives, table) else "$one"
     new = f"anchor: {field(anchor.name)}, positive: {one}"
-    if refused:
+    if negative_lists:
         lists = [
-            f"[{own}[].text]" if _are_objects(column, table) else own
-            for column in refused
-            for own in (field(column.name),)
+            f"[{name}[].text]" if _are_objects(column, table) else name
+            for column in negative_lists
+            for name in (field(column.name),)
         ]
         new += f", negatives: ({' + '.join(lists)})"
-    how = f"{field(positives.name)}[] as $one | {{{new}}}"
+    program = f"{field(positives.name)}[] as $one | {{{new}}}"
     return LoraError(
         f"`{positives.name}` holds lists, and a row of `text_embedding` has one positive",
         table.place,
-        f"write a row for each: {jq_command(how, table.place)}",
+        f"write a row for each: {jq_command(program, table.place)}",
     )
 
 
 def _are_objects(column: Column, table: Table) -> bool:
-    """Return whether a column holds lists of objects, such as passages with their titles."""
+    """Return whether a column contains lists of objects, such as passages with their titles."""
     lists = (value for row in table.rows if (value := row.get(column.name)))
     first = next(lists, None)
     return isinstance(first, list) and isinstance(first[0], dict)
 
 
-def _pairs(anchor: Column, positive: Column, table: Table) -> Proposal:
-    """Return the task of an anchor, its positive, and negatives."""
+def _pair_proposal(anchor: Column, positive: Column, table: Table) -> Proposal:
+    """Return the proposal for an anchor, its positive, and negatives if there are any."""
     negatives = [
         column.name
         for column in table.columns
-        if NEGATIVES.fullmatch(column.name) and column.kind in TEXTS
+        if NEGATIVE_NAME.fullmatch(column.name) and column.kind in TEXT_KINDS
     ]
     keys: dict[str, Any] = {"type": "text_embedding", "anchor_column": anchor.name,
                             "positive_column": positive.name}  # fmt: skip
@@ -100,11 +113,11 @@ def _pairs(anchor: Column, positive: Column, table: Table) -> Proposal:
     if negatives:
         keys["negative_columns"] = negatives
         why["negative_columns"] = "texts that look right and are not"
-    return _checked(keys, why, [anchor.name, positive.name], table)
+    return _with_check(keys, why, [anchor.name, positive.name], table)
 
 
-def _scored(first: Column, second: Column, score: Column, table: Table) -> Proposal:
-    """Return the task of two texts and how near they are."""
+def _score_proposal(first: Column, second: Column, score: Column, table: Table) -> Proposal:
+    """Return the proposal for two texts and a score of their similarity."""
     numbers = [as_number(value, score.numbers) for value in score.counts]
     highest = max(map(abs, numbers), default=1.0)
     scale = next((top for top in (1.0, 5.0, 10.0, 100.0) if highest <= top), highest)
@@ -119,14 +132,14 @@ def _scored(first: Column, second: Column, score: Column, table: Table) -> Propo
     if scale != 1.0:
         keys["score_scale"] = scale
         why["score_scale"] = "the score of two texts that mean the same"
-    return _checked(keys, why, [first.name, second.name], table)
+    return _with_check(keys, why, [first.name, second.name], table)
 
 
-def _checked(
+def _with_check(
     keys: dict[str, Any], why: dict[str, str], inputs: Sequence[str], table: Table
 ) -> Proposal:
     proposal = Proposal(keys, why, list(inputs))
-    # a text is cut by itself, so the longest column decides
+    # each text is truncated separately, so the longest column decides
     longest = max(inputs, key=lambda name: table.by_name[name].characters)
     proposal.limits = {"max_length": [longest]}
     proposal.check = lambda: check_texts(table, proposal)

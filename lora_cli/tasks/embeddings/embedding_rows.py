@@ -1,4 +1,4 @@
-"""What a row of texts to be embedded is: columns, what is wrong with one, examples.
+"""The rows of text embedding: columns, errors, labels and examples.
 
 `TextEmbedding` adds batches, the loss and the answers. An example has the tokens of all texts of
 its row in one list, and their lengths: the anchor comes first, then the positive, then negatives.
@@ -45,30 +45,30 @@ class EmbeddingRows(TextTask):
         self.pooling: str = spec.pooling or "mean"
         self.normalize = spec.normalize is not False
         self.anchor_prompt, self.positive_prompt = "", ""  # until the base's files are read
-        self.base_length: int | None = None  # tokens where the base's own files cut texts
-        self.class_names: list[str] = []  # of the Hub's ClassLabel column; its rows hold positions
-        self.names: list[str] = []  # the labels, in order
+        self.base_max_length: int | None = None  # tokens, in the base's own files
+        self.class_names: list[str] = []  # of a ClassLabel column of the Hub
+        self._label_names: list[str] = []  # the labels, in order
         self.train_texts: dict[int, list[tuple[int, str]]] = {}  # by label: hash and text
 
     def load_processor(self) -> None:
-        """Load the tokenizer and the configuration, and what the base says of its embeddings."""
+        """Load the tokenizer, the configuration, and the base's settings for embeddings."""
         super().load_processor()
         name, at = self.recipe.model.name, self.recipe.at("model.name")
         if getattr(self.config, "is_encoder_decoder", False):
             what = f"`{name}` is an encoder-decoder ({self.config.model_type})"
             raise LoraError(what, at, self.spec.suitable_models)
         files, spec = read_embedding_files(self.recipe, self.spec.pooling), self.spec
-        self._read_as_the_base(files)
+        self._adopt_base_settings(files)
         self.pooling = files.pooling or "mean"
-        given = (spec.normalize, files.normalize)
-        self.normalize = next((value for value in given if value is not None), True)
+        choices = (spec.normalize, files.normalize)
+        self.normalize = next((value for value in choices if value is not None), True)
         prompts = [spec.anchor_prompt, spec.positive_prompt]
         if prompts[0] is None:
             prompts[0] = files.prompt(*ANCHOR_NAMES)
         if prompts[1] is None:
-            # two texts of the same kind begin in the same way
-            own = files.prompt(*POSITIVE_NAMES)
-            prompts[1] = own if spec.row_kind == "pairs" else prompts[0]
+            # only in pairs may the second text be of another kind than the anchor
+            positive_prompt = files.prompt(*POSITIVE_NAMES)
+            prompts[1] = positive_prompt if spec.row_kind == "pairs" else prompts[0]
         self.anchor_prompt, self.positive_prompt = (prompt or "" for prompt in prompts)
         if spec.truncate == "left" and (self.anchor_prompt or self.positive_prompt):
             what = "`truncate: left` would cut off the prompt, with which a text begins"
@@ -81,32 +81,32 @@ class EmbeddingRows(TextTask):
             "positive_prompt": self.positive_prompt,
         }
 
-    def _read_as_the_base(self, files: EmbeddingFiles) -> None:
-        """Read texts as the base's own files say: how much of each, and in small letters or not."""
+    def _adopt_base_settings(self, files: EmbeddingFiles) -> None:
+        """Adopt the base's settings for reading texts: the maximum length, and lower case."""
         if files.lower_case:
             make_lower_case(self.tokenizer)
-        self.base_length, file = files.max_length, "sentence_bert_config.json"
-        if self.base_length is None:
+        self.base_max_length, file = files.max_length, "sentence_bert_config.json"
+        if self.base_max_length is None:
             return
         if "max_length" not in self.spec.model_fields_set:
             self.learned.task["max_length"] = self.max_length
-        elif self.max_length > self.base_length:
+        elif self.max_length > self.base_max_length:
             self.notes.append(
                 f"`task.max_length` is {self.max_length}, and the base's {file} cuts texts at "
-                f"{counted(self.base_length, 'token')}: it was measured with shorter ones"
+                f"{counted(self.base_max_length, 'token')}: it was measured with shorter ones"
             )
 
     @property
     def max_length(self) -> int:  # type: ignore[override]
-        """The recipe's `max_length`, else that of the base's own files, as far as it goes."""
+        """The recipe's `max_length`; if it has none, the base's own limit applies too."""
         limit = super().max_length
-        if self.base_length is None or "max_length" in self.spec.model_fields_set:
+        if self.base_max_length is None or "max_length" in self.spec.model_fields_set:
             return limit
-        return min(limit, self.base_length)
+        return min(limit, self.base_max_length)
 
     @property
     def longer_hint(self) -> str:
-        """What to do where texts are too long."""
+        """A hint for texts that are too long."""
         if self.max_length < super().max_length:
             return (
                 f"the base cuts texts there: `--set task.max_length={super().max_length}` does not"
@@ -114,13 +114,13 @@ class EmbeddingRows(TextTask):
         return super().longer_hint
 
     def cache_key(self) -> list[str]:
-        """Return what an encoded row depends on besides the row."""
+        """Return everything that an encoded row depends on, besides the row itself."""
         return [*super().cache_key(), self.anchor_prompt, self.positive_prompt]
 
     # ------------------------------------------------------------------------------ columns
 
     def fields(self) -> list[Field]:
-        """Return the columns of the anchor, and of what it is compared with."""
+        """Return the columns of the anchor, and of its label or the texts it is compared with."""
         spec = self.spec
         found = [Field("task.anchor_column", spec.anchor_column, "input", "text")]
         if spec.label_column is not None:
@@ -133,7 +133,7 @@ class EmbeddingRows(TextTask):
         return found
 
     def compared_columns(self) -> list[str]:
-        """Return the columns by which rows count as equal: a pair is both of its texts."""
+        """Return the columns by which rows count as equal: both texts of a pair."""
         spec = self.spec
         return [spec.anchor_column] + ([] if self.is_labelled else [spec.second_column])
 
@@ -144,11 +144,11 @@ class EmbeddingRows(TextTask):
         return [self.spec.second_column, *(self.spec.negative_columns or ())]
 
     def input_error(self, row: dict[str, Any]) -> str:
-        """Return what is wrong with the anchor, or nothing."""
+        """Return what is wrong with the anchor; empty if nothing is."""
         return text_error(row, [self.spec.anchor_column])
 
     def target_error(self, row: dict[str, Any]) -> str:
-        """Return what is wrong with the other columns, or nothing."""
+        """Return what is wrong with the other columns; empty if nothing is."""
         spec = self.spec
         if spec.label_column is not None:
             return text_error(row, [spec.label_column])
@@ -190,7 +190,7 @@ class EmbeddingRows(TextTask):
         return NumberForm(*self.recipe.data.number_forms[0])
 
     def score_of(self, row: dict[str, Any]) -> float | None:
-        """Return a pair's score, divided by `score_scale`, or None if it is no number."""
+        """Return a pair's score divided by `score_scale`, or None if it is not a number."""
         value = row.get(self.spec.score_column or "")
         form = self._number_form
         found = read_number(value, form) if isinstance(value, str) else number(value)
@@ -221,33 +221,33 @@ class EmbeddingRows(TextTask):
     @property
     def label_names(self) -> list[str]:
         """The labels that the rows have, in order."""
-        return self.names
+        return self._label_names
 
     def label_counts(self, rows: Rows) -> dict[str, int]:
-        """Return how often each label stands in the rows."""
+        """Return how often each label occurs in the rows."""
         if not self.is_labelled:
             return {}
         counts = Counter(map(self.label_of, rows))
-        return {name: counts[name] for name in self.names}
+        return {name: counts[name] for name in self._label_names}
 
     def answer_of(self, row: dict[str, Any]) -> str | None:
-        """Return a row's label or score, to find equal texts with different ones."""
+        """Return a row's label or score as text, to find equal texts with different ones."""
         if self.spec.score_column is not None:
             return str(self.score_of(row))
         return super().answer_of(row)
 
     def learn_from(self, splits: dict[str, Rows]) -> None:
-        """Learn the labels, and the train texts of each, among which positives are drawn.
+        """Learn the labels, and the train texts of each, from which positives are drawn.
 
         Raises:
-            LoraError: If a label has one train text only, or no train row has a negative.
+            LoraError: If a label has only one train text, or if no train row has a negative.
         """
         for rows in splits.values():
             column = self.spec.label_column or ""
             self.class_names = rows.label_names.get(column, self.class_names)
         if self.is_labelled:
             found = {self.label_of(row) for rows in splits.values() for row in rows}
-            self.names = sorted(found)
+            self._label_names = sorted(found)
         if (train := splits.get("train")) is None:
             return
         if self.spec.negative_columns and not any(len(self.texts_of(row)) > 2 for row in train):
@@ -259,33 +259,39 @@ class EmbeddingRows(TextTask):
 
     def _learn_texts(self, train: Rows) -> None:
         texts: dict[str, dict[int, str]] = defaultdict(dict)
-        first: dict[str, int] = {}
+        first_row: dict[str, int] = {}
         for i, row in enumerate(train):
             text, label = self.texts_of(row)[0], self.label_of(row)
             texts[label].setdefault(text_hash(text), text)
-            first.setdefault(label, i)
-        alone = [label for label, own in texts.items() if len(own) < 2]
-        if alone:
-            others = counted(len(alone) - 1, "other label")
-            more = f" (as {others})" if len(alone) > 1 else ""
-            what = f"the label `{alone[0]}` has one text in train{more}: no other is its positive"
+            first_row.setdefault(label, i)
+        single = [label for label, texts_of_label in texts.items() if len(texts_of_label) < 2]
+        if single:
+            others = counted(len(single) - 1, "other label")
+            more = f" (as {others})" if len(single) > 1 else ""
+            what = f"the label `{single[0]}` has one text in train{more}: no other is its positive"
             hint = "leave such rows out, or join the label with another"
-            raise LoraError(what, train.place(first[alone[0]]), hint)
+            raise LoraError(what, train.place(first_row[single[0]]), hint)
         self.train_texts = {
-            label_hash(label): list(own.items()) for label, own in sorted(texts.items())
+            label_hash(label): list(texts_of_label.items())
+            for label, texts_of_label in sorted(texts.items())
         }
 
     # ------------------------------------------------------------------------------ examples
 
     def encode(self, rows: Sequence[dict[str, Any]]) -> list[list[Example]]:
-        """Return one example a row, or none of a row that is too long and to be left out."""
+        """Return one example for each row, or none if the row is too long and dropped."""
         texts = [self.texts_of(row) for row in rows]
-        prompted = [text for some in texts for text in self.prompted(some)]
-        encoded, whole = self.token_lists(prompted), iter(prompted)
+        prompted = [text for texts_of_row in texts for text in self.prompted(texts_of_row)]
+        encoded, full_texts = self.token_lists(prompted), iter(prompted)
         lists = iter(encoded)
         return [
-            self._example(row, some, [next(lists) for _ in some], [next(whole) for _ in some])
-            for row, some in zip(rows, texts, strict=True)
+            self._example(
+                row,
+                texts_of_row,
+                [next(lists) for _ in texts_of_row],
+                [next(full_texts) for _ in texts_of_row],
+            )
+            for row, texts_of_row in zip(rows, texts, strict=True)
         ]
 
     def prompted(self, texts: Sequence[str]) -> list[str]:
@@ -294,18 +300,20 @@ class EmbeddingRows(TextTask):
         return [f"{prompt}{text}" for prompt, text in zip(prompts, texts, strict=True)]
 
     def _example(
-        self, row: dict[str, Any], texts: list[str], ids: list[list[int]], whole: list[str]
+        self, row: dict[str, Any], texts: list[str], ids: list[list[int]], full_texts: list[str]
     ) -> list[Example]:
-        full = [self.full_length(one, text) for one, text in zip(ids, whole, strict=True)]
-        longest, is_cut = max(full), any(a > len(b) for a, b in zip(full, ids, strict=True))
+        full = [
+            self.full_length(tokens, text) for tokens, text in zip(ids, full_texts, strict=True)
+        ]
+        n_tokens, is_cut = max(full), any(a > len(b) for a, b in zip(full, ids, strict=True))
         if is_cut and self.spec.truncate == "error":
-            what = f"a text has {counted(longest, 'token')}, more than {self.max_length:,}"
+            what = f"a text has {counted(n_tokens, 'token')}, more than {self.max_length:,}"
             raise LoraError(what, hint="raise `task.max_length`, or set `task.truncate: right`")
         if is_cut and self.spec.truncate == "drop":
             return []
         example = {
-            "input_ids": [token for one in ids for token in one],
-            "lengths": [len(one) for one in ids],
+            "input_ids": [token for tokens in ids for token in tokens],
+            "lengths": [len(tokens) for tokens in ids],
             "texts": [text_hash(text) for text in texts],
             "label": label_hash(self.label_of(row)) if self.is_labelled else 0,
             "score": self.score_of(row) or 0.0,
@@ -313,25 +321,25 @@ class EmbeddingRows(TextTask):
         return [{**example, "full_length": sum(full)} if is_cut else example]
 
     def full_length(self, ids: Sequence[int], text: str) -> int:
-        """Return the tokens of a text before it was cut."""
+        """Return the number of tokens of a text before truncation."""
         if len(ids) < self.max_length:
             return len(ids)
         return len(token_ids(self.text_tokenizer, text))
 
     def token_lists(self, texts: Sequence[str], max_length: int | None = None) -> list[list[int]]:
-        """Return the tokens of each text, cut at `max_length`."""
-        tokenizer, wanted = self.text_tokenizer, max_length or self.max_length
-        last = self.spec.truncate == "left"
-        tokenizer.truncation_side = "left" if last else "right"
-        parts = [end_of_text(tokenizer, text, wanted, last) for text in texts]
-        found: list[list[int]] = []
-        for some in in_batches([len(part) for part in parts]):
-            options = {"truncation": True, "max_length": wanted, "return_attention_mask": False}
-            found += tokenizer(parts[some], **options)["input_ids"]
-        return found
+        """Return the token ids of each text, truncated to `max_length`."""
+        tokenizer, length = self.text_tokenizer, max_length or self.max_length
+        keeps_end = self.spec.truncate == "left"
+        tokenizer.truncation_side = "left" if keeps_end else "right"
+        shortened = [end_of_text(tokenizer, text, length, keeps_end) for text in texts]
+        token_ids_of_texts: list[list[int]] = []
+        for part in in_batches([len(part) for part in shortened]):
+            options = {"truncation": True, "max_length": length, "return_attention_mask": False}
+            token_ids_of_texts += tokenizer(shortened[part], **options)["input_ids"]
+        return token_ids_of_texts
 
     def features(self) -> dict[str, str]:
-        """Return the types of the tokens, and of what is known of the texts."""
+        """Return the type of each key of an example."""
         return {
             "input_ids": "list<int32>",
             "lengths": "list<int32>",
@@ -342,28 +350,28 @@ class EmbeddingRows(TextTask):
 
     @property
     def prepares(self) -> bool:
-        """Whether a positive is drawn."""
+        """Whether `prepare` draws positives."""
         return self.is_labelled
 
     def prepare(self, example: Example, rng: np.random.Generator, training: bool) -> Example:
-        """Draw the positive in training, where rows have a label: another text of the same."""
+        """Draw the positive in training if rows have labels: another text of the same label."""
         if not (training and self.is_labelled):
             return example
-        known = self.train_texts[int(example["label"])]
-        own = int(example["texts"][0])
-        found, text = own, ""
-        while found == own:
-            found, text = known[int(rng.integers(len(known)))]
+        candidates = self.train_texts[int(example["label"])]
+        anchor_hash = int(example["texts"][0])
+        positive_hash, text = anchor_hash, ""
+        while positive_hash == anchor_hash:
+            positive_hash, text = candidates[int(rng.integers(len(candidates)))]
         (ids,) = self.token_lists([f"{self.positive_prompt}{text}"])
         return {
             **example,
             "input_ids": [*example["input_ids"], *ids],
             "lengths": [*example["lengths"], len(ids)],
-            "texts": [own, found],
+            "texts": [anchor_hash, positive_hash],
         }
 
     def shown(self, example: Example, colour: bool) -> tuple[list[str], str]:
-        """Return each text of an encoded example, with what it is."""
+        """Return an encoded example for people to read: each text with its role."""
         names = ["anchor", "second" if self.spec.score_column else "positive"]
         lines, start = [], 0
         for i, length in enumerate(example["lengths"]):
@@ -375,7 +383,7 @@ class EmbeddingRows(TextTask):
         return facts, "\n".join(lines)
 
     def shown_reference(self, row: dict[str, Any]) -> str | None:
-        """Return the positive of a row."""
+        """Return the positive of a row for people to read."""
         texts = self.texts_of(row)
         return texts[1] if self.spec.row_kind == "pairs" and len(texts) > 1 else None
 
@@ -390,17 +398,17 @@ class EmbeddingRows(TextTask):
 
 
 def is_blank_cell(value: Any) -> bool:
-    """Return whether a cell of a column that may be empty has nothing in it."""
+    """Return whether a cell is empty, in a column that may be empty; lists are not."""
     return not isinstance(value, list | dict) and is_blank(value)
 
 
 def text_hash(text: str) -> int:
-    """Return a number by which equal texts are found, however they are typed."""
+    """Return a hash of a text, equal for texts that differ only in case, spaces and the like."""
     return _signed(normalised(text))
 
 
 def label_hash(label: str) -> int:
-    """Return a number for a label; 0 stands for none."""
+    """Return a hash of a label, never 0, which means no label."""
     return _signed(label) or 1
 
 

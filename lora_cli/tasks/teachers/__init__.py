@@ -1,1 +1,1 @@
-"""Learning from a teacher's answers."""
+"""Distillation: training with the outputs of a teacher."""

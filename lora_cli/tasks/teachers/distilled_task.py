@@ -1,8 +1,8 @@
-"""What tasks of all kinds share that are trained with a teacher.
+"""The base class of tasks that are trained with a teacher.
 
-The teacher's answers are a second term of the loss. Validation and test are measured as without a
-teacher: by the labels. Train examples alone hold what the teacher reads, or what it answered, by
-which `collate` knows them.
+The divergence from the teacher's answers is a second term of the loss. Validation and test are
+evaluated by their labels, as without a teacher. `collate` recognises train examples because only
+they contain the teacher's inputs, or its cached answers.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from lora_cli.tasks.contract import Task
 from lora_cli.tasks.examples import MAIN, Batch
 from lora_cli.tasks.teachers.teacher import Teacher
 
-TEACHER = "teacher"  # the second term of the loss
-READS = "teacher_"  # before the names of what the teacher reads, and of what it answers
+TEACHER = "teacher"  # the name of the second term of the loss
+TEACHER_PREFIX = "teacher_"  # of the keys of its inputs and answers in an example or a batch
 
 
 class DistilledTask(Task):
-    """The part that tasks of all kinds share; it comes before the task's own class."""
+    """A task with a teacher; this class comes before the task itself in the order of bases."""
 
     teacher: Teacher
     frozen_splits = ("train",)
 
     @property
     def train_loss_weights(self) -> Mapping[str, float]:
-        """The weights of the labels' part and of the teacher's."""
+        """The weights of the labels' term and of the teacher's term of the loss."""
         weight = self.teacher.spec.weight
         return {MAIN: 1.0 - weight, TEACHER: weight}
 
     def frozen_parts(self, model: nn.Module) -> Mapping[str, nn.Module]:
-        """Return the teacher."""
+        """Return the teacher, whose answers can be cached."""
         return {TEACHER: self.teacher.model()}
 
     def release_frozen(self) -> None:
-        """Let go of the teacher."""
+        """Release the teacher's memory."""
         self.teacher.release()
 
     @property
@@ -48,9 +48,9 @@ class DistilledTask(Task):
 
     @property
     def teacher_facts(self) -> dict[str, Any]:
-        """What a report says of the teacher."""
+        """The facts about the teacher, for the report."""
         return self.teacher.facts
 
     def answers(self, batch: Batch) -> Any:
-        """Return what the teacher says of a batch, without gradients."""
+        """Return the teacher's answers for a batch, without gradients."""
         raise NotImplementedError

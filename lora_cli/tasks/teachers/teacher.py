@@ -1,4 +1,4 @@
-"""A teacher: the model whose answers are learned, and how it reads the student's rows."""
+"""The teacher of a distillation: its model, and the task that encodes the student's rows for it."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from lora_cli.tasks.contract import Task
 from lora_cli.tasks.teachers.trained_task import load_adapted
 
 KEY = "train.distill.teacher"
-PROBLEMS = {
+PROBLEM_TYPES = {
     "single_label_classification": "single_label", "multi_label_classification": "multi_label",
     "regression": "regression",
 }  # fmt: skip
-READING = ("max_length", "split_special_tokens", "pad_token")  # how a classifier reads its texts
+READING_KEYS = ("max_length", "split_special_tokens", "pad_token")  # settings for encoding texts
 
 
 @dataclass
@@ -39,9 +39,9 @@ class Teacher:
     """A trained model for the student's task.
 
     Args:
-        recipe: The student's.
-        task: Reads the student's rows as the teacher does: its processor, its labels.
-        folder: Of an adapter; None of a whole model.
+        recipe: The student's recipe.
+        task: The teacher's task, with its processor and its labels, for the student's rows.
+        folder: The folder of an adapter; None if the teacher is a whole model.
     """
 
     recipe: Recipe
@@ -52,7 +52,7 @@ class Teacher:
 
     @property
     def spec(self) -> DistillSpec:
-        """The recipe's section."""
+        """The recipe's section `train.distill`."""
         spec = self.recipe.train.distill
         assert spec is not None
         return spec
@@ -63,15 +63,15 @@ class Teacher:
             self.task.load_processor()
 
     def cache_key(self) -> list[str]:
-        """Return what the teacher's answers depend on besides its tensors and the rows."""
+        """Return what the teacher's answers depend on, besides its tensors and the rows."""
         facts = self.task.base_facts
         return ["taught", *self.task.cache_key(), str(sorted(facts["config"].items()))]
 
     def model(self) -> nn.Module:
-        """Return the teacher in eval mode, loaded the first time, without gradients.
+        """Return the teacher in eval mode and without gradients; the first call loads it.
 
         Raises:
-            LoraError: If a part of it is not trained, as the head of a plain language model.
+            LoraError: If a part of it is not trained, such as a head that its checkpoint lacks.
         """
         if self._model is None:
             with errors_of_teacher(self.recipe):
@@ -95,60 +95,64 @@ class Teacher:
         return model.eval().requires_grad_(False)
 
     def release(self) -> None:
-        """Let go of the model, whose answers are kept."""
+        """Release the model's memory; a later call of `model` loads it again."""
         self._model = None
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What a report says of it."""
+        """The facts about the teacher, for the report."""
         spec = self.spec
         named = {"name": spec.teacher, "revision": spec.revision, "fingerprint": self._fingerprint}
         return {**named, "temperature": spec.temperature, "weight": spec.weight}
 
 
 def open_teacher(recipe: Recipe, **task: Any) -> Teacher:
-    """Return the recipe's teacher; its configuration is read, and no weights.
+    """Return the recipe's teacher, for which only its configuration is read, not its weights.
 
     Args:
-        recipe: The student's.
-        task: What differs in its `task` section: by key, or the whole section as `task`.
+        recipe: The student's recipe.
+        task: Changes to the recipe's `task` section: by key, or the whole section as `task`.
 
     Raises:
-        LoraError: If there is no such model or adapter, or if it was trained for something else.
+        LoraError: If there is no such model or adapter, or if it was trained for another task.
     """
     spec = recipe.train.distill
     assert spec is not None
     with errors_of_teacher(recipe):
         folder = _adapter_folder(spec, recipe)
         values = {"train.distill": None, "adapter": AdapterSpec(type="none"), **task}
-        values["model"] = _model(spec.teacher, recipe, spec.revision)
-        own = recipe.with_values(values | ({} if folder is None else _of_adapter(folder, recipe)))
+        values["model"] = _model_spec(spec.teacher, recipe, spec.revision)
+        teacher_recipe = recipe.with_values(
+            values | ({} if folder is None else _settings_of_adapter(folder, recipe))
+        )
         if recipe.task.label_columns_by_key and not (folder and _has_recipe(folder)):
-            config = load_config(own)
+            config = load_config(teacher_recipe)
             if folder is None:
                 _require_same_problem(config, recipe)
             names: dict[int, str] = config.id2label or {}
-            own = own.with_values({"task.labels": [str(names[i]) for i in sorted(names)]})
-        found = build_task(own)
-        found.trained_in = folder
-    return Teacher(recipe, found, folder)
+            teacher_recipe = teacher_recipe.with_values(
+                {"task.labels": [str(names[i]) for i in sorted(names)]}
+            )
+        teacher_task = build_task(teacher_recipe)
+        teacher_task.trained_in = folder
+    return Teacher(recipe, teacher_task, folder)
 
 
 @contextmanager
 def errors_of_teacher(recipe: Recipe) -> Iterator[None]:
-    """Let errors within the context say that they are about the teacher, and where it is named."""
+    """Within the context, mark errors as those of the teacher, at its location in the recipe."""
     try:
         yield
     except LoraError as error:
         at = recipe.at(KEY)
-        found = [
+        problems = [
             replace(p, what=p.what if p.at == at else f"the teacher: {p.what}", at=at)
             for p in error.problems
         ]
-        raise type(error)(found) from error
+        raise type(error)(problems) from error
 
 
-def _model(name: str, recipe: Recipe, revision: str = "main") -> ModelSpec:
+def _model_spec(name: str, recipe: Recipe, revision: str = "main") -> ModelSpec:
     trusted = recipe.model.trust_remote_code
     return ModelSpec(name=name, revision=revision, trust_remote_code=trusted)
 
@@ -158,13 +162,13 @@ def _has_recipe(folder: Path) -> bool:
 
 
 def _require_same_problem(config: PretrainedConfig, recipe: Recipe) -> None:
-    """Check that a whole model answers as the student does: with one label, or several.
+    """Check that a whole model predicts the same as the student: one label, several or a number.
 
     Raises:
-        LoraError: If its config.json says otherwise: its outputs would be read as something else.
+        LoraError: If its config.json says otherwise, so that its outputs would be misinterpreted.
     """
     named, ours = getattr(config, "problem_type", None), getattr(recipe.task, "problem", None)
-    theirs = PROBLEMS.get(str(named), ours)
+    theirs = PROBLEM_TYPES.get(str(named), ours)
     if theirs != ours:
         what = f"its config.json says `problem_type: {named}`, and the recipe `problem: {ours}`"
         raise LoraError(what, hint=f"name a teacher for the same task, or set `problem: {theirs}`")
@@ -178,7 +182,7 @@ def _adapter_folder(spec: DistillSpec, recipe: Recipe) -> Path | None:
         return None
     if path.is_absolute():
         if not path.is_dir():
-            locate(str(path), at)  # which says what is there instead
+            locate(str(path), at)  # raises an error that says what is there instead
         if (path / "config.json").is_file() and not (path / CONFIG_FILE).is_file():
             return None
         return find_adapter_folder(str(path), at)
@@ -190,8 +194,8 @@ def _adapter_folder(spec: DistillSpec, recipe: Recipe) -> Path | None:
     return find_adapter_folder(name + revision, at)
 
 
-def _of_adapter(folder: Path, recipe: Recipe) -> dict[str, Any]:
-    """Return what an adapter's own recipe, or PEFT's configuration, says of its model and labels.
+def _settings_of_adapter(folder: Path, recipe: Recipe) -> dict[str, Any]:
+    """Return the model and labels of an adapter, from its recipe or PEFT's configuration.
 
     Raises:
         LoraError: If it was trained for another task.
@@ -200,7 +204,7 @@ def _of_adapter(folder: Path, recipe: Recipe) -> dict[str, Any]:
         base = read_adapter(folder).config.get("base_model_name_or_path")
         if not base:
             raise LoraError(f"{folder} does not name its base", hint="name a whole model")
-        return {"model": _model(str(base), recipe)}
+        return {"model": _model_spec(str(base), recipe)}
     trained = load_adapter_recipe(folder)
     for key in ("type", "problem"):
         theirs, ours = (getattr(r.task, key, None) for r in (trained, recipe))
@@ -212,15 +216,15 @@ def _of_adapter(folder: Path, recipe: Recipe) -> dict[str, Any]:
     values = {"model": trained.with_values(changes).model, "adapter": trained.adapter}
     if labels := getattr(trained.task, "labels", None):
         _require_same_texts(trained, recipe)
-        values |= {"task.labels": labels, **_reading(trained)}
+        values |= {"task.labels": labels, **_reading_settings(trained)}
     return values
 
 
 def _require_same_texts(trained: Recipe, recipe: Recipe) -> None:
-    """Check that a teacher was trained on as many texts a row as the student reads.
+    """Check that teacher and student read the same number of texts per row.
 
     Raises:
-        LoraError: If one of them reads pairs, and the other does not.
+        LoraError: If one of them reads pairs and the other does not.
     """
     theirs, ours = (r.task.input_columns_by_key for r in (trained, recipe))
     if len(theirs) != len(ours):
@@ -229,9 +233,9 @@ def _require_same_texts(trained: Recipe, recipe: Recipe) -> None:
         raise LoraError(f"{what}{len(ours)}", hint=hint)
 
 
-def _reading(trained: Recipe) -> dict[str, Any]:
-    """Return how an adapter's recipe cuts and divides texts; the student may do it otherwise."""
+def _reading_settings(trained: Recipe) -> dict[str, Any]:
+    """Return how an adapter's recipe encodes texts, which may differ from the student's."""
     task = trained.task
-    keys = {f"task.{key}": getattr(task, key) for key in READING if hasattr(task, key)}
-    cut = getattr(task, "truncate", "right")  # what was left out or rejected then is cut now
+    keys = {f"task.{key}": getattr(task, key) for key in READING_KEYS if hasattr(task, key)}
+    cut = getattr(task, "truncate", "right")  # `drop` and `error` must not apply here
     return keys | {"task.truncate": cut if cut == "left" else "right"}

@@ -1,4 +1,4 @@
-"""A task with a trained adapter: its recipe's task, and its base model with the adapter on it."""
+"""Opens a trained adapter: the task of its recipe, and the base model with the adapter."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lora_cli.tasks.contract import Task
 
 
 def open_task(folder: Path, recipe: Recipe, learned: Learned | None = None) -> Task:
-    """Return the task of a recipe; with `adapter.type: full` the folder is the model."""
+    """Return the task of a recipe; with `adapter.type: full`, the folder is the model."""
     if recipe.adapter.type == "full":
         recipe = recipe.with_values({"model.name": str(folder.absolute())})
     task = build_task(recipe, learned)
@@ -31,7 +31,7 @@ def load_adapted(folder: Path, task: Task, accelerator: Accelerator) -> nn.Modul
     """Return the base model with the adapter of a folder, in eval mode.
 
     Raises:
-        IntegrityError: If the folder is damaged, or its base is another.
+        IntegrityError: If the folder is damaged, or the adapter was trained on another base.
     """
     if task.recipe.adapter.type == "full":
         reject_links_outside(folder)
@@ -53,10 +53,10 @@ def load_adapted(folder: Path, task: Task, accelerator: Accelerator) -> nn.Modul
 
 
 def check_use(folder: Path, task: Task) -> None:
-    """Check that an adapter is used as it was trained: its labels, and its base's config.json.
+    """Check that an adapter is used with the labels and the base's settings of its training.
 
     Raises:
-        IntegrityError: If they are not those of the training.
+        IntegrityError: If they differ.
     """
     check_labels(folder, task.completed_recipe)
     trained = read_computation(folder)

@@ -13,4 +13,4 @@ WITH_TEACHER: dict[type[Task], type[DistilledTask]] = {
     SequenceClassification: DistilledSequenceClassification,
     CausalLM: DistilledCausalLM,
 }
-"""What a task is while it is trained with a teacher; `can_distill` of its spec says so."""
+"""The class of each task in training with a teacher; the specs of these tasks set `can_distill`."""
