@@ -1,6 +1,6 @@
-"""Write the pages of docs/ that the code and its tests write: what they say of themselves.
+"""Generate the pages of docs/ that come from the code and its tests.
 
-usage: python scripts/docs.py           (a test checks that the pages are those of the code)
+usage: python scripts/docs.py           (a test checks that the pages are up to date)
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ NOTE = "<!-- Written by scripts/docs.py: change the docstrings, not this page. -
 
 
 def main() -> None:
-    """Write the pages."""
+    """Write all generated pages."""
     for name, write in PAGES.items():
         (DOCS / name).write_text(write(), encoding="utf-8")
 
@@ -58,7 +58,7 @@ def _section(path: str, section: dict[str, Any], definitions: dict[str, Any]) ->
     for name, field in section.get("properties", {}).items():
         default = "required" if name in required else _default(field)
         meaning = field.get("description", "")
-        if not meaning and "$ref" in field:  # it is that of the section
+        if not meaning and "$ref" in field:  # it equals that of the section
             meaning = definitions[field["$ref"].rsplit("/", 1)[-1]].get("description", "")
         cells = (f"`{name}`", _type(field), default, meaning)
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
@@ -107,7 +107,7 @@ def _references(field: dict[str, Any]) -> list[str]:
 
 
 def commands_page() -> str:
-    """Return the help of every command."""
+    """Return the page with the help of every command."""
     os.environ |= {"COLUMNS": "88", "TERM": "dumb", "NO_COLOR": "1"}
     from typer.main import get_command
     from typer.testing import CliRunner
@@ -127,7 +127,7 @@ def commands_page() -> str:
 
 
 def tested_page() -> str:
-    """Return the tables of what is tested, and by which test."""
+    """Return the page that lists what is tested, and by which tests."""
     import what_is_tested
 
     return what_is_tested.page(NOTE.replace("the docstrings", "the tests' `proves` marks"))

@@ -1,4 +1,4 @@
-"""Divide twelve intents of Banking77: labels for a teacher, and two of each for a student."""
+"""Split twelve intents of Banking77: many labels for a teacher, two per intent for a student."""
 
 import csv
 import random

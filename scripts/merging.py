@@ -1,14 +1,15 @@
-"""Measure what merging takes, and what a merged model costs.
+"""Measure the memory that merging needs, and the cost of a merged model.
 
 python scripts/merging.py memory --work FOLDER [--gib 20] [--cap 4]
-    Merge into a base that is larger than the memory that may be used. A Llama of the width of the
-    8B ones, with random bfloat16 weights in files of at most 4 GiB, gets as many layers as make
-    up so many GiB; the adapter has rank 8 on all linear layers. `lora merge` runs in a process of
-    its own, which cannot allocate more than `--cap` GiB (RLIMIT_DATA). What is printed is the
-    largest resident set that the system has counted for it, pages of files included. One adapted
-    tensor of each file is then computed again here. FOLDER needs twice the base's size.
+    Merge into a base that is larger than the available memory. The base is a Llama as wide as the
+    8B models, with random bfloat16 weights in files of at most 4 GiB, and as many layers as give
+    `--gib` GiB; the adapter has rank 8 on all linear layers. `lora merge` runs in a separate
+    process, which cannot allocate more than `--cap` GiB (RLIMIT_DATA). Print its peak resident set
+    size, including pages of files. Then compute one adapted tensor of each file again, and compare.
+    FOLDER needs twice the size of the base.
 python scripts/merging.py cost --adapter DIR [--rounds 20]
-    Operations and time of a forward pass of the base, of base + adapter, and of the merged model.
+    Print the operations and the time of a forward pass of the base, of base + adapter, and of the
+    merged model.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def cost(args: argparse.Namespace) -> None:
     found["merged"] = task.reloaded(merged, torch.float32).eval()
     probe, times = task.probe(), {name: [] for name in found}
     with torch.no_grad():
-        for _ in range(args.rounds):  # in turn, so that what else runs disturbs all alike
+        for _ in range(args.rounds):  # in turn, so that other load affects all of them equally
             for name, model in found.items():
                 start = time.perf_counter()
                 task.probed(model, probe)
@@ -93,7 +94,7 @@ def cost(args: argparse.Namespace) -> None:
 
 
 def memory(args: argparse.Namespace) -> None:
-    """Write the folders, merge, and check."""
+    """Create a base and an adapter, merge them, and check the result."""
     base, adapter = args.work / "base", args.work / "adapter"
     layers = args.layers or round((args.gib * GIB - 2.2e9) / 4.37e8)
     size = make_base(base, layers)
@@ -116,7 +117,7 @@ def memory(args: argparse.Namespace) -> None:
 
 
 def make_base(folder: Path, layers: int) -> int:
-    """Write a Llama with random weights; return the bytes of its weights."""
+    """Write a Llama with random weights; return the size of its weights in bytes."""
     folder.mkdir(parents=True)
     config = LlamaConfig(
         num_hidden_layers=layers, tie_word_embeddings=False, dtype="bfloat16", bos_token_id=0,
@@ -180,7 +181,7 @@ def check(base: Path, adapter: Path, merged: Path) -> None:
     """Compute one adapted tensor of each file again, and compare all names and sizes."""
     index = "model.safetensors.index.json"
     before, after = (json.loads((folder / index).read_text()) for folder in (base, merged))
-    assert before == after, "the index is another"
+    assert before == after, "the indices differ"
     files = sorted(set(before["weight_map"].values()))
     for file in files:
         assert (base / file).stat().st_size == (merged / file).stat().st_size, file

@@ -1,10 +1,10 @@
 """Measure how memory grows with the rows and the steps of a streamed run.
 
 python scripts/scale.py rows --work FOLDER [--rows 10000000]
-    Writes a file of so many short texts with a label (46 bytes a row) into FOLDER. `lora train`,
-    with `data.streaming` and in a process of its own, trains a tiny classifier on each row once, in
-    steps of 2,000 rows. What is printed is the largest resident set that the system had counted for
-    it after so many rows, as `metrics.jsonl` has it, and at last its processor time.
+    Write a file with this many short texts and labels (46 bytes per row) into FOLDER. `lora train`,
+    with `data.streaming` and in a separate process, trains a tiny classifier on each row once, in
+    steps of 2,000 rows. Print the peak resident set size of that process after different numbers of
+    rows, as recorded in `metrics.jsonl`, and finally its processor time.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Collect what tests say that they prove, and write it as the tables of docs/what_is_tested.md.
+"""Collect what tests prove, from their `proves` marks, and write docs/what_is_tested.md.
 
-A test says it with a mark; a value may name parameters of the test, or compute it from them:
+A value of a mark may name parameters of the test, or compute a value from them:
 
     @pytest.mark.proves("read", "merge", variant="dora", layer="{site}")
     @pytest.mark.proves("loss", task="causal_lm", rows="text", model=lambda kind, **_: FAMILY[kind])
 
-`against="PEFT"` says what it is compared with, besides ourselves. Nothing is written by hand: the
-tables have what pytest collects, with every parameter.
+`against="PEFT"` names the independent implementation that a test compares with. The tables contain
+all tests that pytest collects, with every parameter; nothing is written by hand.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ VARIANTS = (
 
 @dataclass(frozen=True)
 class Table:
-    """What the rows of a table are, and what its columns mean."""
+    """The rows and columns of a table."""
 
     title: str
     keys: tuple[str, ...]
-    """Words of the mark that name a row; the first one names a section."""
+    """Keywords of the mark that identify a row; the first one gives the section."""
     columns: dict[str, str]
-    """What is proved, by the column's head."""
+    """What a test in a column proves, by the head of the column."""
     orders: tuple[Sequence[str], ...]
-    """In which order the values of each key come; others follow."""
+    """The order of the values of each key; other values follow."""
     intro: str
 
 
@@ -54,33 +54,36 @@ ADAPTERS = Table(
     "Adapters",
     ("variant", "layer", "base"),
     {
-        "train": "step 0 is the base; gradients reach what is trained and nothing else; gradients "
-        "and losses are those of the reference",
-        "write": "an adapter that is saved computes the same where it is loaded",
-        "read": "an adapter folder computes the same here as where it was written",
+        "train": "step 0 equals the base; only trained parameters get gradients; gradients and "
+        "losses equal those of the reference",
+        "write": "a saved adapter computes the same after it is loaded",
+        "read": "an adapter folder computes the same here as in the tool that wrote it",
         "merge": "the merged model computes the same, or has the same weights",
-        "export": "the exported files, read as their reader reads them, compute the same",
+        "export": "the exported files, read in the way of their program, compute the same",
         "resume": "a run that was stopped and resumed is the whole run, bit for bit",
     },
     (VARIANTS, LAYERS, BASES),
-    "`layer` is what the adapter is attached to; `experts` are three-dimensional parameters. A run "
-    "or an export is of one model, so its cell is in the row of that model's layers.",
+    "`layer` is the kind of layer that the adapter is attached to; `experts` are three-dimensional "
+    "parameters. A run or an export concerns a whole model, so it is in the row of that model's "
+    "layers.",
 )
 TASKS = Table(
     "Tasks",
     ("task", "rows", "model", "base"),
     {
-        "loss": "the loss is that of the reference",
-        "split": "any split of a batch has the same loss and gradients, within 1e-5 of the largest",
-        "alone": "a row has the same loss and scores alone and among longer ones, within rounding",
+        "loss": "the loss equals that of the reference",
+        "split": "any split of a batch into micro-batches gives the same loss and gradients, "
+        "within 1e-5 of the largest",
+        "alone": "a row has the same loss and scores alone and in a batch with longer rows, within "
+        "rounding",
         "save": "saved and loaded: every tensor bit for bit, and the same outcomes",
         "merge": "the merged model has the same outcomes",
-        "predict": "`lora predict` answers a row alone as among others",
+        "predict": "`lora predict` gives a row the same answer alone and in a batch",
         "init": "`lora init` writes a valid recipe for such rows, with exactly this task",
         "resume": "a run that was stopped and resumed is the whole run, bit for bit",
     },
     ((), (), (), BASES),
-    "`rows` is what a row of the data holds.",
+    "`rows` is the content of a row of the data.",
 )
 
 
@@ -96,7 +99,7 @@ class Claim:
 
 
 class Collector:
-    """A plugin of pytest: keeps what was collected, before any of it is left out."""
+    """A pytest plugin that keeps all collected tests, before any are deselected."""
 
     def __init__(self) -> None:
         self.items: list[pytest.Item] = []
@@ -104,11 +107,11 @@ class Collector:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Keep all tests, also those that an option would leave out."""
+        """Keep all tests, including those that an option would deselect."""
         self.items = list(items)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        """Keep what could not be collected."""
+        """Keep the errors of collection."""
         if report.outcome != "passed":
             self.problems.append(f"{report.nodeid} {report.outcome}: {report.longrepr}")
 
@@ -125,9 +128,9 @@ def claims() -> dict[str, list[Claim]]:
         if "mark.proves(" in file.read_text(encoding="utf-8")
     ]
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    sys.path.insert(0, str(TESTS))  # as conftest.py does, which is not read here
+    sys.path.insert(0, str(TESTS))  # as conftest.py does, which is not loaded here
     collector = Collector()
-    # the fixtures of conftest.py change this process, and collecting needs none of them
+    # the fixtures of conftest.py would change this process, and collecting does not need them
     options = ["--collect-only", "--noconftest", "-p", "no:terminal", "-p", "no:cacheprovider",
                "-p", "no:faulthandler", "-p", "no:logging", "--capture=no"]  # fmt: skip
     code = pytest.main([*options, *files], plugins=[collector])
@@ -174,9 +177,9 @@ def page(note: str) -> str:
         note,
         "# What is tested\n",
         "Each number is a test: they are listed after each table. A number in **bold** is a "
-        "comparison with an independent implementation, which the list names. An empty cell has no "
-        "test of its own. The tables are made of the tests that pytest collects, and a "
-        "test checks that this page is up to date. `pytest FILE -k FUNCTION` runs one.\n",
+        "comparison with an independent implementation, which the list names. Cells without a "
+        "test are empty. The tables are generated from the tests that pytest collects, and a test "
+        "checks that this page is up to date. `pytest FILE -k FUNCTION` runs a single test.\n",
     ]
     for table in (ADAPTERS, TASKS):
         parts += _table(table, found[table.title])

@@ -1,6 +1,6 @@
-"""Take the pictures of a run's report that the README shows, in light and in dark.
+"""Take the screenshots of a run's report for the README, in the light and the dark theme.
 
-usage: python scripts/picture.py out/demo/report.html docs/report.png   (needs Chromium, pillow)
+usage: python scripts/screenshots.py out/demo/report.html docs/report.png   (needs Chromium, pillow)
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from pathlib import Path
 
 from PIL import Image
 
-WIDTH, HEIGHT = 1080, 1266  # of what is shown of the page
-SCHEMES = {"": "1", "_dark": "0"}  # what Chromium calls them
+WIDTH, HEIGHT = 1080, 1266  # of the visible part of the page, in pixels
+SCHEMES = {"": "1", "_dark": "0"}  # Chromium's values of the colour scheme
 COLOURS = 128
 
 
 def main(page: Path, target: Path) -> None:
-    """Write `target`, and beside it the same with `_dark` in its name."""
+    """Write `target`, and next to it the dark version, with `_dark` in its name."""
     names = ("chromium", "chromium-browser", "google-chrome")
     browser = next(filter(None, map(shutil.which, names)), None)
     if browser is None:
