@@ -116,7 +116,7 @@ class Task:
 
     def __init__(self, micro_batch: int = 8) -> None:
         self.tokenizer, self.micro_batch, self.seen = range(SIZE), micro_batch, []
-        self.recipe = tiny.recipe_of()
+        self.recipe, self.max_length = tiny.recipe_of(), 64
 
     def collate(self, examples: list[Example]) -> Any:
         self.seen.append(examples)

@@ -244,6 +244,31 @@ def test_a_language_model_sees_no_padding(kind: str, tmp_path: Path) -> None:
             assert found.losses["loss"][0] == pytest.approx(loss.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("longest", [100, 110])
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+def test_no_long_text_changes_the_loss_of_a_short_one(
+    longest: int, kernels: str, tmp_path: Path
+) -> None:
+    changed = config("longrope")
+    changed.rope_parameters |= {"original_max_position_embeddings": 100}  # the trial has 64
+    folder = base(tmp_path / "base", "llama", AutoModelForCausalLM)
+    changed.save_pretrained(folder)
+    language = {**LANGUAGE, "max_length": 128}
+    task, model = opened(folder, tmp_path, task=language, train={"kernels": kernels})
+    choose_padding(task, model, longest)
+    assert (task.padding == NONE) is (longest > 100)
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(4, 200, (n,), generator=generator).tolist() for n in (20, longest, 90)]
+    examples = [{"input_ids": row, "labels": row, "row": 0} for row in rows]
+    plain = AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        together = task.predict(model, task.collate(examples))
+        for row, found in zip(rows, together, strict=True):
+            ids = torch.tensor([row])
+            loss = plain(input_ids=ids, labels=ids).loss * (len(row) - 1)
+            assert found.losses["loss"][0] == pytest.approx(loss.item(), rel=1e-5)
+
+
 def test_an_encoder_is_no_language_model(tmp_path: Path) -> None:
     folder = base(tmp_path / "base", "bert", AutoModelForCausalLM)
     task, model = opened(folder, tmp_path, task=LANGUAGE)

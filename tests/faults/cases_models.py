@@ -54,6 +54,19 @@ def _generation_config(text: str) -> Callable[[World], Printed]:
     return run
 
 
+def _packed_with_longrope(world: World) -> Printed:
+    shutil.copytree(world.bases / "llama", world.folder / "base")
+    file = world.folder / "base/config.json"
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": 16, "factor": 8.0}
+    rope |= {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "rope_theta": 10000.0}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"rope_parameters": rope}))
+    recipe = world.recipe("llama", model={"name": "./base"}, train={"packing": True})
+    return world.lora("train", recipe, "-o", "out")
+
+
+CASES.append(Case("Models", "packing where a long text changes the others", _packed_with_longrope))
+
+
 for _name, _text in {
     "a word that is no choice": '{"early_stopping": "maybe"}',
     "a mode of caching that there is not": '{"cache_implementation": "quick"}',

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lora_cli.errors import LoraError
 from lora_cli.models.full_precision import full_precision
 from lora_cli.tasks.examples import IGNORED, Encoded, Example
-from lora_cli.tasks.texts.padding import tolerance
+from lora_cli.tasks.texts.padding import longest_with_equal_positions, tolerance
 from lora_cli.tasks.texts.text_task import TextTask
 
 TRIAL_TOKENS = 32  # of each of the two texts that are packed in `check_packing`
@@ -116,6 +116,10 @@ def check_packing(task: TextTask, model: nn.Module, split: Encoded) -> None:
     Raises:
         LoraError: If the logits of packed texts differ from those of the same texts alone.
     """
+    if task.max_length > (limit := longest_with_equal_positions(model)):
+        what = f"this model reads all texts of a batch differently if one has more than {limit:,} "
+        hint = f"set `train.packing: false`, or `task.max_length: {limit}`"
+        raise LoraError(f"{what}tokens", task.recipe.at("train.packing"), hint)
     examples = [split.examples[i] for i in (0, -1)]
     first, second = (
         {**e, **{key: e[key][:TRIAL_TOKENS] for key in ("input_ids", "labels")}} for e in examples

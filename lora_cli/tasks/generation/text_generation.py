@@ -18,7 +18,14 @@ from lora_cli.characters import without_half_character
 from lora_cli.models.full_precision import full_precision
 from lora_cli.recipe.spec import GenerationSpec
 from lora_cli.tasks.finite_scores import FiniteScores
-from lora_cli.tasks.texts.padding import MOST_NOISE, Padding, fill, mask_of, tolerance
+from lora_cli.tasks.texts.padding import (
+    MOST_NOISE,
+    Padding,
+    fill,
+    longest_with_equal_positions,
+    mask_of,
+    tolerance,
+)
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
@@ -131,7 +138,7 @@ def generate(
     groups: dict[tuple[int, int], list[int]] = defaultdict(list)
     batching = _find_batching(model, prompts, pad_id, n_positions)
     longest = max(map(len, prompts), default=0) + options.max_new_tokens
-    if batching == "any" and longest > _longest_with_equal_positions(model):
+    if batching == "any" and longest > longest_with_equal_positions(model):
         batching = "same length"
     for i, prompt in enumerate(prompts):
         assert 0 < len(prompt) < n_positions
@@ -237,21 +244,6 @@ def _padded_left(
         "input_ids": fill(rows, pad_id, 1, LEFT).to(device),
         "attention_mask": mask_of(rows, 1, LEFT).to(device),
     }
-
-
-def _longest_with_equal_positions(model: nn.Module) -> int:
-    """Return up to which length of the longest row the positions of the others do not depend on it.
-
-    If the longest row has more tokens, LongRoPE scales the positions of the whole batch.
-    """
-    config: Any = getattr(model, "config", None)
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
-    rope = rope if isinstance(rope, dict) else {}
-    if rope.get("rope_type", rope.get("type")) != "longrope":
-        return 10**9
-    n_original = rope.get("original_max_position_embeddings")
-    n_original = n_original or getattr(config, "original_max_position_embeddings", None)
-    return int(n_original) if n_original else 0
 
 
 def _find_batching(

@@ -47,6 +47,21 @@ RIGHT, NONE = Padding(), Padding("none")
 WITHOUT_MASK = Padding(mask=False)  # causal attention on right-padded rows needs no mask
 
 
+def longest_with_equal_positions(model: nn.Module) -> int:
+    """Return up to which length of the longest row the positions of the others do not depend on it.
+
+    If the longest row has more tokens, LongRoPE scales the positions of the whole batch.
+    """
+    config: Any = getattr(model, "config", None)
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    rope = rope if isinstance(rope, dict) else {}
+    if rope.get("rope_type", rope.get("type")) != "longrope":
+        return 10**9
+    n_original = rope.get("original_max_position_embeddings")
+    n_original = n_original or getattr(config, "original_max_position_embeddings", None)
+    return int(n_original) if n_original else 0
+
+
 def fill(
     rows: Sequence[Sequence[int] | NDArray[Any]],
     value: int,

@@ -13,7 +13,15 @@ from lora_cli.errors import LoraError, counted
 from lora_cli.models.full_precision import full_precision, has_flash_attention, torch_attention
 from lora_cli.tasks.examples import Example
 from lora_cli.tasks.finite_scores import require_finite, require_finite_weights
-from lora_cli.tasks.texts.padding import MOST_NOISE, NONE, RIGHT, Padding, candidates, tolerance
+from lora_cli.tasks.texts.padding import (
+    MOST_NOISE,
+    NONE,
+    RIGHT,
+    Padding,
+    candidates,
+    longest_with_equal_positions,
+    tolerance,
+)
 from lora_cli.tasks.texts.text_task import TextTask
 from lora_cli.unexpected_errors import own_words
 
@@ -55,6 +63,8 @@ def choose_padding(task: TextTask, model: nn.Module, longest: int | None = None)
         first_position, why_not = None, ""
         varied = len(long["input_ids"]) > len(short["input_ids"])
         chosen = _right_padding(task, model, short, long, alone, allowed) if varied else None
+        if whole > longest_with_equal_positions(model):
+            chosen = None  # a row longer than those of the trial changes how others are read
         if chosen is None and noise > allowed:
             _require_single_rows(task, noise)
         if task.can_share_rows and _worth_sharing(task, model):
