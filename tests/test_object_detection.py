@@ -356,7 +356,7 @@ def test_each_query_predicts_a_box_with_its_best_label() -> None:
     boxes = torch.rand(2, 2, 3, 4, generator=generator)
     sizes = torch.tensor([[10.0, 20.0], [7.0, 5.0]])
     task: Any = object.__new__(ObjectDetection)
-    predictions = task._found(Detections(logits, boxes), sizes)
+    predictions = task._boxes_in_pixels(Detections(logits, boxes), sizes)
     for i, (width, height) in enumerate(sizes.tolist()):
         for q in range(3):
             shares = logits[1, i, q].double().exp() / logits[1, i, q].double().exp().sum()

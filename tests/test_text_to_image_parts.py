@@ -21,7 +21,7 @@ from lora_cli.tasks.diffusion.diffusion_noise import DiffusionNoise
 from lora_cli.tasks.diffusion.drawing import picture_name
 from lora_cli.tasks.diffusion.flow_noise import FlowNoise
 from lora_cli.tasks.examples import Batch, Prediction
-from lora_cli.tasks.text_to_image import TextToImage, _dtype_of, _groups, _unflat
+from lora_cli.tasks.text_to_image import TextToImage, _dtype_of, _groups_by_size, _unflatten
 
 ANY_SHAPE = {"aspect_ratios": True, "max_aspect_ratio": 4.0}
 LENGTH = 4  # tokens that the first text encoder reads; the second reads one more
@@ -463,7 +463,7 @@ def test_batches_are_grouped_by_image_size() -> None:
         examples[1]["height"], examples[1]["width"],
     )  # fmt: skip
     batch = make_batch(task, *examples)
-    first, second = _groups(batch.inputs)
+    first, second = _groups_by_size(batch.inputs)
     assert first[0].tolist() == [0, 2]
     assert second[0].tolist() == [1]
     assert first[1]["pixels"].shape == (2, 1, 3, 16, 16)
@@ -543,7 +543,7 @@ def test_losses_are_weighted_errors_of_single_images(prior: bool, is_cached: boo
     if is_cached:
         outputs = task.frozen_outputs(MODEL, batch)
         batch.inputs |= {key: outputs[key] for key in ("texts", "pooled")}
-        for i, (rows, _) in enumerate(_groups(batch.inputs)):
+        for i, (rows, _) in enumerate(_groups_by_size(batch.inputs)):
             latents_of_size = [outputs["latents"][row] for row in rows.tolist()]
             batch.inputs[f"latents.{i}"] = torch.stack(latents_of_size)
     output = task.forward(MODEL, batch)
@@ -577,10 +577,10 @@ def test_the_prior_loss_is_zero_without_class_images() -> None:
 def test_dropped_captions_are_encoded_as_empty() -> None:
     task = make_task()
     batch = make_batch(task, make_example(task, caption="ab"), make_example(task, caption="cd"))
-    plain, pooled = task._texts_of(MODEL, batch.inputs)
+    plain, pooled = task._caption_tensors(MODEL, batch.inputs)
     batch.inputs["dropped"] = torch.tensor([[False], [True]])
     batch.inputs |= {f"empty.{i}": torch.tensor([ids]) for i, ids in enumerate(task.ids_of(""))}
-    texts, pooled_texts = task._texts_of(MODEL, batch.inputs)
+    texts, pooled_texts = task._caption_tensors(MODEL, batch.inputs)
     assert torch.equal(texts[0], plain[0])
     assert torch.equal(pooled_texts[0], pooled[0])
     assert not texts[1].any()
@@ -627,8 +627,8 @@ def test_the_dtype_of_a_part_is_that_of_its_frozen_weights() -> None:
 
 
 def test_flattened_images_are_unflattened() -> None:
-    assert _unflat(torch.arange(12).view(6, 2), (2, 3)).shape == (2, 3, 2)
-    assert _groups({"steps": torch.zeros(1)}) == []
+    assert _unflatten(torch.arange(12).view(6, 2), (2, 3)).shape == (2, 3, 2)
+    assert _groups_by_size({"steps": torch.zeros(1)}) == []
 
 
 # ------------------------------------------------------------------------ settings and generation

@@ -258,7 +258,7 @@ def test_metrics_equal_those_of_numpy_and_scikit_learn(tmp_path: Path) -> None:
         predicted_stops += (probabilities >= threshold).tolist()
         true_stops += [0] * (len(probabilities) - 1) + [1]
         row = data["validation"].rows[i]
-        (spectrogram,) = task._said(model, [row])
+        (spectrogram,) = task._spectrograms_for(model, [row])
         lengths.append(abs(len(spectrogram) / frames - 1))
     assert len(set(predicted_stops)) > 1
     assert report["mel_l1"] == pytest.approx(float(np.abs(np.concatenate(errors)).mean()), rel=1e-5)
@@ -396,7 +396,7 @@ def test_without_a_vocoder_spectrograms_are_written(trained: Path) -> None:
     assert list(task.answer_columns()) == ["spectrogram"]
     spectrogram = np.load(trained / name)
     assert spectrogram.shape[1] == tiny_synthesis.BANDS
-    assert torch.equal(torch.from_numpy(spectrogram), task._said(model, [row])[0])
+    assert torch.equal(torch.from_numpy(spectrogram), task._spectrograms_for(model, [row])[0])
 
 
 def test_speech_that_never_stops_is_truncated(trained: Path) -> None:
@@ -404,7 +404,7 @@ def test_speech_that_never_stops_is_truncated(trained: Path) -> None:
     task, model, _ = open_adapter(trained / "out", recipe)
     factor, speaker = 2, tiny_synthesis.speaker(0)
     long_row = {"text": "a long text that is said " * 3, "speaker": speaker}
-    spectrograms = task._said(model, [long_row, {"text": "a", "speaker": speaker}])
+    spectrograms = task._spectrograms_for(model, [long_row, {"text": "a", "speaker": speaker}])
     assert len(spectrograms[0]) == tiny_synthesis.SPEECH_POSITIONS * factor
     assert len(spectrograms[1]) == 2 * 20  # two tokens, with `task.longest_ratio`
     assert task.take_warnings() == [

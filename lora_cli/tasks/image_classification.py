@@ -1,4 +1,4 @@
-"""Classify a picture: one label, several labels, or a number."""
+"""Classifies images: predicts one label, several labels, or a number."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ from lora_cli.tasks.pictures.odd_pictures import ODD_FEATURES, odd_facts
 from lora_cli.tasks.pictures.picture_task import PictureTask, dtype_of_base
 from lora_cli.unexpected_errors import own_words
 
-ENCODING = 2  # of rows into examples; a change of it makes what is kept on the disk useless
-RATIO = 4 / 3  # a random crop is at most so much wider than high, or higher than wide
+ENCODING = 2  # version of how rows are encoded; increase it to encode cached rows again
+RATIO = 4 / 3  # the largest aspect ratio of a random crop; the smallest is its inverse
 CROP_TRIALS = 10
 
 
@@ -72,25 +72,25 @@ class ImageClassification(PictureTask, Classification):
 
     @property
     def base_facts(self) -> dict[str, Any]:
-        """The computing keys of config.json, and a hash of the image processor."""
+        """The keys of config.json that change the computation, and a hash of the processor."""
         return {"config": config_facts(self.config), "processor": processor_hash(self.processor)}
 
     def cache_key(self) -> list[str]:
-        """Return what an encoded row depends on besides the row."""
+        """Return everything that an encoded row depends on, besides the row itself."""
         task = self.spec.model_dump_json(exclude={"augmentation"})
         return [f"pictures {ENCODING}", task]
 
     # ------------------------------------------------------------------------------ rows
 
     def fields(self) -> list[Field]:
-        """Return the columns of the picture, and the label or labels."""
+        """Return the columns of the image, and of the label or labels."""
         return [
             Field("task.image_column", self.spec.image_column, "input", "image"),
             *self.label_fields(),
         ]
 
     def learn_from(self, splits: dict[str, Rows]) -> None:
-        """Find the labels and their weights; say so where folders are numbered."""
+        """Find the labels and their weights; warn if numbered labels are sorted as text."""
         was_known = bool(self.labels)
         super().learn_from(splits)
         names = self.labels
@@ -103,7 +103,7 @@ class ImageClassification(PictureTask, Classification):
             )
 
     def encode(self, rows: Sequence[dict[str, Any]]) -> list[list[Example]]:
-        """Return one example a row: the picture as its file has it, and the label."""
+        """Return one example for each row: its encoded image and its target."""
         examples = []
         for row in rows:
             value = row[self.spec.image_column]
@@ -113,15 +113,15 @@ class ImageClassification(PictureTask, Classification):
         return examples
 
     def features(self) -> dict[str, str]:
-        """Return the types of an example."""
+        """Return the type of each key of an example."""
         return {"image": "media", "labels": self.label_feature, **ODD_FEATURES}
 
     def cost(self, example: Example) -> int:
-        """Return 1: all pictures are read in one size."""
+        """Return 1, since all images are resized to the same size."""
         return 1
 
     def shown(self, example: Example, colour: bool) -> tuple[list[str], str]:
-        """Return the label of an example, and the size of its picture."""
+        """Return an example for people to read: its label, and the size of its image."""
         lines, _ = super().shown(example, colour)
         facts, (height, width) = picture_facts(example["image"]), self.size
         return lines, (
@@ -132,11 +132,11 @@ class ImageClassification(PictureTask, Classification):
     # ---------------------------------------------------------------------------- pixels
 
     def prepare(self, example: Example, rng: np.random.Generator, training: bool) -> Example:
-        """Return an example with its picture decoded and, in training, augmented."""
+        """Return an example with its image decoded and, in training, augmented."""
         return {**example, "pixels": self._pixels(example["image"], rng if training else None)}
 
     def _pixels(self, value: dict[str, Any], rng: np.random.Generator | None) -> Tensor:
-        """Return the pixels (C, H, W) of a picture; `rng` augments."""
+        """Return the pixels (C, H, W) of an image, augmented if there is an `rng`."""
         image = self.opened(value)
         options: dict[str, Any] = {}
         augmentation = self.spec.augmentation
@@ -154,7 +154,7 @@ class ImageClassification(PictureTask, Classification):
         return torch.from_numpy(pixels_of(self.processor, image, **options))
 
     def collate(self, examples: Sequence[Example]) -> Batch:
-        """Return the examples as one batch; the items are rows, or their weights."""
+        """Return the examples as one batch, whose items are rows or their weights."""
         pixels = torch.stack([example["pixels"] for example in examples])
         labels, items = self.labels_and_items(examples)
         rows = [example["row"] for example in examples]
@@ -164,7 +164,11 @@ class ImageClassification(PictureTask, Classification):
     # ----------------------------------------------------------------------------- model
 
     def empty_model(self) -> tuple[nn.Module, list[str]]:
-        """Return the model without weights; a size of pictures that it cannot read is an error."""
+        """Return the model without weights.
+
+        Raises:
+            LoraError: If it cannot read images of the processor's size.
+        """
         model, new = super().empty_model()
         if hasattr(self, "size"):
             shape = (1, self.channels, *self.size)
@@ -177,7 +181,11 @@ class ImageClassification(PictureTask, Classification):
         return model, new
 
     def fit_to_model(self, model: nn.Module, longest: int | None = None) -> None:
-        """Try the model on two pictures."""
+        """Try the model on two images.
+
+        Raises:
+            LoraError: If it cannot read images of the processor's size.
+        """
         was_training = model.training
         parameter = next(model.parameters())
         try:
@@ -199,7 +207,7 @@ class ImageClassification(PictureTask, Classification):
         return LoraError(what, self.recipe.at("model.name"), hint)
 
     def probe(self) -> dict[str, Tensor]:
-        """Return random pixels, the same every time."""
+        """Return fixed random pixels."""
         generator = torch.Generator().manual_seed(0)
         shape = (4, self.channels, *self.size)
         return {"pixel_values": torch.randn(shape, generator=generator)}
@@ -209,7 +217,7 @@ class ImageClassification(PictureTask, Classification):
         return self.logits(model, batch.inputs["pixel_values"])
 
     def logits(self, model: nn.Module, pixels: Tensor) -> Tensor:
-        """Return the model's logits (B, C) for pixels (B, C, H, W) of any precision."""
+        """Return the model's logits (B, labels) for pixels (B, C, H, W) of any dtype."""
         if not torch.is_autocast_enabled(pixels.device.type):
             pixels = pixels.to(dtype_of_base(model))
         logits: Tensor = model(pixel_values=pixels).logits
@@ -229,11 +237,12 @@ class ImageClassification(PictureTask, Classification):
 def random_box(
     width: int, height: int, smallest: float, rng: np.random.Generator
 ) -> tuple[float, float, float, float]:
-    """Return a random part of a picture (left, upper, right, lower), in pixels.
+    """Return a random crop of an image as (left, upper, right, lower), in pixels.
 
-    Its area is uniform between `smallest` and 1 of the picture's, the logarithm of its ratio
-    between 3:4 and 4:3 (Szegedy et al. 2014, https://arxiv.org/abs/1409.4842); of a picture that is
-    too narrow for that, it is the largest part in the middle.
+    Its share of the image's area is uniform between `smallest` and 1, and the logarithm of its
+    aspect ratio is uniform between 3:4 and 4:3 (Szegedy et al. 2014,
+    https://arxiv.org/abs/1409.4842). If an image is too narrow for this, the result is the largest
+    crop in its centre.
     """
     for _ in range(CROP_TRIALS):
         area = width * height * rng.uniform(smallest, 1.0)

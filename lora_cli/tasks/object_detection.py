@@ -1,4 +1,4 @@
-"""Find objects in pictures: a box, a label and a score for each, by YOLOS or DETR."""
+"""Detects objects in images with YOLOS or DETR: a box, a label and a score for each."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ from lora_cli.tasks.finite_scores import require_finite
 from lora_cli.tasks.pictures.odd_pictures import ODD_FEATURES, odd_facts
 from lora_cli.tasks.pictures.picture_task import PictureTask, dtype_of_base
 
-ENCODING = 2  # of rows into examples; a change of it makes what is kept on the disk useless
-NO_OBJECT = "no object"  # the output behind those of the labels
-FILLING = [0.5, 0.5, 1.0, 1.0]  # a box that fills up a batch: it is not empty
-DIGITS = 2  # of a pixel, in answers
+ENCODING = 2  # version of how rows are encoded; increase it to encode cached rows again
+NO_OBJECT = "no object"  # the output after those of the labels
+PADDING_BOX = [0.5, 0.5, 1.0, 1.0]  # pads the boxes of a batch; a box must not be empty
+DIGITS = 2  # decimal digits of pixel coordinates in answers
 
 
 class ObjectDetection(PictureTask):
@@ -81,7 +81,7 @@ class ObjectDetection(PictureTask):
         """Read the model's configuration.
 
         Raises:
-            LoraError: If the model is none that can be trained here.
+            LoraError: If the model's architecture is not supported.
         """
         super().read_config()
         require_detector(self.auto_class, self.config, self.recipe)
@@ -92,11 +92,11 @@ class ObjectDetection(PictureTask):
 
     @property
     def base_facts(self) -> dict[str, Any]:
-        """The computing keys of config.json, and a hash of the image processor."""
+        """The keys of config.json that change the computation, and a hash of the processor."""
         return {"config": config_facts(self.config), "processor": processor_hash(self.processor)}
 
     def cache_key(self) -> list[str]:
-        """Return what an encoded row depends on besides the row."""
+        """Return everything that an encoded row depends on, besides the row itself."""
         left_out = {"augmentation", "threshold", "image_size", "labels"}
         return [
             f"boxes {ENCODING}", self.spec.model_dump_json(exclude=left_out),
@@ -106,7 +106,7 @@ class ObjectDetection(PictureTask):
     # ------------------------------------------------------------------------------ rows
 
     def fields(self) -> list[Field]:
-        """Return the columns of the picture and of the objects."""
+        """Return the columns of the image and of the objects."""
         return [
             Field("task.image_column", self.spec.image_column, "input", "image"),
             Field("task.objects_column", self.spec.objects_column, "target", "boxes"),
@@ -114,16 +114,16 @@ class ObjectDetection(PictureTask):
 
     @property
     def knows_labels(self) -> bool:
-        """Whether the labels are named."""
+        """Whether the labels are known."""
         return bool(self.labels)
 
     @property
     def labels(self) -> list[str]:
-        """Names of the labels, in the order of the model's outputs."""
+        """The names of the labels, in the order of the model's outputs."""
         return self.reader.names
 
     def labels_of(self, row: dict[str, Any]) -> list[str]:
-        """Return the labels of a row's objects, each once."""
+        """Return the distinct labels of a row's objects."""
         return self.reader.names_in(row)
 
     def label_counts(self, rows: Rows) -> dict[str, int]:
@@ -132,7 +132,7 @@ class ObjectDetection(PictureTask):
         return {name: counts[name] for name in self.labels}
 
     def answer_of(self, row: dict[str, Any]) -> str:
-        """Return the objects of a row in words, to be compared with those of an equal picture."""
+        """Return the objects of a row as text, to compare rows with equal images."""
         facts = picture_facts(row[self.spec.image_column])
         objects = self._objects(row, (facts.width, facts.height))
         named = sorted(
@@ -147,11 +147,11 @@ class ObjectDetection(PictureTask):
         self.learned.task["labels"] = list(self.labels)
 
     def label_problem(self, row: dict[str, Any], place: str) -> Problem | None:
-        """Return which category of a streamed row is no label."""
+        """Return the problem of a streamed row with an unknown category, if it has one."""
         return self.reader.problem(row, place)
 
     def target_error(self, row: dict[str, Any]) -> str:
-        """Return what is wrong with the objects, or nothing."""
+        """Return what is wrong with the objects; empty if nothing is."""
         facts = picture_facts(row[self.spec.image_column])
         try:
             self._objects(row, (facts.width, facts.height))
@@ -167,14 +167,14 @@ class ObjectDetection(PictureTask):
         return read_objects(value, size, spec.box_format, spec.clip_boxes, written)
 
     def encode(self, rows: Sequence[dict[str, Any]]) -> list[list[Example]]:
-        """Return one example a row: the picture as its file has it, and its objects."""
+        """Return one example for each row: its encoded image and its objects."""
         examples = []
         for row in rows:
             value = row[self.spec.image_column]
             facts = picture_facts(value)
             objects = self._objects(row, (facts.width, facts.height))
             classes = [self.reader.position(category) for category in objects.categories]
-            assert None not in classes, "a category that is no label"
+            assert None not in classes, "unknown categories are rejected before"
             examples.append([{
                 "image": value, "width": facts.width, "height": facts.height,
                 "boxes": objects.boxes.ravel().tolist(), "classes": classes,
@@ -184,29 +184,30 @@ class ObjectDetection(PictureTask):
         return examples
 
     def features(self) -> dict[str, str]:
-        """Return the types of an example."""
+        """Return the type of each key of an example."""
         sizes = {"width": "int32", "height": "int32"}
         objects = {"boxes": "list<float64>", "classes": "list<int32>", "crowd": "list<int8>"}
         return {"image": "media", **sizes, **objects, IS_TURNED: "bool", **ODD_FEATURES}
 
     def cost(self, example: Example) -> int:
-        """Return 1: all pictures are read in one size."""
+        """Return 1, since all images are resized to the same size."""
         return 1
 
     def shown(self, example: Example, colour: bool) -> tuple[list[str], str]:
-        """Return the objects of an example, and the size of its picture."""
+        """Return an example for people to read: its objects, and the size of its image."""
         (height, width), crowd = self.size, list(example["crowd"])
         boxes = np.array(example["boxes"]).reshape(-1, 4)
-        said = [
-            f"{self.labels[label]} at {', '.join(f'{n:.0f}' for n in box)}" + " (crowd)" * int(many)
-            for label, box, many in zip(example["classes"], boxes.tolist(), crowd, strict=True)
+        objects = [
+            f"{self.labels[label]} at {', '.join(f'{n:.0f}' for n in box)}"
+            + " (crowd)" * int(is_crowd)
+            for label, box, is_crowd in zip(example["classes"], boxes.tolist(), crowd, strict=True)
         ]
-        about = f"{media_name(example['image'])}: {example['width']} x {example['height']} pixels, "
-        about += f"read within {width} x {height}; {'; '.join(said) or 'without objects'}"
-        return [counted(len(said), "object")], about
+        text = f"{media_name(example['image'])}: {example['width']} x {example['height']} pixels, "
+        text += f"read within {width} x {height}; {'; '.join(objects) or 'without objects'}"
+        return [counted(len(objects), "object")], text
 
     def unknown_input(self, name: str, rows: Rows, examples: Any) -> tuple[float, str | None]:
-        """Return a warning of odd pictures, and of boxes that may be wrong."""
+        """Return a warning about unusual images, and about boxes that may be wrong."""
         share, warning = super().unknown_input(name, rows, examples)
         odd = odd_boxes(name, rows, examples, self.spec, self.n_queries)
         warning = "; ".join(part for part in (warning, odd) if part) or None
@@ -215,7 +216,7 @@ class ObjectDetection(PictureTask):
     # ---------------------------------------------------------------------------- pixels
 
     def prepare(self, example: Example, rng: np.random.Generator, training: bool) -> Example:
-        """Return an example with its picture decoded and, in training, augmented with its boxes."""
+        """Return an example with its image decoded; in training, image and boxes are augmented."""
         image = self.opened(example["image"])
         boxes = np.array(example["boxes"], dtype=np.float64).reshape(-1, 4)
         classes = np.array(example["classes"], dtype=np.int64)
@@ -233,15 +234,15 @@ class ObjectDetection(PictureTask):
 
     @property
     def augments(self) -> bool:
-        """Whether pictures are changed in training."""
+        """Whether images are augmented in training."""
         return self.spec.augmentation.crop or self.spec.augmentation.flip
 
     def collate(self, examples: Sequence[Example]) -> Batch:
-        """Return the examples as one batch; the items are objects, and the weights of queries."""
+        """Return the examples as one batch, whose items are objects and weights of queries."""
         counts = torch.tensor([len(example["trained"]) for example in examples])
-        most, truths = max(1, int(counts.max())), [example["truth"] for example in examples]
-        boxes = torch.tensor(FILLING).repeat(len(examples), most, 1)
-        labels = torch.zeros(len(examples), most, dtype=torch.int64)
+        max_count, truths = max(1, int(counts.max())), [example["truth"] for example in examples]
+        boxes = torch.tensor(PADDING_BOX).repeat(len(examples), max_count, 1)
+        labels = torch.zeros(len(examples), max_count, dtype=torch.int64)
         truth = torch.full((len(examples), max(map(len, truths)), 6), -1.0)
         for i, example in enumerate(examples):
             boxes[i, : counts[i]] = example["trained"]
@@ -251,8 +252,8 @@ class ObjectDetection(PictureTask):
         if reads_mask(self.config):
             inputs["pixel_mask"] = torch.stack([example["mask"] for example in examples])
         sizes = torch.tensor([[example["width"], example["height"]] for example in examples])
-        found = counts.clamp(max=self.n_queries)
-        weights = found + self.matching_costs.no_object * (self.n_queries - found)
+        n_matched = counts.clamp(max=self.n_queries)
+        weights = n_matched + self.matching_costs.no_object * (self.n_queries - n_matched)
         items = {CLASS: weights.float(), BOXES: counts.float(), GIOU: counts.float()}
         rows = [example["row"] for example in examples]
         targets = {"labels": labels, "boxes": boxes, "truth": truth, "sizes": sizes}
@@ -262,12 +263,12 @@ class ObjectDetection(PictureTask):
 
     @property
     def n_queries(self) -> int:
-        """How many objects the model can find in a picture."""
+        """The maximum number of objects that the model can detect in an image."""
         return max_objects(self.config)
 
     @property
     def matching_costs(self) -> MatchingCosts:
-        """What the model's configuration says of the assignment, and of "no object"."""
+        """The costs of matching, and the weight of "no object", from the model's configuration."""
         config = self.config
         return MatchingCosts(
             float(config.class_cost), float(config.bbox_cost), float(config.giou_cost),
@@ -276,14 +277,14 @@ class ObjectDetection(PictureTask):
 
     @property
     def loss_weights(self) -> Mapping[str, float]:  # type: ignore[override]
-        """The terms of the loss, with the weights that the model's configuration gives them."""
+        """The weights of the terms of the loss, from the model's configuration."""
         config = getattr(self, "config", None)
         boxes = float(getattr(config, "bbox_loss_coefficient", 5))
         return {CLASS: 1.0, BOXES: boxes, GIOU: float(getattr(config, "giou_loss_coefficient", 2))}
 
     def model_config(self) -> PretrainedConfig:
-        """Return the configuration with the labels by name."""
-        if not self.labels:  # `lora validate` asks for the names of modules all the same
+        """Return the model's configuration, with the names of the labels."""
+        if not self.labels:  # `lora validate` needs the module names before labels are known
             config = load_config(self.recipe)
         else:
             config = load_config(
@@ -296,13 +297,13 @@ class ObjectDetection(PictureTask):
         return config
 
     def arrange_head(self, model: nn.Module, missing: set[str]) -> None:
-        """Put the rows of a pretrained classifier into the order of the labels, by name."""
+        """Arrange the rows of a pretrained classifier by the names of the labels."""
         config = (self.config, self.recipe, self.auto_class)
         if note := arrange_rows(model, missing, self.labels, *config, extra_outputs=(NO_OBJECT,)):
             self.notes.append(note)
 
     def complete_from(self, tensors: Mapping[str, Tensor]) -> None:
-        """Find the labels of an adapter that another tool made: the base's, of the same number."""
+        """Find the labels for an adapter from another tool: the base's, if there are as many."""
         outputs = {name: t for name, t in tensors.items() if "class_labels_classifier" in name}
         heads = rows_of_heads(outputs, self.empty_model()[1])
         known: dict[int, str] = load_config(self.recipe).id2label
@@ -313,7 +314,7 @@ class ObjectDetection(PictureTask):
         self.learned.task["labels"] = names
 
     def probe(self) -> dict[str, Tensor]:
-        """Return random pixels, the same every time."""
+        """Return fixed random pixels."""
         generator = torch.Generator().manual_seed(0)
         pixels = torch.randn((2, self.channels, *self.size), generator=generator)
         mask = torch.ones((2, *self.size), dtype=torch.int64)
@@ -321,23 +322,23 @@ class ObjectDetection(PictureTask):
         return {"pixel_values": pixels} | ({"pixel_mask": mask} if reads_mask(self.config) else {})
 
     def tensor_of(self, output: Any) -> Tensor:
-        """Return the scores of the labels and the boxes, side by side (B, Q, C + 5)."""
+        """Return the logits of the labels and the boxes, concatenated (B, Q, C + 5)."""
         return torch.cat([output.logits, output.pred_boxes], -1)
 
     def forward(self, model: nn.Module, batch: Batch) -> Detections:
-        """Return what the model says: its last layer or, with auxiliary losses, each of them."""
+        """Return the detections of the last layer, or of all layers with auxiliary losses."""
         return self._detections(model, batch.inputs)
 
     def _detections(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Detections:
-        given, pixels = dict(inputs), inputs["pixel_values"]
+        model_inputs, pixels = dict(inputs), inputs["pixel_values"]
         if not torch.is_autocast_enabled(pixels.device.type):
-            given["pixel_values"] = pixels.to(dtype_of_base(model))
+            model_inputs["pixel_values"] = pixels.to(dtype_of_base(model))
         if not getattr(self.config, "auxiliary_loss", False):
-            output = model(**given)
+            output = model(**model_inputs)
             return Detections(output.logits[None], output.pred_boxes[None])
         body: Any = model
-        found = body.model(**given)
-        # the last of them is not the model's own output, which has passed a norm
+        found = body.model(**model_inputs)
+        # the last state is replaced by the model's output, which has passed a final norm
         states = torch.cat([found.intermediate_hidden_states[:-1], found.last_hidden_state[None]])
         boxes = body.bbox_predictor(states).sigmoid()
         return Detections(body.class_labels_classifier(states), boxes)
@@ -346,7 +347,7 @@ class ObjectDetection(PictureTask):
 
     @property
     def loss_definition(self) -> str:
-        """What the loss measures."""
+        """The definition of the loss, for the report."""
         weights = self.loss_weights
         return (
             f"DETR's: {weights[CLASS]:g} x cross-entropy per query in nats + {weights[BOXES]:g} x "
@@ -356,37 +357,37 @@ class ObjectDetection(PictureTask):
 
     @property
     def metric_context(self) -> MetricContext:
-        """The labels."""
+        """The labels, which metrics need."""
         return MetricContext(len(self.labels) or None, labels=tuple(self.labels))
 
     def losses(self, model: nn.Module, output: Detections, batch: Batch) -> dict[str, Tensor]:
-        """Return the three terms of each picture: of the labels, the boxes and their overlap."""
+        """Return the terms of the loss of each image (B,): labels, boxes and their overlap."""
         counts = [int(count) for count in batch.items[BOXES].tolist()]
         labels, boxes = batch.targets["labels"], batch.targets["boxes"]
         return detection_losses(output, labels, boxes, counts, self.matching_costs)
 
     def predictions(self, model: nn.Module, output: Detections, batch: Batch) -> list[Prediction]:
-        """Return the objects that are found in each picture, beside those that there are."""
+        """Return the detected objects of each image, with its true objects as the reference."""
         sizes, found = batch.targets["sizes"], []
-        of_pictures = self._found(output, sizes)
+        boxes_of_pictures = self._boxes_in_pixels(output, sizes)
         truths = batch.targets["truth"].tolist()
         for row, size, boxes, truth in zip(
-            batch.rows, sizes.tolist(), of_pictures, truths, strict=True
+            batch.rows, sizes.tolist(), boxes_of_pictures, truths, strict=True
         ):
-            wanted = [box for box in truth if box[4] >= 0]
+            true_boxes = [box for box in truth if box[4] >= 0]
             reference = [
                 self._object(box[:4], int(box[4])) | ({"crowd": True} if box[5] else {})
-                for box in wanted
+                for box in true_boxes
             ]
-            inputs: dict[str, tuple[Any, Any]] = {self.metric_channel: (boxes, wanted)}
+            inputs: dict[str, tuple[Any, Any]] = {self.metric_channel: (boxes, true_boxes)}
             details = {"size": size}
             found.append(
                 Prediction(row, self._named(boxes), reference, None, inputs, details=details)
             )
         return found
 
-    def _found(self, output: Detections, sizes: Tensor) -> list[list[list[float]]]:
-        """Return (x0, y0, x1, y1, score, label) for each query of each picture, in pixels."""
+    def _boxes_in_pixels(self, output: Detections, sizes: Tensor) -> list[list[list[float]]]:
+        """Return (x0, y0, x1, y1, score, label) for each query of each image, in pixels."""
         scores, labels = output.logits[-1].float().softmax(-1)[..., :-1].max(-1)
         boxes = corners(output.boxes[-1].float()) * sizes.repeat(1, 2).unsqueeze(1)
         together = torch.cat([boxes, scores.unsqueeze(-1), labels.unsqueeze(-1).float()], -1)
@@ -394,7 +395,7 @@ class ObjectDetection(PictureTask):
         return found
 
     def _named(self, boxes: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
-        """Return the objects with at least the threshold's score, the highest first."""
+        """Return the objects whose score reaches the threshold, by falling score."""
         kept = sorted((b for b in boxes if b[4] >= self.spec.threshold), key=lambda b: -b[4])
         return [self._object(b[:4], int(b[5])) | {"score": round(b[4], 6)} for b in kept]
 
@@ -404,11 +405,11 @@ class ObjectDetection(PictureTask):
     # --------------------------------------------------------------------------- answers
 
     def answer_columns(self) -> dict[str, str]:
-        """Return `prediction`: a list of objects, which tables hold as JSON."""
+        """Return the column `prediction`: a list of objects, as JSON in tables."""
         return {"prediction": "string"}
 
     def answer(self, model: nn.Module, rows: Sequence[dict[str, Any]]) -> list[list[Any]]:
-        """Return the objects in each picture."""
+        """Return the detected objects of each image."""
         device = next(model.parameters()).device
         images = [self.opened(row[self.spec.image_column]) for row in rows]
         pixels, masks = zip(*(on_canvas(self.processor, image) for image in images), strict=True)
@@ -418,8 +419,8 @@ class ObjectDetection(PictureTask):
         output = self._detections(model, inputs)
         require_finite(output.logits[-1].float(), model, self.recipe)
         sizes = torch.tensor([image.size for image in images], device=device)
-        return [[self._named(boxes)] for boxes in self._found(output, sizes)]
+        return [[self._named(boxes)] for boxes in self._boxes_in_pixels(output, sizes)]
 
     def answer_line(self, values: Sequence[Any]) -> str:
-        """Return the objects of a picture as JSON."""
+        """Return the objects of an image as JSON."""
         return json.dumps(values[0], ensure_ascii=False)

@@ -1,7 +1,8 @@
-"""What `lora init` asks each task type: are these rows for you, and how certain is that?
+"""Proposals of tasks for the rows that `lora init` reads.
 
-A type answers with `Task.propose(table, base)`, and the most certain proposal is drafted. Nothing
-else of `lora init` knows a task type, so that a new one needs no change there.
+Each task type returns a proposal from `Task.propose(table, base)`, with a degree of certainty, and
+the most certain one is written as a recipe. Nothing else in `lora init` depends on the task types,
+so a new type needs no change there.
 """
 
 from __future__ import annotations
@@ -16,115 +17,116 @@ from lora_cli.data.column_kinds import Column
 from lora_cli.errors import LoraError
 from lora_cli.recipe import TASKS
 
-CONVERSATION_COLUMNS = {  # that are read besides the turns, by the format of the conversation
+CONVERSATION_COLUMNS = {  # columns that are read besides the turns, by the conversation's format
     "openai": {"system", "tools", "functions"},
     "sharegpt": {"system", "tools", "functions"},
     "pairs": {"system", "tools", "functions"},
     "alpaca": {"system", "history"},
     "self_instruct": {"system"},
 }
-NO_LABEL = "none"  # `--label none`: there is a label, but it is not wanted
-COLUMN_KEYS = ("_column", "_columns")  # how the keys of a task end that name columns
+NO_LABEL = "none"  # `--label none`: no column is to be used as the label
+COLUMN_KEYS = ("_column", "_columns")  # the endings of `task` keys that name columns
 
 
 class Certainty(IntEnum):
-    """How much speaks for a proposal; the one with the most is taken.
+    """How certain a proposal is; the most certain one is used.
 
-    Of equally certain ones it is the first that has no error, in the order of the task types.
+    Of several equally certain ones, the first without an error is used, in the order of the task
+    types.
     """
 
     FALLBACK = 1
-    """Nothing speaks against it: text alone."""
+    """Possible if nothing else fits, such as plain text."""
     UNCLEAR = 2
     """It would be likely, but it is not clear which columns are meant."""
     UNSUITED = 3
     """The rows are for it, but the base model is not."""
     LIKELY = 4
-    """By what the columns hold."""
+    """The contents of the columns fit."""
     NAMED = 5
-    """By names of columns that go together, or because the user names them."""
+    """The names of the columns fit, or the user names the columns."""
     UNREADABLE = 6
-    """No task reads what the columns hold; tasks themselves are never so certain."""
+    """No task can read the columns; tasks do not use this value."""
     BY_FORM = 7
-    """Each value has a form that nothing else has: as many tags as words."""
+    """The values have a form that only this task has, such as a tag for each word."""
     ONLY = 8
-    """The base model, or how the rows are stored, leaves nothing else."""
+    """The base model, or the way in which the rows are stored, allows nothing else."""
 
 
 class BaseFacts(Protocol):
-    """What a proposal depends on of a base model."""
+    """The facts about a base model on which proposals depend."""
 
     @property
     def name(self) -> str:
-        """As the user wrote it."""
+        """The name of the model as the user wrote it."""
 
     @property
     def model_type(self) -> str | None:
-        """What transformers calls its architecture (`bert`), diffusers its pipeline, if known."""
+        """The architecture in transformers (`bert`), or the pipeline in diffusers, if known."""
 
     @property
     def can_write(self) -> bool:
-        """It continues texts; True where that is not known."""
+        """Whether it can generate text; True if that is unknown."""
 
     @property
     def is_encoder_decoder(self) -> bool:
-        """It reads one text and writes another."""
+        """Whether it is an encoder-decoder, which generates one text from another."""
 
     @property
     def language_codes(self) -> Sequence[str]:
-        """The languages that it asks for, by its own codes; none, if it asks for none."""
+        """Its codes of the languages that it must be told; empty if it needs none."""
 
     @property
     def embeds(self) -> bool:
-        """It turns texts into vectors, as models of sentence-transformers do."""
+        """Whether it is an embedding model, such as those of sentence-transformers."""
 
     @property
     def sees(self) -> bool | None:
-        """It reads pictures and no texts; None where that is not known."""
+        """Whether its input is images instead of texts; None if that is unknown."""
 
     @property
     def draws(self) -> bool:
-        """It draws pictures, as models of diffusers do."""
+        """Whether it generates images, like the models of diffusers."""
 
     @property
     def picture_side(self) -> int | None:
-        """The side of the pictures that it draws, in pixels, if that is known."""
+        """The side of the images that it generates, in pixels, if known."""
 
     @property
     def hears(self) -> bool:
-        """It writes down what is said in recordings."""
+        """Whether it is a model for speech recognition."""
 
     @property
     def speaker_size(self) -> int | None:
-        """How many numbers tell it who speaks, if it says texts aloud."""
+        """The size of its speaker embeddings, if it is a model for speech synthesis."""
 
     @property
     def hears_languages(self) -> bool:
-        """It hears several languages, and needs to know which is spoken."""
+        """Whether it recognises several languages, and must be told which one is spoken."""
 
     @property
     def lacks_letters(self) -> bool:
-        """It was pretrained on recordings alone, and gets a vocabulary of letters."""
+        """Whether it was pretrained on recordings only, and needs a new vocabulary of letters."""
 
 
 DETECTORS = ("yolos", "detr")
-"""The types of models that find objects in pictures."""
+"""The types of models for object detection."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows for which a task is wanted.
+    """The rows for which a task is to be proposed.
 
     Args:
-        columns: What the columns hold.
+        columns: The columns, with the kinds of their contents.
         rows: The rows.
-        place: Name of the file or folder, for errors.
+        place: The name of the file or folder, for errors.
         text: The column of the text, if the user names it.
         label: The column of the label, if the user names it; `none` if there is none.
         pair: The column of the second text, if the user names it.
-        media: The rows are files of this kind in a folder: the first column is the file, the second
-            the name of its folder, if the folders are classes.
-        are_lines: The two columns are text files, paired line by line.
+        media: The kind of files, if the rows are files in a folder. The first column is then the
+            file, and the second one the name of its folder, if the folders are classes.
+        are_lines: Whether the two columns are text files with corresponding lines.
     """
 
     columns: Sequence[Column]
@@ -142,7 +144,7 @@ class Table:
         return {column.name: column for column in self.columns}
 
     def renamed(self, names: dict[str, str]) -> Table:
-        """Return the table with other names of columns."""
+        """Return the table with new names for some columns, given by their old names."""
         return replace(
             self,
             columns=[replace(one, name=names.get(one.name, one.name)) for one in self.columns],
@@ -157,23 +159,25 @@ class Table:
 
 @dataclass
 class Proposal:
-    """The task that rows are for, as one task type sees it, and the reason for each key.
+    """The `task` section that a task type proposes for a table, with reasons.
 
     Args:
-        keys: The keys of the recipe's `task`, but for lengths in tokens.
-        why: The reasons for some of these keys; for the task itself under the empty name.
+        keys: The keys of the recipe's `task` section, except for lengths in tokens.
+        why: The reasons for some of these keys; the reason for the task itself has an empty key.
         inputs: The columns that the model reads and writes.
-        labels: How often each label stands, if there are labels.
-        left_out: Of the other columns, why they are not read.
-        row_error: Says what is wrong with a row, where more than a missing value can be.
-        limits: For each key that limits a length in tokens, the columns that it limits. None:
-            `max_length` limits all inputs together, where the task has this key.
-        labels_are_folders: The labels are names of folders, which all tools order as text.
-        are_ordered: The labels stand in the order of the numbers that rows have for them.
-        check: Raises an error if the rows cannot be used so; called if the proposal is taken.
-        renamed: The names by which columns are read, where these are not their own.
-        certainty: How much speaks for it.
-        error: What keeps the rows from being used so; it is raised if nothing is more certain.
+        labels: How often each label occurs, if there are labels.
+        left_out: The reasons why other columns are not read, by column.
+        row_error: Returns what is wrong with a row, if more than a missing value may be wrong.
+        limits: The columns that each key for a length in tokens limits. If this is None, the key
+            `max_length`, if the task has it, limits all inputs together.
+        labels_are_folders: Whether the labels are names of folders, which are sorted as text.
+        are_ordered: Whether the order of the labels is that of their numbers in the rows.
+        check: Raises an error if the rows cannot be used in this way; called only if the proposal
+            is used.
+        renamed: New names of columns by their old names, if they are read by other names.
+        certainty: How certain the proposal is.
+        error: The reason why the rows cannot be used in this way, which is raised unless another
+            proposal is more certain.
     """
 
     keys: dict[str, Any]
@@ -192,12 +196,12 @@ class Proposal:
 
     @property
     def is_chat(self) -> bool:
-        """Whether a row is a conversation, written with the model's chat template."""
+        """Whether rows are conversations, which are rendered by the model's chat template."""
         return self.keys.get("format") in CONVERSATION_COLUMNS
 
     @property
     def also_read(self) -> set[str]:
-        """The columns that conversations are read from besides their turns, where there are any."""
+        """The columns that conversations may use besides their turns; empty for other rows."""
         return CONVERSATION_COLUMNS.get(self.keys.get("format", ""), set())
 
     @property
@@ -216,12 +220,12 @@ def proposed(
     certainty: Certainty,
     of_error: Certainty | None = None,
 ) -> Proposal | None:
-    """Return what a function proposes, or the error that keeps it from that.
+    """Return the proposal of a function with its certainty, or one with the error that it raises.
 
     Args:
         choose: The function.
-        certainty: Of what it returns.
-        of_error: Of an error that it raises; the same by default.
+        certainty: The certainty of its proposal.
+        of_error: The certainty of an error that it raises; the same by default.
     """
     try:
         found = choose()

@@ -1,4 +1,4 @@
-"""Read one text and write another: translation, summaries, data to text."""
+"""Generates one text from another: translation, summaries, data to text."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from lora_cli.tasks.generation.writing_task import SAMPLE_NEW_TOKENS, sum_token_
 from lora_cli.tasks.texts.padding import fill, mask_of
 from lora_cli.tasks.texts.text_task import TRIAL_TEXT
 
-TRIAL_TARGET = 24  # tokens of the longer target that the model is tried on
+TRIAL_TARGET = 24  # tokens of the longer target on which the model is tried
 
 
 class Seq2SeqLM(SourceAndTargetTask):
@@ -40,7 +40,7 @@ class Seq2SeqLM(SourceAndTargetTask):
     metric_channel = "nll"
     loss_definition = "mean cross-entropy per token of the target, in nats"
     default_metrics = ("perplexity",)
-    joins_examples = True  # of a row with several references: it is answered once
+    joins_examples = True  # a row with several references has several examples, but one answer
     propose = staticmethod(propose_pairs)
 
     def __init__(self, recipe: Recipe, spec: Seq2SeqLMSpec) -> None:
@@ -50,7 +50,7 @@ class Seq2SeqLM(SourceAndTargetTask):
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Return the examples padded to the longest source and the longest target.
 
-        What fills a target is masked by its position, never by its id.
+        Padding of targets is masked by its position, never by its id.
         """
         ids = [example["input_ids"] for example in examples]
         labels = fill([example["labels"] for example in examples], IGNORED, self.pad_multiple)
@@ -62,7 +62,7 @@ class Seq2SeqLM(SourceAndTargetTask):
         trained = labels != IGNORED
         targets = {
             "labels": labels,
-            # found here, as the device would have to be waited for
+            # computed here, since `nonzero` on a GPU would make the host wait
             "positions": trained.flatten().nonzero().squeeze(1),
             "first": torch.tensor([example.get("first", 1) for example in examples]),
         }
@@ -71,7 +71,7 @@ class Seq2SeqLM(SourceAndTargetTask):
         return Batch(inputs, targets, items, cost, [example["row"] for example in examples])
 
     def logits(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-        """Return the scores of the targets' tokens (B, T, V), each given those before it."""
+        """Return the logits of the targets' tokens (B, T, V)."""
         inputs, n_written = dict(inputs), None
         if "labels" in inputs:
             n_written = (inputs["labels"] != IGNORED).sum(1).clamp(min=1).tolist()
@@ -79,13 +79,17 @@ class Seq2SeqLM(SourceAndTargetTask):
         if self.padding.side != "none":
             scores: Tensor = model(**inputs, use_cache=False).logits
             return scores
-        lengths = inputs["attention_mask"].sum(1).tolist()  # one at a time, filled on the right
+        lengths = (
+            inputs["attention_mask"].sum(1).tolist()
+        )  # one row at a time; padding is on the right
         rows = []
         for i, length in enumerate(lengths):
             one = {key: value[i : i + 1] for key, value in inputs.items()}
             one |= {key: one[key][:, :length] for key in ("input_ids", "attention_mask")}
             width = n_read = one["decoder_input_ids"].shape[1]
-            if n_written is not None:  # what fills a target may change its scores too (ProphetNet)
+            if (
+                n_written is not None
+            ):  # padding of the target may change its logits too (ProphetNet)
                 n_read = n_written[i]
                 one["decoder_input_ids"] = one["decoder_input_ids"][:, :n_read]
             found = model(**one, use_cache=False).logits
@@ -95,14 +99,14 @@ class Seq2SeqLM(SourceAndTargetTask):
     def losses(
         self, model: nn.Module, output: HiddenStates | Tensor, batch: Batch
     ) -> dict[str, Tensor]:
-        """Return the negative log-likelihood of each target, summed over its tokens."""
+        """Return the negative log-likelihood of each target (B,), summed over its tokens."""
         labels, positions = batch.targets["labels"], batch.targets["positions"]
         return {MAIN: sum_token_losses(output, labels, positions)}
 
     def predictions(
         self, model: nn.Module, output: HiddenStates | Tensor, batch: Batch
     ) -> list[Prediction]:
-        """Return the answer to the first example of each row, if a metric asks for answers."""
+        """Return a prediction per example; the first of each row has the answer, if needed."""
         predictions = [Prediction(row, None, None) for row in batch.rows]
         if self.writes_answers:
             ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"] > 0
@@ -113,13 +117,13 @@ class Seq2SeqLM(SourceAndTargetTask):
             ]
             sources = [ids[i][mask[i]].tolist() for i in answered_rows]
             options = self.recipe.evaluate.generation
-            texts = self.written(model, sources, options) if sources else []
+            texts = self.generate_texts(model, sources, options) if sources else []
             for i, text in zip(answered_rows, texts, strict=True):
                 predictions[i].prediction = text
         return predictions
 
     def join(self, row: dict[str, Any], parts: Sequence[Prediction]) -> Prediction:
-        """Return the one answer to a row, with all its references."""
+        """Return the predictions for the references of a row as one, with its only answer."""
         prediction, references = parts[0].prediction, self.references(row)
         reference = references if isinstance(row[self.spec.target_column], list) else references[0]
         joined = Prediction(parts[0].row, prediction, reference)
@@ -128,7 +132,7 @@ class Seq2SeqLM(SourceAndTargetTask):
         return joined
 
     def output_length(self, example: Example) -> int:
-        """Return how many tokens of an example have scores."""
+        """Return the number of tokens of an example that have logits."""
         return len(example["labels"])
 
     def trial_examples(self, length: int) -> tuple[Example, Example]:
@@ -150,7 +154,7 @@ class Seq2SeqLM(SourceAndTargetTask):
         return example(short, 4), example(length, min(TRIAL_TARGET, self.limit("target")))
 
     def probe(self) -> dict[str, Tensor]:
-        """Return random tokens, the same every time, for the encoder and the decoder."""
+        """Return fixed random tokens for the encoder and the decoder."""
         found = super().probe()
         start = getattr(self.config, "decoder_start_token_id", None)
         targets = found["input_ids"].flip(0)[:, :16].clone()
@@ -160,9 +164,9 @@ class Seq2SeqLM(SourceAndTargetTask):
     # --------------------------------------------------------------------------- answers
 
     def adjust_config(self, model: nn.Module) -> None:
-        """Let each answer begin with the language that is written.
+        """Set the language code with which each target begins in the model's generation config.
 
-        The answers here do so anyway: it is for those who use the merged model.
+        Answers here begin with it anyway; this is for users of the merged model.
         """
         config: Any = getattr(model, "generation_config", None)
         if config is not None and self.spec.target_language is not None:
@@ -172,7 +176,7 @@ class Seq2SeqLM(SourceAndTargetTask):
 
     @property
     def metric_context(self) -> MetricContext:
-        """Whether rows have several references."""
+        """The facts that metrics need, such as whether rows have several references."""
         return replace(super().metric_context, several_references=self.has_several_references)
 
     def reference_texts(self, row: dict[str, Any]) -> list[str]:
@@ -180,18 +184,21 @@ class Seq2SeqLM(SourceAndTargetTask):
         return self.references(row)
 
     def check_metrics(self, channels: set[str]) -> None:
-        """Let the model write answers, if a metric reads text."""
+        """Turn on the generation of answers if a metric needs texts."""
         self.writes_answers = "text" in channels
 
     def base_settings(self, model: nn.Module) -> dict[str, Any]:
-        """Return what the base asks for, without the first token if it is the recipe's too."""
+        """Return the settings in the base's generation config that are not used.
+
+        A first token that is also the recipe's is left out.
+        """
         found, begin = base_generation_settings(model), self.texts.target_frame.before
         return {k: v for k, v in found.items() if k != "forced_bos_token_id" or (v,) != begin[:1]}
 
-    def written(
+    def generate_texts(
         self, model: nn.Module, sources: Sequence[Sequence[int]], options: GenerationSpec
     ) -> list[str]:
-        """Return what the model writes for sources."""
+        """Return the texts that the model generates for sources, given as token ids."""
         self.warn_of_base_settings(model)
         frame, positions = self.texts.target_frame, self.positions_of("target")
         stops = self.stop_ids(model)
@@ -203,15 +210,15 @@ class Seq2SeqLM(SourceAndTargetTask):
         return [answer.text for answer in answers]
 
     def answer(self, model: nn.Module, rows: Sequence[dict[str, Any]]) -> list[list[Any]]:
-        """Return what the model writes for each row's source."""
+        """Return the text that the model generates for each row's source."""
         whole = self.texts.sources([str(row[self.spec.source_column]) for row in rows])
         sources = [self.texts.cut(ids, "source") for ids in whole]
         self.n_cut_prompts += sum(len(a) > len(b) for a, b in zip(whole, sources, strict=True))
         options = self.recipe.evaluate.generation
-        return [[text] for text in self.written(model, sources, options)]
+        return [[text] for text in self.generate_texts(model, sources, options)]
 
     def answer_problem(self, row: dict[str, Any]) -> Problem | None:
-        """Return why a row cannot be answered, with what to do about it, or nothing."""
+        """Return why a row cannot be answered, with a hint; None if it can."""
         if reason := self.input_error(row):
             return Problem(reason, hint=self.answer_hint)
         if self.spec.truncate_source in ("drop", "error"):
@@ -222,18 +229,18 @@ class Seq2SeqLM(SourceAndTargetTask):
         return None
 
     def answer_error(self, row: dict[str, Any]) -> str:
-        """Return why a row cannot be answered, or nothing."""
+        """Return why a row cannot be answered; empty if it can."""
         problem = self.answer_problem(row)
         return problem.what if problem else ""
 
     @property
     def cut_answers_note(self) -> str:
-        """What to say of answers that ended with the decoder's positions."""
+        """The warning about answers that end because the decoder has no more positions."""
         return f"ended where the decoder's {self.positions_of('target'):,} tokens end"
 
     @property
     def cut_prompts_note(self) -> str:
-        """What to say of sources that were cut."""
+        """The warning about sources that were truncated."""
         end = "the beginning" if self.spec.truncate_source == "left" else "the end"
         limit = counted(self.limit("source"), "token")
         return f"lost {end}: more than {limit} (`task.max_source_length`)"
@@ -241,13 +248,13 @@ class Seq2SeqLM(SourceAndTargetTask):
     def sample(
         self, model: nn.Module, rows: Sequence[dict[str, Any]]
     ) -> list[tuple[str, str, str]]:
-        """Return what the model writes for rows, the most likely token every time."""
+        """Return the model's greedy answer to each row, with its source and reference."""
         sources_of_rows = [str(row[self.spec.source_column]) for row in rows]
         how: Truncation = "left" if self.spec.truncate_source == "left" else "right"
         sources = [
             self.texts.cut(ids, "source", how) for ids in self.texts.sources(sources_of_rows)
         ]
         tokens = min(SAMPLE_NEW_TOKENS, self.recipe.evaluate.generation.max_new_tokens)
-        texts = self.written(model, sources, GenerationSpec(max_new_tokens=tokens))
+        texts = self.generate_texts(model, sources, GenerationSpec(max_new_tokens=tokens))
         references = [self.shown_reference(row) or "" for row in rows]
         return list(zip(sources_of_rows, references, texts, strict=True))

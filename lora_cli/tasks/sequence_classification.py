@@ -109,16 +109,20 @@ class SequenceClassification(Classification, TextTask):
         return {"full_length": full} if full > self.max_length else {}
 
     def encode_inputs(self, rows: Sequence[dict[str, Any]]) -> list[Example]:
-        """Return the inputs of rows, each with the end-of-text tokens that the model expects.
+        """Return the model's inputs for rows.
 
-        Encoder-decoders answer at the last one, and need the same number in every row.
+        Encoder-decoders classify a text at its last end-of-text token, and need the same number of
+        these in every row.
+
+        Raises:
+            LoraError: If a text contains an end-of-text token, or the tokenizer adds none.
         """
         encoded = self._encode_texts(rows)
         end = getattr(self.config, "eos_token_id", None)  # Funnel's has none
         if not self.config.is_encoder_decoder or not isinstance(end, int):
             return encoded
-        wanted = self._ends_of_a_text(end)
-        if any(example["input_ids"].count(end) != wanted for example in encoded):
+        n_ends = self._count_end_tokens(end)
+        if any(example["input_ids"].count(end) != n_ends for example in encoded):
             token = self.tokenizer.convert_ids_to_tokens(end)
             raise LoraError(
                 f"the text holds `{token}`, by which this model finds the end of a text",
@@ -126,7 +130,7 @@ class SequenceClassification(Classification, TextTask):
             )
         return encoded
 
-    def _ends_of_a_text(self, end: int) -> int:
+    def _count_end_tokens(self, end: int) -> int:
         """Return how many end-of-text tokens the tokenizer adds to an ordinary text."""
         row = dict.fromkeys(self.input_columns().values(), TRIAL_TEXT)
         count = int(self._encode_texts([row])[0]["input_ids"].count(end))
@@ -144,15 +148,15 @@ class SequenceClassification(Classification, TextTask):
     ) -> list[Example]:
         tokenizer = self.text_tokenizer
         tokenizer.truncation_side = "left" if self.spec.truncate == "left" else "right"
-        wanted = max_length or self.max_length
+        length = max_length or self.max_length
         columns = [self.spec.text_column, *filter(None, [self.spec.text_pair_column])]
-        texts = [self._decisive([str(row[c]) for c in columns], wanted) for row in rows]
+        texts = [self._shorten_texts([str(row[c]) for c in columns], length) for row in rows]
         examples: list[Example] = []
-        for some in in_batches([sum(map(len, row)) for row in texts]):
+        for part in in_batches([sum(map(len, row)) for row in texts]):
             encoding = tokenizer(
-                *(list(column) for column in zip(*texts[some], strict=True)),
+                *(list(column) for column in zip(*texts[part], strict=True)),
                 truncation=True,
-                max_length=wanted,
+                max_length=length,
                 return_attention_mask=False,
             )
             keys = [key for key in encoding if key == "input_ids" or key in self.features()]
@@ -160,30 +164,30 @@ class SequenceClassification(Classification, TextTask):
             examples += [dict(zip(keys, v, strict=True)) for v in zip(*values, strict=True)]
         return examples
 
-    def _decisive(self, texts: list[str], max_length: int) -> list[str]:
+    def _shorten_texts(self, texts: list[str], max_length: int) -> list[str]:
         """Return a row's texts without most of what truncation would remove.
 
-        Tokenizers store what they cut off, in a pair each part of one text with each part of the
-        other, which takes much memory. In a pair the longer text is cut first, so it has to remain
-        the longer one.
+        Tokenizers also return what they cut off; for a pair, each part of one text with each part
+        of the other, which needs much memory. In a pair, the longer text is truncated first, so it
+        has to remain the longer one.
         """
-        tokenizer, last = self.text_tokenizer, self.spec.truncate == "left"
-        ends = [end_of_text(tokenizer, text, max_length, last) for text in texts]
-        if len(texts) > 1 and ends != texts:
-            full, cut = (
-                [len(token_ids(tokenizer, text, special=False)) for text in some]
-                for some in (texts, ends)
+        tokenizer, keeps_end = self.text_tokenizer, self.spec.truncate == "left"
+        shortened = [end_of_text(tokenizer, text, max_length, keeps_end) for text in texts]
+        if len(texts) > 1 and shortened != texts:
+            full_lengths, shortened_lengths = (
+                [len(token_ids(tokenizer, text, special=False)) for text in versions]
+                for versions in (texts, shortened)
             )
-            if full[0] == full[1]:
+            if full_lengths[0] == full_lengths[1]:
                 return texts
-            longer = int(full[1] > full[0])
-            if cut[longer] <= cut[1 - longer]:
-                more = cut[1 - longer] + 1
-                ends[longer] = end_of_text(tokenizer, texts[longer], more, last)
-        return ends
+            longer = int(full_lengths[1] > full_lengths[0])
+            if shortened_lengths[longer] <= shortened_lengths[1 - longer]:
+                max_tokens = shortened_lengths[1 - longer] + 1
+                shortened[longer] = end_of_text(tokenizer, texts[longer], max_tokens, keeps_end)
+        return shortened
 
     def features(self) -> dict[str, str]:
-        """Return the types of the tokens, the labels, and the segments of a pair."""
+        """Return the type of each key of an example."""
         # some tokenizers return segments for models that have no embedding for them
         embedded = getattr(self.config, "type_vocab_size", 0) > 1
         segments = embedded and "token_type_ids" in self.tokenizer.model_input_names
@@ -196,7 +200,7 @@ class SequenceClassification(Classification, TextTask):
     # ----------------------------------------------------------------------------- model
 
     def adjust_config(self, model: nn.Module) -> None:
-        """Set the padding token, by which decoders find the last token of a text."""
+        """Set the padding token, from which decoders find the last token of a text."""
         assert isinstance(model, PreTrainedModel)
         for config in (model.config, model.config.get_text_config()):
             config.pad_token_id = self._pad

@@ -1,4 +1,4 @@
-"""Write down what is said in recordings, by Whisper; by models with CTC, see `speech/`."""
+"""Transcribes recordings with Whisper; for models with CTC, see `speech/`."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ from lora_cli.tasks.speech.transcript_proposals import propose_recordings
 from lora_cli.tasks.speech.transcripts import whisper_transcript
 from lora_cli.tasks.texts.padding import fill
 
-HEARD = "heard"  # what the encoder makes of a recording, where it is kept
-TRIAL_TARGET = 24  # tokens of the longer target that the model is tried on
-# keys of Whisper's generation config that say what its tokens mean, and what the recipe says
-FACTS_OF_WHISPER = {
+ENCODER_STATES = "heard"  # key of the cached outputs of the encoder
+TRIAL_TARGET = 24  # tokens of the longer target on which the model is tried
+# keys of Whisper's generation config that describe its tokens, or that the recipe sets
+WHISPER_KEYS = {
     "alignment_heads", "forced_decoder_ids", "is_multilingual", "lang_to_id", "language",
     "max_initial_timestamp_index", "no_timestamps_token_id", "prev_sot_token_id",
     "return_timestamps", "task", "task_to_id",
 }  # fmt: skip
-LISTS_OF_TOKENS = ("begin_suppress_tokens", "suppress_tokens")
+TOKEN_LIST_KEYS = ("begin_suppress_tokens", "suppress_tokens")
 
 
 class SpeechRecognition(RecordingTask, WritingTask):
-    """`task.type: speech_recognition`, by a model that writes one token after the other."""
+    """`task.type: speech_recognition`, with a decoder that generates one token at a time."""
 
     auto_class = AutoModelForSpeechSeq2Seq
     other_auto_classes = (CTCRecognition.auto_class,)
@@ -74,28 +74,28 @@ class SpeechRecognition(RecordingTask, WritingTask):
         self.begin = prompt_tokens(self.spec, self.tokenizer, self.has_languages, self.recipe)
 
     def cache_key(self) -> list[str]:
-        """Return what an encoded row depends on besides the row."""
+        """Return everything that an encoded row depends on, besides the row itself."""
         return [*super().cache_key(), str(self.begin)]
 
     @property
     def positions(self) -> int:
-        """Tokens that the decoder has positions for."""
+        """The number of positions of the decoder."""
         return int(self.config.max_target_positions)
 
     @property
     def max_seconds(self) -> float:
-        """How many seconds the model hears at once."""
+        """The length of the encoder's input, in seconds."""
         return int(self.extractor.n_samples) / self.rate
 
     # -------------------------------------------------------------------------- examples
 
     def tokens_of(self, text: str) -> list[int]:
-        """Return a transcript's tokens, between those that it begins with and the last one."""
+        """Return the tokens of a transcript, after the prompt tokens and before the end token."""
         ids = self.text_tokenizer(whisper_transcript(text), add_special_tokens=False, verbose=False)
         return [*self.begin, *ids["input_ids"], int(self.tokenizer.eos_token_id)]
 
     def length_error(self, n_samples: int, labels: Sequence[int]) -> tuple[str, str] | None:
-        """Return why a transcript is too long: the decoder has positions for fewer tokens."""
+        """Return an error and a hint if a transcript has more tokens than the decoder positions."""
         if len(labels) <= self.positions:
             return None
         what = f"its text has {counted(len(labels), 'token')}, and the model writes "
@@ -103,29 +103,29 @@ class SpeechRecognition(RecordingTask, WritingTask):
         return f"{what}{self.positions} at most", hint
 
     def prepare(self, example: Example, rng: np.random.Generator, training: bool) -> Example:
-        """Return an example with what the model reads of its recording."""
-        if HEARD in example:
+        """Return an example with the features of its recording, unless its states are cached."""
+        if ENCODER_STATES in example:
             return example
         samples = self.samples(example["audio"])[example["start"] : example["stop"]]
         return {**example, "features": self._features(samples)}
 
     def _features(self, samples: Samples) -> Tensor:
-        """Return what the model reads of a part of a recording (bands, frames)."""
+        """Return the features of a part of a recording (bands, frames)."""
         return torch.from_numpy(features_of(self.extractor, samples))
 
     def collate(self, examples: Sequence[Example]) -> Batch:
-        """Return the examples as one batch, filled to the longest transcript.
+        """Return the examples as one batch, padded to the longest transcript.
 
-        What fills a transcript is masked by its position: it is the token that ends one.
+        Padding is masked by its position, since its token also ends transcripts.
         """
-        known = HEARD if HEARD in examples[0] else "features"
+        known = ENCODER_STATES if ENCODER_STATES in examples[0] else "features"
         rows = [example["labels"] if len(example["labels"]) else [IGNORED] for example in examples]
         labels = fill(rows, IGNORED, self.pad_multiple)
         trained = labels != IGNORED
         inputs = {known: torch.stack([example[known] for example in examples]), "labels": labels}
         targets = {
             "labels": labels,
-            # found here, as the device would have to be waited for
+            # computed here, since `nonzero` on a GPU would make the host wait
             "positions": trained.flatten().nonzero().squeeze(-1),
         }
         cost = sum(self.cost(example) for example in examples)
@@ -137,38 +137,38 @@ class SpeechRecognition(RecordingTask, WritingTask):
     def load_model(
         self, device: torch.device, dtype: torch.dtype | str | None = None
     ) -> tuple[nn.Module, list[str]]:
-        """Return the base model, which writes the recipe's language by itself once it is merged.
+        """Return the base model, with the recipe's language in its generation config.
 
-        The answers here do so anyway: it is for those who use the merged model.
+        Answers here use that language anyway; this is for users of the merged model.
         """
         model, new = super().load_model(device, dtype)
         config: Any = getattr(model, "generation_config", None)
         if config is not None and self.has_languages:
             config.language = language_code(self.spec, self.recipe)
             config.task = self.spec.task or "transcribe"
-            config.forced_decoder_ids = None  # how earlier versions of transformers said the same
+            config.forced_decoder_ids = None  # the same setting in earlier versions
         return model, new
 
     def frozen_parts(self, model: nn.Module) -> Mapping[str, nn.Module]:
-        """Return the encoder, where nothing in it is trained."""
+        """Return the encoder if nothing in it is trained, so its outputs can be cached."""
         encoder = _frozen_encoder(model)
         return {} if encoder is None else {"encoder": encoder}
 
     def frozen_outputs(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """Return what the encoder makes of each recording (B, T, D)."""
-        return {HEARD: self._heard(model, batch.inputs["features"])}
+        """Return the encoder's outputs for each recording (B, T, D)."""
+        return {ENCODER_STATES: self._encode_recordings(model, batch.inputs["features"])}
 
-    def _heard(self, model: nn.Module, features: Tensor) -> Tensor:
-        """Return what the encoder makes of recordings (B, T, D).
+    def _encode_recordings(self, model: nn.Module, features: Tensor) -> Tensor:
+        """Return the encoder's outputs (B, T, D) for features (B, bands, frames).
 
-        One that is not trained computes as in evaluation, also in training: what is kept of it
-        and what is computed anew are then the same.
+        An encoder that is not trained runs in eval mode even in training, so that cached outputs
+        equal computed ones.
         """
         encoder, frozen = model.get_encoder(), _frozen_encoder(model)  # type: ignore[operator]
         features = as_weights(encoder, features)
         if frozen is None:
-            heard: Tensor = encoder(features).last_hidden_state
-            return heard
+            states: Tensor = encoder(features).last_hidden_state
+            return states
         was_training = frozen.training
         frozen.eval()
         try:
@@ -179,37 +179,37 @@ class SpeechRecognition(RecordingTask, WritingTask):
         return kept
 
     def forward(self, model: nn.Module, batch: Batch) -> Any:
-        """Return the model's output: its logits (B, T, V), and what its encoder made (B, S, D)."""
+        """Return the model's output, with logits (B, T, V) and encoder outputs (B, S, D)."""
         return self._output(model, batch.inputs)
 
     def _output(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
         tokens = decoder_inputs(model, inputs["labels"])
-        if HEARD in inputs:
-            heard = as_weights(model, inputs[HEARD])
+        if ENCODER_STATES in inputs:
+            states = as_weights(model, inputs[ENCODER_STATES])
         elif _frozen_encoder(model) is not None:
-            heard = self._heard(model, inputs["features"])
+            states = self._encode_recordings(model, inputs["features"])
         else:
             features = as_weights(model, inputs["features"])
             return model(input_features=features, decoder_input_ids=tokens, use_cache=False)
-        kept = BaseModelOutput(last_hidden_state=heard)
+        kept = BaseModelOutput(last_hidden_state=states)
         return model(encoder_outputs=kept, decoder_input_ids=tokens, use_cache=False)
 
     def logits(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-        """Return the scores of the transcripts' tokens (B, T, V), each given those before it."""
+        """Return the logits of the transcripts' tokens (B, T, V)."""
         scores: Tensor = self._output(model, inputs).logits
         return scores
 
     def losses(self, model: nn.Module, output: Any, batch: Batch) -> dict[str, Tensor]:
-        """Return the negative log-likelihood of each transcript, summed over its tokens."""
+        """Return the negative log-likelihood of each transcript (B,), summed over its tokens."""
         labels, positions = batch.targets["labels"], batch.targets["positions"]
         return {MAIN: sum_token_losses(output.logits, labels, positions)}
 
     def output_length(self, example: Example) -> int:
-        """Return how many tokens of an example have scores."""
+        """Return the number of tokens of an example that have logits."""
         return len(example["labels"])
 
     def trial_examples(self, length: int) -> tuple[Example, Example]:
-        """Return a short and a longer transcript of noise, to try the decoder on."""
+        """Return a short and a longer transcript with random encoder outputs, for a trial."""
         generator = torch.Generator().manual_seed(0)
         shape = int(self.config.max_source_positions), int(self.config.d_model)
         text = " a warm and funny film" * TRIAL_TARGET
@@ -217,13 +217,13 @@ class SpeechRecognition(RecordingTask, WritingTask):
         found = []
         for n in (4, min(TRIAL_TARGET, self.positions - len(self.begin))):
             labels = [*self.begin, *words["input_ids"][:n]]
-            heard = torch.randn(shape, generator=generator)
+            states = torch.randn(shape, generator=generator)
             about = {"row": 0, "start": 0, "stop": self.rate, "input_ids": labels}
-            found.append({HEARD: heard, "labels": labels, **about})
+            found.append({ENCODER_STATES: states, "labels": labels, **about})
         return found[0], found[1]
 
     def probe(self) -> dict[str, Tensor]:
-        """Return random features and tokens, the same every time."""
+        """Return fixed random features and tokens."""
         generator = torch.Generator().manual_seed(0)
         shape = (2, int(self.config.num_mel_bins), 2 * int(self.config.max_source_positions))
         features = torch.randn(shape, generator=generator).clamp(-1, 1)
@@ -235,43 +235,47 @@ class SpeechRecognition(RecordingTask, WritingTask):
     # --------------------------------------------------------------------------- answers
 
     def predictions(self, model: nn.Module, output: Any, batch: Batch) -> list[Prediction]:
-        """Return what the model writes for each part of a recording, if a metric asks for it."""
+        """Return a prediction for each part of a recording, with its transcript if needed."""
         predictions = [Prediction(row, None, None) for row in batch.rows]
-        asked = [i for i, row in enumerate(batch.rows) if self.is_answered(row)]
-        if self.writes_answers and asked:
+        answered = [i for i, row in enumerate(batch.rows) if self.is_answered(row)]
+        if self.writes_answers and answered:
             options = self.recipe.evaluate.generation
-            heard = output.encoder_last_hidden_state[asked]
-            for i, text in zip(asked, self._written_for(model, heard, options), strict=True):
+            states = output.encoder_last_hidden_state[answered]
+            for i, text in zip(
+                answered, self._generate_transcripts(model, states, options), strict=True
+            ):
                 predictions[i].prediction = text
         return predictions
 
     def base_settings(self, model: nn.Module) -> dict[str, Any]:
-        """Return what the base asks for, without what its tokens mean."""
+        """Return the settings in the base's generation config that are not used."""
         found = base_generation_settings(model)
-        kept = {key: value for key, value in found.items() if key not in FACTS_OF_WHISPER}
-        for key in LISTS_OF_TOKENS:
+        kept = {key: value for key, value in found.items() if key not in WHISPER_KEYS}
+        for key in TOKEN_LIST_KEYS:
             if isinstance(kept.get(key), list):
                 kept[key] = f"({counted(len(kept[key]), 'token')})"
         return kept
 
-    def _written_for(self, model: nn.Module, heard: Tensor, options: GenerationSpec) -> list[str]:
-        """Return what the model writes for what its encoder made of recordings."""
+    def _generate_transcripts(
+        self, model: nn.Module, states: Tensor, options: GenerationSpec
+    ) -> list[str]:
+        """Return the transcripts that the decoder generates for encoder outputs (B, T, D)."""
         self.warn_of_base_settings(model)
         stops = self.stop_ids(model)
         special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
         end = (int(self.tokenizer.eos_token_id),)
         setup = DecodingSetup(
             self.tokenizer, self.begin, end, self.pad, self.padding, self.positions, stops,
-            # languages, tasks and times are no words
+            # tokens of languages, tasks and timestamps are not part of a transcript
             tuple(sorted(special - {*stops, *self.begin})),
         )  # fmt: skip
-        answers = generate_from_states(model, heard, options, setup)
+        answers = generate_from_states(model, states, options, setup)
         self.n_cut_answers += sum(not answer.has_ended for answer in answers)
         return [answer.text for answer in answers]
 
     @property
     def cut_answers_note(self) -> str:
-        """What to say of transcripts that were not written to their end."""
+        """The warning about transcripts that did not end by themselves."""
         most = self.recipe.evaluate.generation.max_new_tokens
         if most >= self.positions:
             return f"ended where the decoder's {self.positions:,} tokens end"
@@ -280,10 +284,10 @@ class SpeechRecognition(RecordingTask, WritingTask):
     def transcripts(
         self, model: nn.Module, parts: Sequence[Samples], options: GenerationSpec
     ) -> list[str]:
-        """Return what a model writes for recordings that it hears at once."""
+        """Return the transcripts of recordings, each no longer than the encoder's input."""
         device = next(model.parameters()).device
         features = torch.stack([self._features(part) for part in parts]).to(device)
-        return self._written_for(model, self._heard(model, features), options)
+        return self._generate_transcripts(model, self._encode_recordings(model, features), options)
 
 
 def _frozen_encoder(model: nn.Module) -> nn.Module | None:

@@ -1,4 +1,4 @@
-"""Draw what a text says: diffusion models and flow models, as diffusers computes them."""
+"""Generates images from texts, with the diffusion and flow-matching models of diffusers."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ from lora_cli.tasks.diffusion.drawing import ImageGenerator, picture_name
 from lora_cli.tasks.diffusion.flow_noise import FlowNoise
 from lora_cli.tasks.examples import MAIN, Batch, Prediction
 
-PROBE_SIDE = 8  # of the latents that are compared: every model can compute so few
+PROBE_SIDE = 8  # the side of the latents of a probe, which is small enough for every model
 
 
 @dataclass
 class _Denoised:
-    """What the model says of the pictures of one size.
+    """The model's predictions for the images of one size in a batch.
 
     Args:
-        rows: Which examples of the batch they belong to (b,).
-        predicted: (b * n, C, H, W).
-        target: Likewise.
-        weights: Of each picture's error (b * n,); None where all are 1.
+        rows: The positions of their examples in the batch (b,).
+        predicted: The predictions (b * n, C, H, W), for n images per example.
+        target: The targets, of the same shape.
+        weights: The weight of the error of each image (b * n,); None if all are 1.
     """
 
     rows: Tensor
@@ -67,13 +67,13 @@ class TextToImage(CaptionedPictures):
         "of the same pictures, noise and steps in every evaluation"
     )
     main_term = "pictures"
-    joins_examples = True  # the draws of a row are one line
+    joins_examples = True  # several draws of noise for a row are one prediction
     propose = staticmethod(propose_captions)
 
     # --------------------------------------------------------------------- the processor
 
     def load_processor(self) -> None:
-        """Load what has no weights: configurations, tokenizers, the scheduler."""
+        """Load the configurations, tokenizers and noise scheduler, which have no weights."""
         require_pillow()
         self.read_config()
         self.tokenizers = self.base.tokenizers()
@@ -104,7 +104,7 @@ class TextToImage(CaptionedPictures):
             self._check_longest_side()
 
     def learn_from(self, splits: dict[str, Rows]) -> None:
-        """Check the usual sizes of pictures too, which no merge of an adapter needs."""
+        """Also check the default size of images, which is not needed to merge an adapter."""
         if "resolution" not in self.spec.model_fields_set and hasattr(self, "base"):
             self._check_longest_side()
         super().learn_from(splits)
@@ -118,28 +118,28 @@ class TextToImage(CaptionedPictures):
 
     @property
     def completed_recipe(self) -> Recipe:
-        """The recipe, which says too that there was no T5: its adapter is to be used alike."""
+        """The recipe, which also records a missing T5 encoder, for later uses of the adapter."""
         found = super().completed_recipe
         return found.with_values({"task.without_t5": True}) if self.unused_parts else found
 
     @property
     def unused_parts(self) -> Sequence[str]:
-        """Text encoders that are not there, or are left out, and their tokenizers."""
+        """The text encoders that are missing or left out, and their tokenizers."""
         return self.base.left_out if hasattr(self, "base") else ()
 
     def save_processor(self, folder: Path, facts: dict[str, Any] | None = None) -> None:
-        """Write nothing: a whole model writes its tokenizers itself, and an adapter needs none."""
+        """Write nothing: adapters need no tokenizers, and whole models write their own."""
 
     @property
     def base_facts(self) -> dict[str, Any]:
-        """The computing keys of all configurations, and a hash of the tokenizers."""
+        """The configuration keys that change the computation, and a hash of the tokenizers."""
         return {"config": self.base.facts, "processor": processor_hash(self.tokenizers)}
 
     # ----------------------------------------------------------------------------- model
 
     @property
     def frozen(self) -> list[str]:
-        """The parts that are used as they are."""
+        """The parts that are not trained."""
         base, trains_texts = self.base, self.spec.train_text_encoder
         never = base.family.never_adapted
         return [VAE, *(n for n in base.text_encoders if not trains_texts or n in never)]
@@ -147,69 +147,69 @@ class TextToImage(CaptionedPictures):
     def load_model(
         self, device: torch.device, dtype: torch.dtype | str | None = None
     ) -> tuple[nn.Module, list[str]]:
-        """Return all parts of the base; nothing in them is new."""
+        """Return all parts of the base, none of which has new modules."""
         return self.base.load(device, dtype, self.frozen), []
 
     def empty_model(self) -> tuple[nn.Module, list[str]]:
-        """Return the same without weights."""
+        """Return the same model without weights."""
         return self.base.empty(self.frozen), []
 
     def reloaded(self, folder: Path, dtype: torch.dtype) -> nn.Module:
-        """Return all parts from a folder that `save_pretrained` wrote."""
+        """Return all parts of a model, loaded from a folder that `save_pretrained` wrote."""
         moved = self.recipe.with_values({"model.name": str(folder.absolute())})
         copy = DiffusionBase(moved, self.spec.without_t5)
         return copy.load(torch.device("cpu"), "auto", self.frozen)
 
     def frozen_parts(self, model: nn.Module) -> Mapping[str, nn.Module]:
-        """Return the parts whose outputs are the same in every step."""
-        names = [VAE] if self._keeps_latents else []
-        names += self.base.text_encoders if self._keeps_texts else ()
+        """Return the parts whose outputs are the same in every step, and so can be cached."""
+        names = [VAE] if self._caches_latents else []
+        names += self.base.text_encoders if self._caches_texts else ()
         return {name: model.get_submodule(name) for name in names}
 
     @property
-    def _keeps_latents(self) -> bool:
+    def _caches_latents(self) -> bool:
         return self.spec.crop == "center" and not self.spec.flip
 
     @property
-    def _keeps_texts(self) -> bool:
+    def _caches_texts(self) -> bool:
         return not (self.spec.shuffle_tags or self.spec.train_text_encoder)
 
     def frozen_outputs(
         self, model: nn.Module, batch: Batch
     ) -> dict[str, Tensor | Sequence[Tensor]]:
-        """Return the latents' distribution of each picture, and what is made of each caption."""
+        """Return the distribution of the latents of each image, and the encoded captions."""
         found: dict[str, Tensor | Sequence[Tensor]] = {}
         n_rows, n_pictures = batch.inputs["steps"].shape
-        if self._keeps_latents:
+        if self._caches_latents:
             of_row: list[Tensor] = [torch.empty(0)] * n_rows
-            for rows, inputs in _groups(batch.inputs):
-                latents = self._distribution(model, inputs["pixels"])
+            for rows, inputs in _groups_by_size(batch.inputs):
+                latents = self._latent_distribution(model, inputs["pixels"])
                 for i, one in zip(rows.tolist(), latents, strict=True):
                     of_row[i] = one
             found[LATENTS] = of_row
-        if self._keeps_texts:
-            texts, pooled = self._texts(model, batch.inputs)
-            found[TEXTS] = _unflat(texts, (n_rows, n_pictures))
+        if self._caches_texts:
+            texts, pooled = self._encode_captions(model, batch.inputs)
+            found[TEXTS] = _unflatten(texts, (n_rows, n_pictures))
             if pooled is not None:
-                found[POOLED] = _unflat(pooled, (n_rows, n_pictures))
+                found[POOLED] = _unflatten(pooled, (n_rows, n_pictures))
         return found
 
     @torch.no_grad()
-    def _distribution(self, model: nn.Module, pixels: Tensor) -> Tensor:
+    def _latent_distribution(self, model: nn.Module, pixels: Tensor) -> Tensor:
         """Return mean and log-variance of the latents (B, n, 2C, h, w) of pixels (B, n, 3, H, W).
 
-        They are computed in the autoencoder's own precision: in fp16 it overflows.
+        They are computed without autocast, since the autoencoder overflows in fp16.
         """
         vae: Any = model.get_submodule(VAE)
         with torch.autocast(pixels.device.type, enabled=False):
             flat = pixels.flatten(0, 1).to(vae.dtype)
             found: Tensor = vae.encode(flat).latent_dist.parameters
-        return _unflat(found, pixels.shape[:2])
+        return _unflatten(found, pixels.shape[:2])
 
     def _latents(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Return latents (B * n, C, h, w) as the denoiser reads them, with the noise's dtype."""
+        """Return the scaled latents (B * n, C, h, w) that the denoiser expects, in float32."""
         kept = inputs.get(LATENTS)
-        found = self._distribution(model, inputs["pixels"]) if kept is None else kept
+        found = self._latent_distribution(model, inputs["pixels"]) if kept is None else kept
         mean, log_variance = found.flatten(0, 1).float().chunk(2, 1)
         if self.spec.latents == "sample":
             deviation = torch.exp(0.5 * log_variance.clamp(-30.0, 20.0))
@@ -217,47 +217,47 @@ class TextToImage(CaptionedPictures):
         config = self.base.configs[VAE]
         return (mean - (config.get("shift_factor") or 0.0)) * float(config["scaling_factor"])
 
-    def _texts(
+    def _encode_captions(
         self, model: nn.Module, inputs: Mapping[str, Tensor], prefix: str = "ids"
     ) -> tuple[Tensor, Tensor | None]:
-        """Return what the text encoders make of captions: (N, L, D), and of a whole one (N, P)."""
+        """Return the encoded tokens of N captions (N, L, D), and their pooled vectors (N, P)."""
         names = self.base.text_encoders
         parts = {name: model.get_submodule(name) for name in names}
         ids = [inputs[f"{prefix}.{i}"].flatten(0, -2) for i in range(len(names))]
         with nullcontext() if self.spec.train_text_encoder else torch.no_grad():
             return self.base.family.texts(parts, ids)
 
-    def _texts_of(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        """Return what is made of each caption (B, n, …), with those that were left out as empty."""
+    def _caption_tensors(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        """Return the encoded captions (B, n, …); dropped captions are replaced by empty ones."""
         shape = inputs["steps"].shape
         if TEXTS in inputs:
             found = [inputs[key] for key in (TEXTS, POOLED) if key in inputs]
         else:
-            made = self._texts(model, inputs)
-            found = [_unflat(one, shape) for one in made if one is not None]
+            made = self._encode_captions(model, inputs)
+            found = [_unflatten(one, shape) for one in made if one is not None]
         if "dropped" in inputs:
-            empty = self._texts(model, inputs, "empty")
+            empty = self._encode_captions(model, inputs, "empty")
             for i, one in enumerate(e for e in empty if e is not None):
                 dropped = inputs["dropped"].view(*shape, *[1] * (found[i].ndim - 2))
                 found[i] = torch.where(dropped, one.to(found[i].dtype), found[i])
         return found
 
     def forward(self, model: nn.Module, batch: Batch) -> list[_Denoised]:
-        """Return, for the pictures of each size, what the model says of their noise."""
+        """Return the model's predictions, with targets, for the images of each size."""
         inputs = batch.inputs
-        texts, found = self._texts_of(model, inputs), []
-        for rows, group in _groups(inputs):
+        texts, found = self._caption_tensors(model, inputs), []
+        for rows, group in _groups_by_size(inputs):
             latents, noise = self._latents(model, group), group["noise"].flatten(0, 1)
             steps = inputs["steps"][rows].flatten()
             noisy = self.noise.noised(latents, noise, steps)
             of_group = [one[rows].flatten(0, 1) for one in texts]
             sizes = inputs["sizes"][rows].flatten(0, 1) if "sizes" in inputs else None
-            predicted = self._denoised(model, noisy, steps, of_group, sizes)
+            predicted = self._predict_noise(model, noisy, steps, of_group, sizes)
             target = self.noise.target(latents, noise, steps)
             found.append(_Denoised(rows, predicted, target, self.noise.weights(steps)))
         return found
 
-    def _denoised(
+    def _predict_noise(
         self,
         model: nn.Module,
         noisy: Tensor,
@@ -265,7 +265,7 @@ class TextToImage(CaptionedPictures):
         texts: Sequence[Tensor],
         sizes: Tensor | None,
     ) -> Tensor:
-        """Return what the denoiser says of noisy latents (B, C, h, w)."""
+        """Return the denoiser's prediction for noisy latents (B, C, h, w)."""
         family = self.base.family
         denoiser = model.get_submodule(family.denoiser)
         dtype, times = _dtype_of(denoiser), self.noise.times(steps)
@@ -278,11 +278,11 @@ class TextToImage(CaptionedPictures):
 
     @property
     def loss_weights(self) -> Mapping[str, float]:  # type: ignore[override]
-        """The terms of the loss: the pictures, and those of the class."""
+        """The weights of the terms of the loss: the images, and those of prior preservation."""
         return {MAIN: 1.0, **({PRIOR: self.spec.prior.weight} if self.spec.prior else {})}
 
     def losses(self, model: nn.Module, output: list[_Denoised], batch: Batch) -> dict[str, Tensor]:
-        """Return the error of each example's picture (B,), and of that of the class."""
+        """Return the error of each example's image (B,), and that of its prior image, if any."""
         n_rows, n_pictures = batch.inputs["steps"].shape
         errors = [self._errors(one).view(-1, n_pictures) for one in output]
         together = torch.cat(errors)
@@ -299,17 +299,17 @@ class TextToImage(CaptionedPictures):
         return errors if one.weights is None else errors * one.weights.to(errors.dtype)
 
     def predictions(self, model: nn.Module, output: Any, batch: Batch) -> list[Prediction]:
-        """Return no prediction but the losses: what is drawn has no right answer."""
+        """Return empty predictions, which only carry losses: there is no correct image."""
         return [Prediction(row, None, None) for row in batch.rows]
 
     def join(self, row: dict[str, Any], parts: Sequence[Prediction]) -> Prediction:
-        """Return the draws of a row as one."""
+        """Return the predictions for all draws of a row as one."""
         return Prediction(parts[0].row, None, None)
 
     # ----------------------------------------------------------------------------- probe
 
     def probe(self) -> dict[str, Tensor]:
-        """Return noise, steps and tokens, the same every time."""
+        """Return fixed random noise, with timesteps and tokens."""
         generator = torch.Generator().manual_seed(0)
         shape = (2, self.base.latent_channels, PROBE_SIDE, PROBE_SIDE)
         found = {
@@ -325,18 +325,18 @@ class TextToImage(CaptionedPictures):
         return found
 
     def probed(self, model: nn.Module, probe: dict[str, Tensor]) -> Tensor:
-        """Return what the model takes away of the probe's noise."""
-        texts = [one for one in self._texts(model, probe) if one is not None]
-        return self._denoised(model, probe["noisy"], probe["steps"], texts, probe.get("sizes"))
+        """Return the denoiser's prediction for the probe."""
+        texts = [one for one in self._encode_captions(model, probe) if one is not None]
+        return self._predict_noise(model, probe["noisy"], probe["steps"], texts, probe.get("sizes"))
 
     # --------------------------------------------------------------------------- answers
 
     def answer_columns(self) -> dict[str, str]:
-        """Return the column that names the picture that was drawn."""
+        """Return the column with the name of the generated image's file."""
         return {"picture": "string"}
 
     def answer(self, model: nn.Module, rows: Sequence[dict[str, Any]]) -> list[list[Any]]:
-        """Draw a picture for each row, and return the names of their files."""
+        """Generate an image for each row, and return the names of their files."""
         prompts = [" ".join(str(row[self.spec.caption_column]).split()) for row in rows]
         self.n_cut_prompts += sum(map(self.is_cut, prompts))
         folder = self.answer_folder
@@ -349,7 +349,7 @@ class TextToImage(CaptionedPictures):
         return [[name if folder is None else f"{folder.name}/{name}"] for name in names]
 
     def draw_pictures(self, model: nn.Module, prompts: Sequence[str]) -> list[Any]:
-        """Return the picture that a model draws for each text, as Pillow has it."""
+        """Return the image that a model generates for each prompt, as a Pillow image."""
         with quiet_diffusers():
             return self._image_generator(model).generate(prompts, self.recipe.evaluate.drawing.seed)
 
@@ -360,7 +360,7 @@ class TextToImage(CaptionedPictures):
         return ImageGenerator(pipeline, settings, self.spec.resolution, latents_of)
 
     def complete_data(self, device: torch.device) -> None:
-        """Let the base draw the pictures of the class that are not there yet."""
+        """Generate the missing images for prior preservation with the base model."""
         if self.prior is None or not self.prior.missing:
             return
         model, _ = self.load_model(device)
@@ -370,8 +370,8 @@ class TextToImage(CaptionedPictures):
             self.prior.generate_missing(self._image_generator(model.eval()), self.recipe.train.seed)
 
 
-def _groups(inputs: Mapping[str, Tensor]) -> list[tuple[Tensor, dict[str, Tensor]]]:
-    """Return, for each size of pictures in a batch, which examples have it, and their tensors."""
+def _groups_by_size(inputs: Mapping[str, Tensor]) -> list[tuple[Tensor, dict[str, Tensor]]]:
+    """Return, for each size of images in a batch, the positions and tensors of its examples."""
     found: list[tuple[Tensor, dict[str, Tensor]]] = []
     while (rows := inputs.get(f"rows.{len(found)}")) is not None:
         end = f".{len(found)}"
@@ -380,12 +380,12 @@ def _groups(inputs: Mapping[str, Tensor]) -> list[tuple[Tensor, dict[str, Tensor
     return found
 
 
-def _unflat(tensor: Tensor, shape: Sequence[int]) -> Tensor:
-    """Return a tensor (B * n, …) as (B, n, …)."""
+def _unflatten(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return a tensor (B * n, …) in the shape (B, n, …)."""
     return tensor.view(*shape, *tensor.shape[1:])
 
 
 def _dtype_of(model: nn.Module) -> torch.dtype:
-    """Return the dtype of a part's own weights, which an adapter on it does not share."""
+    """Return the dtype of a part's base weights, from which that of an adapter may differ."""
     parameters = [p for p in model.parameters() if p.is_floating_point()]
     return next((p.dtype for p in parameters if not p.requires_grad), parameters[0].dtype)

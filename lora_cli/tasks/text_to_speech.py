@@ -1,4 +1,4 @@
-"""Say texts aloud, by SpeechT5: a text becomes a spectrogram, and a vocoder makes that heard."""
+"""Synthesises speech with SpeechT5, which generates a spectrogram, and a vocoder."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from lora_cli.tasks.speech.speecht5 import (
 from lora_cli.tasks.speech.spoken_texts import PLAYED_SECONDS, SpokenTexts
 
 ARCHITECTURE = "speecht5"
-NAME_LENGTH = 40  # letters of a text in the name of its recording
+NAME_LENGTH = 40  # characters of the text in the name of its recording
 
 
 class TextToSpeech(SpokenTexts):
@@ -47,14 +47,14 @@ class TextToSpeech(SpokenTexts):
     main_term = "spectrogram"
     answer_files = "recordings"
     propose = staticmethod(propose_speech)
-    speaks_answers = False  # whether a metric is of what the model says by itself
+    generates_answers = False  # whether a metric needs generated spectrograms
     n_cut_answers = 0  # since the last warning
     _vocoder: Any = None
 
     # --------------------------------------------------------------------- the processor
 
     def load_processor(self) -> None:
-        """Load what has no weights."""
+        """Load the processor, the configuration and all else that has no weights."""
         self.read_config()
         super().load_processor()
 
@@ -62,7 +62,7 @@ class TextToSpeech(SpokenTexts):
         """Read the model's configuration.
 
         Raises:
-            LoraError: If the model is none that can be trained here.
+            LoraError: If the model's architecture is not supported.
         """
         super(SpokenTexts, self).read_config()
         require_kind(self.auto_class, self.config, self.recipe)
@@ -73,33 +73,33 @@ class TextToSpeech(SpokenTexts):
     # ----------------------------------------------------------------------------- model
 
     def fit_to_model(self, model: nn.Module, longest: int | None = None) -> None:
-        """Try on the model that what it says of a text is the same in every batch."""
+        """Check on the model that its output for a text does not depend on the batch."""
         super().fit_to_model(model, longest)
-        assert self.padding.side == "right", "what fills texts and spectrograms changes others"
+        assert self.padding.side == "right", "padding changes the outputs of other texts"
 
     def forward(self, model: nn.Module, batch: Batch) -> SpeechOutput:  # type: ignore[override]
-        """Return what the model says of each text, reading the recorded frames."""
+        """Return the model's output for each text, with the recorded frames as decoder inputs."""
         return run_speecht5(model, batch.inputs, ATTENTION in batch.items)
 
     def logits(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-        """Return the spectrogram, and the logit that speech ends, of each frame (B, T, M + 1)."""
+        """Return the spectrogram and the logit of the end of speech, per frame (B, T, M + 1)."""
         found = run_speecht5(model, inputs, with_attentions=False)
         return torch.cat([found.after, found.stops[..., None]], -1)
 
     def probed(self, model: nn.Module, probe: dict[str, Tensor]) -> Tensor:
-        """Return what is compared of what a model says of the probe."""
+        """Return the output for the probe, by which two models are compared."""
         return self.logits(model, probe)
 
     # ------------------------------------------------------------------- loss and metrics
 
     @property
     def loss_weights(self) -> Mapping[str, float]:  # type: ignore[override]
-        """The terms of the loss, with the weights that the model's configuration gives them."""
+        """The weights of the terms of the loss, from the model's configuration."""
         return loss_weights(getattr(self, "config", None))
 
     @property
     def loss_definition(self) -> str:
-        """What the loss measures."""
+        """The definition of the loss, for the report."""
         found = (
             "SpeechT5's: mean distance from the log-mel spectrogram before and after the post-net, "
             "+ binary cross-entropy per frame of where speech ends (the end weighs 5 times)"
@@ -108,66 +108,75 @@ class TextToSpeech(SpokenTexts):
         return found if scale is None else f"{found}, + {scale:g} x guided attention"
 
     def losses(self, model: nn.Module, output: SpeechOutput, batch: Batch) -> dict[str, Tensor]:
-        """Return the terms of each example: its spectrogram, its end, and its attention."""
+        """Return the terms of the loss of each example (B,): spectrogram, end, attention."""
         return spectrogram_losses(output, batch.targets, self.config)
 
     def check_metrics(self, channels: set[str]) -> None:
-        """Let the model speak by itself, if a metric is of that."""
-        self.speaks_answers = "lengths" in channels
+        """Turn on the generation of spectrograms if a metric needs them."""
+        self.generates_answers = "lengths" in channels
 
     @property
     def metric_context(self) -> MetricContext:
-        """Nothing that metrics have to know."""
+        """No facts, since the metrics need none."""
         return MetricContext()
 
     def predictions(self, model: nn.Module, output: SpeechOutput, batch: Batch) -> list[Prediction]:
-        """Return no answer but what metrics read: errors of the spectrogram, and of its end."""
+        """Return the inputs of the metrics for each row: errors of its spectrogram and its end."""
         errors, ends, goes_on = self._counts(output, batch.targets)
         counts = batch.targets["trained"].sum(1).tolist()
         steps = (batch.targets["last_step"] + 1).tolist()
         found = []
         for i, row in enumerate(batch.rows):
             n_numbers = float(counts[i] * self.n_bands)
-            said = [errors[i], ends[i], goes_on[i]], [n_numbers, 1.0, float(steps[i] - 1)]
-            about = {"frames": counts[i], "mel_l1": round(errors[i] / n_numbers, 6)}
-            one = Prediction(row, None, None, None, {self.metric_channel: said}, details=about)
-            if self.speaks_answers:
+            sums_and_counts = (
+                [errors[i], ends[i], goes_on[i]],
+                [n_numbers, 1.0, float(steps[i] - 1)],
+            )
+            details = {"frames": counts[i], "mel_l1": round(errors[i] / n_numbers, 6)}
+            prediction = Prediction(
+                row, None, None, None, {self.metric_channel: sums_and_counts}, details=details
+            )
+            if self.generates_answers:
                 ids = batch.inputs[IDS][i][batch.inputs[MASK][i].bool()]
-                spectrogram = self._say(model, ids, batch.inputs[SPEAKER][i])
-                one.metric_inputs["lengths"] = float(len(spectrogram)), float(counts[i])
-                one.details["said_frames"] = len(spectrogram)
-            found.append(one)
+                spectrogram = self._generate_spectrogram(model, ids, batch.inputs[SPEAKER][i])
+                prediction.metric_inputs["lengths"] = float(len(spectrogram)), float(counts[i])
+                prediction.details["said_frames"] = len(spectrogram)
+            found.append(prediction)
         return found
 
     def _counts(
         self, output: SpeechOutput, targets: Mapping[str, Tensor]
     ) -> tuple[list[float], list[float], list[float]]:
-        """Return the errors of each spectrogram, whether it ends, and where it rightly goes on."""
+        """Return sums over each example, as three lists.
+
+        They are the absolute errors of its spectrogram, whether its last step is predicted as the
+        end (0 or 1), and the number of earlier steps that are correctly not predicted as the end.
+        """
         mel, trained = targets["mel"], targets["trained"]
         errors = (output.after.float() - mel.float()).abs().masked_fill(~trained[..., None], 0.0)
         factor = int(self.config.reduction_factor)
-        # a step ends where its frames together say so, as in `generate_speech`
+        # speech ends at a step if the sum over its frames reaches the threshold, as in transformers
         stops = output.stops.float().sigmoid()
-        chances = stops.view(len(stops), -1, factor).sum(2)
-        ends = chances >= self.spec.stop_threshold  # (B, S)
+        end_probabilities = stops.view(len(stops), -1, factor).sum(2)
+        ends = end_probabilities >= self.spec.stop_threshold  # (B, S)
         last = targets["last_step"][:, None]
         before = torch.arange(ends.shape[1], device=ends.device) < last
-        rightly = ends.gather(1, last)[:, 0].float(), (~ends & before).sum(1).float()
-        return errors.double().sum((1, 2)).tolist(), rightly[0].tolist(), rightly[1].tolist()
+        correct = ends.gather(1, last)[:, 0].float(), (~ends & before).sum(1).float()
+        return errors.double().sum((1, 2)).tolist(), correct[0].tolist(), correct[1].tolist()
 
     # --------------------------------------------------------------------------- answers
 
     @torch.no_grad()
-    def _say(self, model: Any, ids: Tensor, speaker: Tensor) -> Tensor:
-        """Return the spectrogram of a text (T, M), said by the model itself.
+    def _generate_spectrogram(self, model: Any, ids: Tensor, speaker: Tensor) -> Tensor:
+        """Return the spectrogram that the model generates for a text (T, M).
 
-        One text at a time: the dropout that the model draws while it speaks is then that of
-        transformers, and the same whatever else is said.
+        The model uses dropout in generation. Texts are processed one by one, so that its random
+        numbers are those of transformers and do not depend on other texts.
 
         Args:
             model: The model, in eval mode.
-            ids: Tokens of the text (L,).
-            speaker: Who speaks (D,).
+            ids: The token ids of the text (L,).
+            speaker: The speaker embedding (D,).
         """
         device, factor = ids.device, int(self.config.reduction_factor)
         positions = int(self.config.max_speech_positions)
@@ -184,19 +193,19 @@ class TextToSpeech(SpokenTexts):
         self.n_cut_answers += decoder_steps(len(found), self.config) >= longest
         return found
 
-    def _said(self, model: nn.Module, rows: Sequence[dict[str, Any]]) -> list[Tensor]:
-        """Return what the model says of rows: a spectrogram each (T, M), float32."""
+    def _spectrograms_for(self, model: nn.Module, rows: Sequence[dict[str, Any]]) -> list[Tensor]:
+        """Return the spectrogram that the model generates for each row (T, M), in float32."""
         device = next(model.parameters()).device
         found = []
         for row in rows:
             speaker = torch.from_numpy(self.speaker_vector(row)).to(device)
             ids = torch.tensor(self.tokens_of(row), device=device)
-            found.append(self._say(model, ids, speaker).float())
+            found.append(self._generate_spectrogram(model, ids, speaker).float())
         return found
 
-    def _sound(self, spectrogram: Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """Return the samples of a spectrogram (N,), by the recipe's vocoder."""
-        assert self.spec.vocoder is not None, "nothing makes it heard"
+    def _vocode(self, spectrogram: Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """Return the audio samples (N,) for a spectrogram (T, M), from the recipe's vocoder."""
+        assert self.spec.vocoder is not None, "a spectrogram needs a vocoder to become audio"
         device = spectrogram.device
         if self._vocoder is None:
             self._vocoder = load_vocoder(self.recipe, self.spec.vocoder, device)
@@ -204,36 +213,36 @@ class TextToSpeech(SpokenTexts):
             samples: Tensor = self._vocoder.to(device)(spectrogram)
         return samples.cpu().numpy()
 
-    def _recording(self, spectrogram: Tensor) -> bytes:
-        """Return a spectrogram as a wav file."""
+    def _wav_file(self, spectrogram: Tensor) -> bytes:
+        """Return the contents of a WAV file for a spectrogram (T, M)."""
         import soundfile
 
         file = io.BytesIO()
-        samples = self._sound(spectrogram).clip(-1, 1)
+        samples = self._vocode(spectrogram).clip(-1, 1)
         soundfile.write(file, samples, self.rate, format="WAV", subtype="PCM_16")
         return file.getvalue()
 
     def answer_columns(self) -> dict[str, str]:
-        """Return the column that names the recording, or without a vocoder the spectrogram."""
+        """Return the column with the name of the recording, or of the spectrogram."""
         return {"spectrogram" if self.spec.vocoder is None else "recording": "string"}
 
     def answer(self, model: nn.Module, rows: Sequence[dict[str, Any]]) -> list[list[Any]]:
-        """Say each row, and return the names of the files."""
+        """Write a recording or spectrogram for each row, and return the names of the files."""
         folder = self.answer_folder
         place = Path() if folder is None else folder
         place.mkdir(parents=True, exist_ok=True)
         names = []
-        for row, spectrogram in zip(rows, self._said(model, rows), strict=True):
+        for row, spectrogram in zip(rows, self._spectrograms_for(model, rows), strict=True):
             name = self._file_name(row)
             if self.spec.vocoder is None:
                 np.save(place / name, spectrogram.cpu().numpy())
             else:
-                (place / name).write_bytes(self._recording(spectrogram))
+                (place / name).write_bytes(self._wav_file(spectrogram))
             names.append(name if folder is None else f"{folder.name}/{name}")
         return [[name] for name in names]
 
     def _file_name(self, row: dict[str, Any]) -> str:
-        """Return the name of what is said: of equal texts, speakers and seeds the same."""
+        """Return the name of a row's file, which depends on its text, speaker and the seed."""
         text, seed = self.text_of(row), self.recipe.train.seed
         words = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:NAME_LENGTH].rstrip("-")
         key = f"{seed} {text} ".encode() + self.speaker_vector(row).tobytes()
@@ -242,7 +251,7 @@ class TextToSpeech(SpokenTexts):
         return f"{words}-{number}.{ending}" if words else f"{number}.{ending}"
 
     def take_warnings(self) -> list[str]:
-        """Return how many answers did not end by themselves since the last call."""
+        """Return the warnings since the last call, such as answers that did not end."""
         lines = super().take_warnings()
         if self.n_cut_answers:
             what = "ended at the greatest length (`task.longest_ratio`), not by itself"
@@ -253,14 +262,14 @@ class TextToSpeech(SpokenTexts):
     def sample(
         self, model: nn.Module, rows: Sequence[dict[str, Any]]
     ) -> list[tuple[str, str, str]]:
-        """Return what the model says of rows, and their recordings, as a page plays them."""
+        """Return the text, the recording and the model's speech of each row, as `data:` URLs."""
         if self.spec.vocoder is None:
             return []
         sounds = [
-            playable_url({"bytes": self._recording(one), "path": None}, PLAYED_SECONDS) or ""
-            for one in self._said(model, rows)
+            playable_url({"bytes": self._wav_file(spectrogram), "path": None}, PLAYED_SECONDS) or ""
+            for spectrogram in self._spectrograms_for(model, rows)
         ]
         texts = [self.text_of(row) for row in rows]
-        wanted = [self.thumbnail(row) or "" for row in rows]
-        self.n_cut_answers = 0  # before training no answer ends
-        return list(zip(texts, wanted, sounds, strict=True))
+        references = [self.thumbnail(row) or "" for row in rows]
+        self.n_cut_answers = 0  # samples before training never end, which is no warning
+        return list(zip(texts, references, sounds, strict=True))

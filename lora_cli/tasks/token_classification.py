@@ -1,4 +1,4 @@
-"""Find entities: words of a row, or spans of a text, that have a type."""
+"""Finds entities of several types: among the words of a row, or as spans of a text."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from lora_cli.tasks.texts.word_windows import (
     words_without_token,
 )
 
-MOST_WITHOUT_TOKEN = 0.02  # share of words without a token above which there is a warning
+MAX_WITHOUT_TOKEN = 0.02  # the share of words without a token above which there is a warning
 TaggedWord = tuple[
     int, str, float
 ]  # a word's position in its row, its tag, and the tag's probability
@@ -66,8 +66,8 @@ class TokenClassification(TextTask):
         """Load the tokenizer, and find the special tokens that it adds to a text.
 
         Raises:
-            LoraError: If it does not return the places of tokens, which spans need, or if it reads
-                a text differently with special tokens.
+            LoraError: If it does not return the positions of tokens in the text, which spans need,
+                or if it encodes a text differently with special tokens.
         """
         super().load_processor()
         if self.spec.has_spans and not self.tokenizer.is_fast:
@@ -120,7 +120,7 @@ class TokenClassification(TextTask):
         return self.reader.types
 
     def labels_of(self, row: dict[str, Any]) -> list[str]:
-        """Return the types of a row's entities, each once."""
+        """Return the distinct types of a row's entities."""
         return self.reader.types_in(row)
 
     def answer_of(self, row: dict[str, Any]) -> str:
@@ -128,7 +128,7 @@ class TokenClassification(TextTask):
         if self.spec.has_spans:
             spans = self.reader.spans(row)
             text = str(row[str(self.spec.text_column)])
-            # without their places: texts are compared without regard to spaces and case
+            # without their positions, since texts that differ in spaces or case count as equal
             found = [] if isinstance(spans, str) else spans
             named = [f"{text[s.start : s.end].casefold()} ({s.label})" for s in found]
         else:
@@ -146,7 +146,7 @@ class TokenClassification(TextTask):
         return {kind: counts[kind] for kind in self.reader.types}
 
     def learn_form(self, splits: dict[str, Rows]) -> None:
-        """Find out the scheme of the tags, such as IOB2."""
+        """Find the scheme of the tags, such as IOB2."""
         self.reader.learn_form(splits)
         if self.reader.knows_scheme:
             self.learned.task["scheme"] = self.reader.scheme
@@ -165,7 +165,7 @@ class TokenClassification(TextTask):
         return self.reader.target_error(row)
 
     def skip_reason(self, row: dict[str, Any], split: str) -> str:
-        """Return why a row of Prodigy is skipped: its annotation was rejected or ignored."""
+        """Return why a row from Prodigy is skipped: its annotation was rejected or ignored."""
         answer = row.get("answer")
         put_aside = self.spec.has_spans and "_task_hash" in row and answer in ("reject", "ignore")
         return f"its annotation is marked `{answer}`" if put_aside else ""
@@ -175,11 +175,11 @@ class TokenClassification(TextTask):
         return self.reader.label_problem(row, place)
 
     def shown_input(self, row: dict[str, Any]) -> str:
-        """Return the text of a row, to which the places of its predictions refer."""
+        """Return the text of a row, to which the positions of its predictions refer."""
         return self._text_of(row).shown
 
     def _text_of(self, row: dict[str, Any]) -> RowText:
-        """Return the text of a row and the places of its words."""
+        """Return the text of a row and the positions of its words."""
         if not self.spec.has_spans:
             return self.reader.text(row)
         text = str(row[str(self.spec.text_column)])
@@ -231,7 +231,7 @@ class TokenClassification(TextTask):
         return words_one_by_one(tokenizer, [text.text[start:end] for start, end in text.places])
 
     def features(self) -> dict[str, str]:
-        """Return the types of tokens, their labels and words, and the row's number of words."""
+        """Return the type of each key of an example."""
         return dict.fromkeys(("input_ids", "labels", "words"), "list<int32>") | {"n_words": "int32"}
 
     def trial_examples(self, length: int) -> tuple[Example, Example]:
@@ -247,7 +247,7 @@ class TokenClassification(TextTask):
         return {"input_ids": ids, "labels": labels, "words": labels, "row": 0}
 
     def shown(self, example: Example, colour: bool) -> tuple[list[str], str]:
-        """Return the tokens of an encoded example, followed by their tags if they have one."""
+        """Return an encoded example for people to read: its tokens, with the tags of words."""
         tokens = self.tokenizer.convert_ids_to_tokens(example["input_ids"])
         opening, closing = ("\x1b[32m", "\x1b[0m") if colour else ("", "")
         shown = [
@@ -271,7 +271,7 @@ class TokenClassification(TextTask):
             return share, warning
         missing, total = words_without_token(examples)
         count = int(missing.sum())
-        if count <= MOST_WITHOUT_TOKEN * total:
+        if count <= MAX_WITHOUT_TOKEN * total:
             return share, None
         place = rows.place(int(np.flatnonzero(missing)[0]))
         return share, (
@@ -283,7 +283,7 @@ class TokenClassification(TextTask):
     # ----------------------------------------------------------------------------- model
 
     def model_config(self) -> PretrainedConfig:
-        """Return the configuration with the labels by name."""
+        """Return the model's configuration, with the names of the labels."""
         if not self.labels:  # unknown in `lora validate`, which needs the names of modules alone
             return load_config(self.recipe)
         return load_config(
@@ -294,15 +294,15 @@ class TokenClassification(TextTask):
         )
 
     def arrange_head(self, model: nn.Module, missing: set[str]) -> None:
-        """Put the rows of a pretrained classifier into the order of the labels."""
+        """Arrange the rows of a pretrained classifier by the names of the labels."""
         config = (self.config, self.recipe, self.auto_class)
         if note := arrange_rows(model, missing, self.labels, *config):
             self.notes.append(note)
 
     def complete_from(self, tensors: Mapping[str, Tensor]) -> None:
-        """Find the labels of an adapter from another tool: those of the base, if as many.
+        """Find the labels for an adapter from another tool, by the number of outputs of its head.
 
-        An adapter without a head has the labels of the base.
+        The labels are those of the base if there are as many, or if the adapter has no head.
         """
         heads = rows_of_heads(tensors, self.empty_model()[1])
         known: dict[int, str] = load_config(self.recipe).id2label
@@ -338,7 +338,7 @@ class TokenClassification(TextTask):
         return self.inputs_of({"input_ids": ids}, {"input_ids": padding})
 
     def losses(self, model: nn.Module, output: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """Return the cross entropy of each example, summed over its words."""
+        """Return the cross-entropy of each example (B,), summed over its words."""
         labels = batch.targets["labels"]
         losses = F.cross_entropy(
             output.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
@@ -346,18 +346,18 @@ class TokenClassification(TextTask):
         return {MAIN: losses.sum(1)}
 
     def predictions(self, model: nn.Module, output: Tensor, batch: Batch) -> list[Prediction]:
-        """Return the tags of the words of each window, of which `join` makes entities."""
+        """Return the tags of the words of each window, from which `join` finds the entities."""
         return [
             Prediction(row, tagged_words, None)
             for row, tagged_words in zip(
-                batch.rows, self._read(output, batch.targets["words"]), strict=True
+                batch.rows, self._tag_words(output, batch.targets["words"]), strict=True
             )
         ]
 
-    def _read(self, logits: Tensor, words: Tensor) -> list[list[TaggedWord]]:
-        """Return the word, the tag and its probability for each word of each window."""
-        best, which = torch.softmax(logits.float(), -1).max(-1)
-        rows = zip(words.tolist(), which.tolist(), best.tolist(), strict=True)
+    def _tag_words(self, logits: Tensor, words: Tensor) -> list[list[TaggedWord]]:
+        """Return the tag of each word of each window, for logits (B, T, C) and words (B, T)."""
+        probabilities, label_ids = torch.softmax(logits.float(), -1).max(-1)
+        rows = zip(words.tolist(), label_ids.tolist(), probabilities.tolist(), strict=True)
         return [
             [
                 (word, self.labels[label], p)
@@ -373,7 +373,7 @@ class TokenClassification(TextTask):
         tagged_words = [word for part in parts for word in part.prediction]
         tags, entities = self._answer(text, tagged_words)
         true_entities = self._entities_of(row, text)
-        reference = [self._place(text, entity) for entity in true_entities]
+        reference = [self._span_of(text, entity) for entity in true_entities]
         inputs: dict[str, tuple[Any, Any]] = {
             self.metric_channel: (tags, iob2_tags(true_entities, len(text.places)))
         }
@@ -389,18 +389,18 @@ class TokenClassification(TextTask):
         predicted: list[str | None] = [None] * len(text.places)
         probabilities: list[float | None] = [None] * len(text.places)
         for word, tag, p in tagged_words:
-            assert predicted[word] is None, "a word is predicted once"
+            assert predicted[word] is None, "each word is predicted once"
             predicted[word], probabilities[word] = tag, p
         tags = complete_tags(predicted)
         entities = []
         for entity in entities_of(tags):
             of_entity = [p for p in probabilities[entity.start : entity.end] if p is not None]
             score = round(sum(of_entity) / len(of_entity), 6)
-            entities.append({**self._place(text, entity), "score": score})
+            entities.append({**self._span_of(text, entity), "score": score})
         return tags, entities
 
     @staticmethod
-    def _place(text: RowText, entity: Entity) -> dict[str, Any]:
+    def _span_of(text: RowText, entity: Entity) -> dict[str, Any]:
         start, end = text.shown_places[entity.start][0], text.shown_places[entity.end - 1][1]
         return {"start": start, "end": end, "label": entity.label, "text": text.shown[start:end]}
 
@@ -429,7 +429,7 @@ class TokenClassification(TextTask):
             logits = self.logits(model, batch.inputs).float()
             require_finite(logits, model, self.recipe)
             for row, words in zip(
-                batch.rows, self._read(logits, batch.targets["words"]), strict=True
+                batch.rows, self._tag_words(logits, batch.targets["words"]), strict=True
             ):
                 tagged_words[row] += words
         return [
