@@ -1,4 +1,4 @@
-"""What `scripts/golden` trains: a recipe for each kind of run, tiny models, and rows for them."""
+"""The recipes, tiny models and rows that `scripts/golden` trains, for each kind of run."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ LABELS = {"type": "sequence_classification", "labels": ["bad", "good"]}
 GPT2 = {"pad_token": "<pad>"}
 RESUME_AT = STEPS // 2
 
-# Recipes, laid over the defaults in `recipe_of`. Besides, `processes`, `resume` (go on from a
-# checkpoint in the middle), and `then`: commands that use the adapter afterwards.
+# Recipes, merged into the defaults in `recipe_of`. Further keys are `processes`, `resume` (continue
+# from a checkpoint in the middle), and `then`: commands that use the adapter afterwards.
 KINDS: dict[str, Json] = {
     "classification, single label": {
         "task": LABELS,
