@@ -77,7 +77,7 @@ def in_process(
 
 @pytest.mark.usefixtures("fresh_commands")
 @pytest.mark.parametrize("command", ["", *COMMANDS])
-def test_the_help_is_the_golden_one(command: str) -> None:
+def test_the_help_equals_the_golden_file(command: str) -> None:
     result = run(*filter(None, [command]), "--help")
     assert result.exit_code == 0
     golden = GOLDEN / f"help_{command or 'lora'}.txt"
@@ -136,7 +136,7 @@ def test_a_schema_is_checked_without_torch(command: str, tmp_path: Path) -> None
     assert result.stdout.splitlines()[-1] == ("0 []" if command == "schema" else "2 []")
 
 
-def test_a_typing_error_in_a_recipe_is_answered_at_once(tmp_path: Path) -> None:
+def test_a_typing_error_in_a_recipe_is_reported_quickly(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(FAULTY)
     start = seconds_of_children()
     result = lora("train", "r.yaml", cwd=tmp_path)
@@ -151,7 +151,7 @@ def test_a_typing_error_in_a_recipe_is_answered_at_once(tmp_path: Path) -> None:
 
 
 def seconds_of_children() -> float:
-    """Return how long the processor has computed for processes that have ended."""
+    """Return the processor time of child processes that have ended, in seconds."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
@@ -170,7 +170,7 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_closed_pipe_is_no_error_to_speak_of(tmp_path: Path) -> None:
+def test_a_closed_pipe_ends_a_command_without_a_message(tmp_path: Path) -> None:
     read_end, write_end = os.pipe()
     os.close(read_end)
     environment = {**os.environ, "PYTHONPATH": str(GOLDEN.parent.parent)}
@@ -192,7 +192,7 @@ def test_a_closed_pipe_is_no_error_to_speak_of(tmp_path: Path) -> None:
         (LoraError("x", "y", "z"), 2, "error: x\n  at y\nhint: z\n"),
     ],
 )
-def test_errors_that_a_user_can_mend_have_a_code_and_no_traceback(
+def test_errors_that_a_user_can_fix_have_an_exit_code_and_no_traceback(
     error: Exception, code: int, what: str,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -206,7 +206,7 @@ def test_errors_that_a_user_can_mend_have_a_code_and_no_traceback(
     assert "Traceback" not in err
 
 
-def test_an_error_of_our_own_keeps_its_traceback_for_those_who_debug(
+def test_debug_shows_the_traceback_of_an_unexpected_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def fail(*_: Any) -> Any:
@@ -236,7 +236,7 @@ def test_the_schema_goes_to_stdout() -> None:
         (["validate", "nowhere.yaml"], "there is no such file"),
     ],
 )
-def test_what_is_not_there(
+def test_missing_files_and_folders_are_reported(
     arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -265,7 +265,7 @@ def test_validate_prints_the_resolved_recipe(recipe: Path, tmp_path: Path) -> No
 
 
 def problems_of(tmp_path: Path, **sections: Any) -> dict[str, Any]:
-    """Return what `lora validate` finds, by key."""
+    """Return the problems that `lora validate` reports, by key."""
     recipe = tiny.recipe(tiny.save_encoder(tmp_path / "base"), tmp_path, **sections)
     result = run("validate", str(recipe))
     assert isinstance(result.exception, LoraError)
@@ -274,7 +274,7 @@ def problems_of(tmp_path: Path, **sections: Any) -> dict[str, Any]:
     return found
 
 
-def test_validate_reports_faults_of_data_and_metrics_together(tmp_path: Path) -> None:
+def test_validate_reports_problems_of_data_and_metrics_together(tmp_path: Path) -> None:
     found = problems_of(
         tmp_path, task={"text_column": "sentence"}, evaluate={"metrics": ["f1", "bleu"]}
     )
@@ -289,14 +289,14 @@ def test_validate_reports_unknown_targets(tmp_path: Path) -> None:
     assert "value" in found["adapter.target_modules"].hint
 
 
-def test_validate_reports_faults_of_data_and_targets_together(tmp_path: Path) -> None:
+def test_validate_reports_problems_of_data_and_targets_together(tmp_path: Path) -> None:
     found = problems_of(
         tmp_path, task={"text_column": "sentence"}, adapter={"target_modules": ["valeu"]}
     )
     assert set(found) == {"task.text_column", "adapter.target_modules"}
 
 
-def test_validate_reports_targets_also_where_the_labels_are_unknown(tmp_path: Path) -> None:
+def test_validate_reports_targets_even_if_the_labels_are_unknown(tmp_path: Path) -> None:
     found = problems_of(
         tmp_path,
         task={"text_column": "sentence", "labels": None},
@@ -309,7 +309,7 @@ def test_validate_reports_unknown_metrics(tmp_path: Path) -> None:
     assert set(problems_of(tmp_path, evaluate={"metrics": ["acuracy"]})) == {"evaluate.metrics"}
 
 
-def test_train_refuses_a_folder_that_holds_something(recipe: Path, tmp_path: Path) -> None:
+def test_train_rejects_a_folder_with_other_files(recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
     result = run("train", str(recipe), "-o", str(tmp_path / "full"))
@@ -321,7 +321,7 @@ def test_train_refuses_a_folder_that_holds_something(recipe: Path, tmp_path: Pat
     assert os.listdir(tmp_path / "full") == ["mine.txt"]
 
 
-def test_params_of_roberta_base_needs_its_configuration_only(tmp_path: Path) -> None:
+def test_params_of_roberta_base_only_needs_its_configuration(tmp_path: Path) -> None:
     base = tmp_path / "roberta-base"
     base.mkdir()
     config = {
@@ -351,7 +351,7 @@ def test_params_of_roberta_base_needs_its_configuration_only(tmp_path: Path) -> 
     assert every[-1] == total
 
 
-def test_init_says_what_it_inferred_and_what_is_next(
+def test_init_prints_its_findings_and_the_next_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -371,7 +371,7 @@ def test_init_says_what_it_inferred_and_what_is_next(
 
 
 @pytest.mark.slow
-def test_init_reads_a_file_without_torch_being_needed_to_sniff(tmp_path: Path) -> None:
+def test_init_inspects_a_file_without_torch(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("text;label\na warm film;x\na cold film;y\n")
     code = (
         "import sys\nfrom pathlib import Path\n"

@@ -32,7 +32,7 @@ SECTIONS = sorted(sections_of(section.Section), key=lambda cls: cls.__name__)
 
 
 @pytest.mark.parametrize("cls", SECTIONS, ids=lambda cls: cls.__name__)
-def test_no_section_takes_an_assignment(cls: type[BaseModel]) -> None:
+def test_sections_are_immutable(cls: type[BaseModel]) -> None:
     made = cls.model_construct()
     for name in cls.model_fields:
         with pytest.raises(ValidationError, match="frozen"):
@@ -41,12 +41,12 @@ def test_no_section_takes_an_assignment(cls: type[BaseModel]) -> None:
             delattr(made, name)
 
 
-def test_sections_keep_nothing_besides_their_keys() -> None:
+def test_sections_have_no_other_attributes_than_their_keys() -> None:
     kept = {cls.__name__: set(cls.__private_attributes__) for cls in SECTIONS}
     assert {name: found for name, found in kept.items() if found} == {"Recipe": {"_origin"}}
 
 
-def test_a_variation_is_a_new_recipe() -> None:
+def test_with_values_returns_a_new_recipe() -> None:
     recipe = tiny.recipe_of()
     before = recipe.model_copy(deep=True)
     other = recipe.with_values({"adapter.rank": 3, "train.optimizer.groups.head.weight_decay": 0.5})
@@ -58,7 +58,7 @@ def test_a_variation_is_a_new_recipe() -> None:
         recipe.with_values({"adapter.ranc": 3})
 
 
-def test_a_variation_has_the_places_of_its_keys(tmp_path: Path) -> None:
+def test_a_recipe_with_other_values_keeps_the_places_of_keys(tmp_path: Path) -> None:
     path = tiny.recipe(tmp_path / "base", tmp_path, adapter={"rank": 3})
     recipe = load_recipe(path, ["train.seed=4"])
     other = recipe.with_values({"adapter.rank": 5})
@@ -68,7 +68,7 @@ def test_a_variation_has_the_places_of_its_keys(tmp_path: Path) -> None:
     assert not recipe.is_overridden("adapter.rank")
 
 
-def test_what_is_learnt_completes_a_copy() -> None:
+def test_learned_values_complete_a_copy_of_the_recipe() -> None:
     recipe = tiny.recipe_of()
     before = recipe.model_copy(deep=True)
     assert Learned().completed(recipe) == recipe
@@ -102,7 +102,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recipe_in(folder: Path, base: Path, *overrides: str, **sections: Any) -> Recipe:
-    """Return a recipe that leaves open what the rows say: the labels and their weights."""
+    """Return a recipe without labels and their weights, which are found in the rows."""
     folder.mkdir(exist_ok=True)
     lines = [json.dumps({"text": text, "label": label}) for text, label in ROWS]
     (folder / "all.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -151,7 +151,7 @@ def test_no_command_changes_its_recipe(base: Path, tmp_path: Path) -> None:
     assert load_recipe(a / "recipe.yaml").train.micro_batch_size == "auto"
 
 
-def test_a_run_hands_on_what_it_learns(base: Path, tmp_path: Path) -> None:
+def test_a_run_passes_on_its_learned_values(base: Path, tmp_path: Path) -> None:
     recipe = recipe_in(tmp_path / "a", base)
     learned = Learned()
     training_run.train(recipe, learned=learned)

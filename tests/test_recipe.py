@@ -54,7 +54,7 @@ def load(tmp_path: Path) -> Any:
 
 @pytest.fixture
 def problems(load: Any, tmp_path: Path) -> Any:
-    """Return a function to the problems of a recipe: (what, at without the folder, hint)."""
+    """Return a function that returns the problems of a recipe (their places without the folder)."""
 
     def problems(text: str | bytes, *overrides: str) -> list[Problem]:
         with pytest.raises(LoraError) as caught:
@@ -113,7 +113,7 @@ def test_a_byte_order_mark_is_dropped(load: Any) -> None:
         (b"#" * 300_000, "has more than", "r.yaml", "data file"),
     ],
 )
-def test_what_is_not_a_recipe_says_why_and_where(
+def test_an_error_in_the_yaml_has_a_reason_and_a_place(
     text: str | bytes, what: str, at: str, hint: str, problems: Any
 ) -> None:
     (problem,) = problems(text)
@@ -142,14 +142,14 @@ def test_what_is_not_a_recipe_says_why_and_where(
         ("{<<: {rank: 3}}", "do not merge"),
     ],
 )
-def test_a_value_that_yaml_cannot_mean_is_one_problem(value: str, what: str, problems: Any) -> None:
+def test_an_invalid_yaml_value_is_reported_once(value: str, what: str, problems: Any) -> None:
     (problem,) = problems(LINES + f"adapter: {value}\n")
     assert what in problem.what
     assert problem.at.startswith("adapter")
     assert problem.at.endswith("(r.yaml:4)")
 
 
-def test_an_alias_bomb_is_refused_at_once(problems: Any) -> None:
+def test_an_alias_bomb_is_rejected_quickly(problems: Any) -> None:
     bomb = "a0: &a0 [x,x,x,x,x,x,x,x,x]\n" + "".join(
         f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12)
     )
@@ -159,12 +159,12 @@ def test_an_alias_bomb_is_refused_at_once(problems: Any) -> None:
     assert time.perf_counter() - start < 2
 
 
-def test_an_alias_is_the_value_it_repeats(load: Any) -> None:
+def test_an_alias_has_the_value_of_its_anchor(load: Any) -> None:
     recipe = load(LINES + "adapter: {target_modules: &t [query], exclude_modules: *t}\n")
     assert recipe.adapter.exclude_modules == ["query"]
 
 
-def test_a_missing_recipe_names_the_nearest_one(tmp_path: Path) -> None:
+def test_a_missing_recipe_suggests_a_similar_name(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(LINES)
     (tmp_path / "unlike.yml").write_text(LINES)
     with pytest.raises(LoraError) as caught:
@@ -182,7 +182,7 @@ def test_a_missing_recipe_names_the_nearest_one(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------- problems, all at once
 
 
-def test_all_problems_come_together_each_with_its_line(problems: Any) -> None:
+def test_all_problems_are_reported_together_with_their_lines(problems: Any) -> None:
     found = problems(
         "model: {name: m, dtpye: float32}\n"
         "task:\n"
@@ -252,7 +252,7 @@ def test_all_problems_come_together_each_with_its_line(problems: Any) -> None:
         ("output_dir: 7", "output_dir", 'write "7"', "Folder"),
     ],
 )  # fmt: skip
-def test_a_wrong_value_gets_the_text_of_its_field(
+def test_the_hint_for_a_wrong_value_is_the_description_of_its_field(
     lines: str, at: str, what: str, hint: str, problems: Any
 ) -> None:
     (problem,) = problems(LINES + lines + "\n")
@@ -262,7 +262,7 @@ def test_a_wrong_value_gets_the_text_of_its_field(
 
 
 @pytest.mark.parametrize("split", ["3", "[a]", "{fraction: 0.1, from: 3}", "{}", "''"])
-def test_a_split_names_all_its_forms(split: str, problems: Any) -> None:
+def test_the_hint_for_a_wrong_split_lists_all_forms(split: str, problems: Any) -> None:
     (problem,) = problems(LINES.replace("csv}", f"csv, validation: {split}}}"))
     if split in ("3", "[a]"):
         for form in ("`validation`", "train[:80%]", "dev.csv", "{from: train, fraction: 0.1}"):
@@ -275,7 +275,7 @@ def test_train_cannot_be_drawn_from_another_split(problems: Any) -> None:
     assert (problem.at, problem.hint[:14]) == ("data.train (r.yaml:3)", "The rows for t")
 
 
-def test_the_type_of_a_task_is_asked_for(problems: Any) -> None:
+def test_a_missing_or_unknown_task_type_is_reported(problems: Any) -> None:
     (problem,) = problems(LINES.replace("type: sequence_classification", "text_column: a"))
     assert problem.what == "`type` is missing from `task`"
     assert "causal_lm" in problem.hint
@@ -330,7 +330,7 @@ def test_missing_sections_are_named(problems: Any) -> None:
         (CHAT, {"task": "format: sharegpt"}, ["task.format"]),
     ],
 )  # fmt: skip
-def test_keys_that_do_not_go_together(
+def test_keys_that_exclude_each_other_are_errors(
     base: str, lines: dict[str, str], wanted: list[str], problems: Any
 ) -> None:
     text = base
@@ -343,7 +343,7 @@ def test_keys_that_do_not_go_together(
     assert all("r.yaml:" in p.at for p in found)
 
 
-def test_a_16_bit_base_does_not_pass_for_fp32(problems: Any) -> None:
+def test_a_16_bit_base_with_fp32_precision_is_an_error(problems: Any) -> None:
     (problem,) = problems(LINES.replace("name: ", "dtype: bfloat16, name: "))
     assert problem.what.startswith("a base that is stored in bfloat16 cannot compute in")
     assert "train.precision=bf16" in problem.hint
@@ -353,7 +353,7 @@ def test_a_16_bit_base_does_not_pass_for_fp32(problems: Any) -> None:
     ("dtype", "precision"),
     [("float32", "fp32"), ("float32", "bf16"), ("bfloat16", "bf16"), ("float16", "fp16")],
 )
-def test_a_base_may_be_kept_in_what_the_precision_computes_with(
+def test_a_base_may_be_stored_in_the_dtype_of_the_precision(
     dtype: str, precision: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "r.yaml"
@@ -362,14 +362,14 @@ def test_a_base_may_be_kept_in_what_the_precision_computes_with(
     assert recipe.model.dtype == dtype
 
 
-def test_a_wrong_key_is_not_blamed_for_a_conflict_too(problems: Any) -> None:
+def test_an_invalid_key_is_not_also_reported_as_a_conflict(problems: Any) -> None:
     (problem,) = problems(LINES.replace("rows.csv", "3"))
     assert problem.at == "data.path (r.yaml:3)"
     (problem,) = problems(LINES.replace("rows.csv", '"a\\0b"'))
     assert problem.at == "data.path (r.yaml:3)"
 
 
-def test_hints_of_nothing_and_of_many_read_well() -> None:
+def test_hints_with_no_choices_and_with_many() -> None:
     assert did_you_mean("x", [], "its columns are") == "its columns are none"
     many = did_you_mean("c3", [f"c{i}" for i in range(30)])
     assert many.startswith("did you mean `c3`?")
@@ -379,7 +379,7 @@ def test_hints_of_nothing_and_of_many_read_well() -> None:
 # ---------------------------------------------------------------------------------- overrides
 
 
-def test_overrides_are_yaml_and_may_make_sections(load: Any) -> None:
+def test_overrides_are_typed_and_may_create_sections(load: Any) -> None:
     recipe = load(
         LINES + "adapter: {target_modules: [query]}\n",
         "train.optimizer.learning_rate=2e-5",
@@ -406,14 +406,14 @@ def test_overrides_are_yaml_and_may_make_sections(load: Any) -> None:
      'say "hi"', "<<", "a\nb", "~/x", "2024", "1e4", "1.50", "0x1F", "True", "a=b", "\ue000",
      "文\uff1a本"],
 )  # fmt: skip
-def test_a_text_on_the_command_line_is_taken_as_it_was_typed(text: str, load: Any) -> None:
+def test_text_in_an_override_is_read_as_typed(text: str, load: Any) -> None:
     assert load(LINES, f"model.revision={text}").model.revision == text
     assert load(LINES, f"task.text_column={text}").task.text_column == text
     listed = json.dumps([text, "b"])
     assert load(LINES, f"task.labels={listed}").task.labels == [text, "b"]
 
 
-def test_lists_and_mappings_on_the_command_line_have_no_comments_anchors_or_tags(load: Any) -> None:
+def test_lists_and_mappings_in_an_override_have_no_comments_anchors_or_tags(load: Any) -> None:
     recipe = load(
         LINES,
         "task.labels=[#1 a, &b, *c, !d, 5%, @e, `f, g|h, i>j, k?, yes, '#, l', \"m #n\"]",
@@ -425,7 +425,7 @@ def test_lists_and_mappings_on_the_command_line_have_no_comments_anchors_or_tags
 
 
 @pytest.mark.parametrize("mark", ["\t", " ", ";", "|", "#", "\x01", '"\\t"'])
-def test_a_delimiter_on_the_command_line(mark: str, load: Any) -> None:
+def test_a_delimiter_in_an_override(mark: str, load: Any) -> None:
     wanted = "\t" if mark.startswith('"') else mark
     assert load(LINES, f"data.format.delimiter={mark}").data.format.delimiter == wanted
 
@@ -434,7 +434,7 @@ def test_the_last_override_of_a_key_counts(load: Any) -> None:
     assert load(LINES, "train.seed=1", "train.seed=2").train.seed == 2
 
 
-def test_an_override_mends_a_faulty_value(load: Any) -> None:
+def test_an_override_replaces_an_invalid_value(load: Any) -> None:
     text = LINES + "adapter: {rank: eight}\n"
     assert load(text, "adapter.rank=8").adapter.rank == 8
 
@@ -509,7 +509,7 @@ def test_two_overrides_that_exclude_each_other_are_an_error(problems: Any) -> No
 
 
 @pytest.mark.parametrize("flag", ["train.max_steps=null", "train={seed: 3}", "train.packing=false"])
-def test_an_override_that_excludes_nothing_replaces_nothing(flag: str, load: Any) -> None:
+def test_an_override_with_a_neutral_value_replaces_no_other_key(flag: str, load: Any) -> None:
     text = yaml.safe_dump(CLASSIFY | {"train": {"epochs": 5, "group_by_length": True}})
     train = load(text, flag).train
     assert (train.epochs, train.group_by_length) == (
@@ -541,7 +541,7 @@ def test_an_override_that_excludes_nothing_replaces_nothing(flag: str, load: Any
         ("a", "", "written `key=value`"),
     ],
 )
-def test_a_wrong_override_is_placed_at_its_flag(
+def test_the_place_of_a_wrong_override_is_its_flag(
     flag: str, at: str, what: str, problems: Any
 ) -> None:
     (problem,) = problems(LINES, flag)
@@ -549,7 +549,7 @@ def test_a_wrong_override_is_placed_at_its_flag(
     assert problem.at == (f"{at} (--set {flag})" if at else f"--set {flag}")
 
 
-def test_wrong_overrides_come_with_all_other_problems(problems: Any) -> None:
+def test_wrong_overrides_are_reported_with_all_other_problems(problems: Any) -> None:
     found = problems(LINES + "rnak: 3\n", "train.epochs", "task.labels=[", "model.name.x=1")
     assert len(found) == 4
 
@@ -557,7 +557,7 @@ def test_wrong_overrides_come_with_all_other_problems(problems: Any) -> None:
 # --------------------------------------------------------------------------------------- paths
 
 
-def test_paths_are_relative_to_who_wrote_them(
+def test_paths_are_relative_to_the_recipe_or_the_working_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here, there = tmp_path / "here", tmp_path / "there"
@@ -587,11 +587,11 @@ def test_paths_are_relative_to_who_wrote_them(
     assert (hub.model.name, hub.data.train) == ("no-such-folder", "x/y")
 
 
-def test_a_name_that_is_no_path_is_left(load: Any) -> None:
+def test_a_name_that_is_not_a_path_is_unchanged(load: Any) -> None:
     assert load(LINES.replace("base-model", "m" * 5000)).model.name == "m" * 5000
 
 
-def test_the_home_of_nobody_is_named(load: Any) -> None:
+def test_the_home_of_an_unknown_user_is_an_error(load: Any) -> None:
     with pytest.raises(LoraError, match="there is no user `nobody-of-this-name`"):
         load(LINES.replace("base-model", "~nobody-of-this-name/x"))
 
@@ -658,7 +658,7 @@ output_dir: out
 
 
 @pytest.mark.parametrize("text", DESIGN)
-def test_the_recipes_of_the_design_load(text: str, load: Any) -> None:
+def test_example_recipes_load(text: str, load: Any) -> None:
     recipe = load(text)
     written = yaml.safe_load(text)
     assert recipe.train.optimizer.learning_rate == written["train"]["optimizer"]["learning_rate"]
@@ -717,7 +717,7 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
 @given(values=recipes())
 @settings(max_examples=60)
 @pytest.mark.slow
-def test_what_is_dumped_loads_as_it_was(
+def test_a_dumped_recipe_loads_unchanged(
     values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path_factory.getbasetemp()
@@ -732,7 +732,7 @@ def test_what_is_dumped_loads_as_it_was(
     assert dump_recipe(again) == dumped
 
 
-def test_a_dumped_recipe_means_the_same_to_yaml_1_1(load: Any) -> None:
+def test_a_dumped_recipe_reads_the_same_in_yaml_1_1(load: Any) -> None:
     words = ["no", "2e-5", "0o17", "1:30", "1_000", "a"]
     recipe = load(LINES.replace("tion}", f"tion, labels: {json.dumps(words)}}}"))
     assert yaml.safe_load(dump_recipe(recipe))["task"]["labels"] == words
@@ -741,7 +741,7 @@ def test_a_dumped_recipe_means_the_same_to_yaml_1_1(load: Any) -> None:
 # --------------------------------------------------------------------------------- the schema
 
 
-def test_the_schema_is_the_golden_one() -> None:
+def test_the_schema_equals_the_golden_file() -> None:
     text = json.dumps(recipe_schema(), indent=2, ensure_ascii=False) + "\n"
     golden = GOLDEN / "recipe_schema.json"
     if os.environ.get("LORA_UPDATE_GOLDEN"):
@@ -762,7 +762,7 @@ def test_every_property_has_a_description() -> None:
     assert bare == []
 
 
-def test_the_schema_is_a_json_schema_that_takes_the_recipes() -> None:
+def test_the_schema_is_valid_and_accepts_the_example_recipes() -> None:
     jsonschema = pytest.importorskip("jsonschema")
     jsonschema.Draft202012Validator.check_schema(recipe_schema())
     validator = jsonschema.Draft202012Validator(recipe_schema())
@@ -775,7 +775,7 @@ def test_the_schema_is_a_json_schema_that_takes_the_recipes() -> None:
 
 
 def _mutated(text: str, random: random.Random) -> bytes:
-    """Return a recipe with some of its lines, words and bytes disturbed."""
+    """Return a recipe with some of its lines, words and bytes changed at random."""
     lines = text.splitlines(keepends=True)
     words = [word for line in lines for word in line.replace("{", " ").split()]
     odd = ["!!int x", "&a [*a]", "*x", "[", "}", "\t", "~", ".nan", "1e999", "'", '"', "? ", "- "]
@@ -821,7 +821,7 @@ def _loads_or_refuses(file: Path, raw: bytes) -> None:
 @given(seed=st.integers(0, 2**32))
 @settings(max_examples=500)
 @pytest.mark.slow
-def test_a_disturbed_recipe_is_read_or_refused(
+def test_a_mutated_recipe_is_loaded_or_rejected(
     seed: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     generator = random.Random(seed)
@@ -833,7 +833,7 @@ def test_a_disturbed_recipe_is_read_or_refused(
     raw=st.binary(max_size=200) | st.text(max_size=200).map(lambda t: t.encode("utf-8", "replace"))
 )
 @settings(max_examples=200)
-def test_any_bytes_are_refused(raw: bytes, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_random_bytes_are_rejected(raw: bytes, tmp_path_factory: pytest.TempPathFactory) -> None:
     _loads_or_refuses(tmp_path_factory.getbasetemp() / "fuzz.yaml", raw)
 
 
@@ -846,15 +846,15 @@ def test_many_unknown_keys_are_reported_quickly(problems: Any) -> None:
     assert time.process_time() - start < 5
 
 
-def test_a_key_of_another_type_is_not_what_was_meant(problems: Any) -> None:
+def test_keys_of_other_task_types_are_not_suggested(problems: Any) -> None:
     (problem,) = problems(
         "model: {name: m}\ntask: {type: causal_lm, label_column: label}\ndata: {path: d.csv}\n"
     )
     assert problem.hint.startswith("it is not for `type: causal_lm`; leave it out (known keys: ")
 
 
-def test_a_recipe_beside_an_adapter_may_name_many_labels(tmp_path: Path) -> None:
-    """Those that were found in the data are written there; anybody's recipe has few."""
+def test_a_recipe_saved_with_an_adapter_may_list_many_labels(tmp_path: Path) -> None:
+    """It lists all labels found in the data, while the size of other recipes is limited."""
     labels = "".join(f"  - label number {i:0100}\n" for i in range(2000))
     text = f"model: {{name: base}}\ntask:\n  type: sequence_classification\n  labels:\n{labels}"
     (tmp_path / "recipe.yaml").write_text(text + "data: {path: rows.csv}\n")
@@ -886,7 +886,7 @@ def test_a_recipe_from_a_pipe_or_a_device(tmp_path: Path, monkeypatch: pytest.Mo
     os.close(source)
 
 
-def test_a_setting_without_effect_is_an_error_but_for_what_was_trained_already(
+def test_a_key_without_effect_is_an_error_unless_already_trained_with(
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "recipe.yaml"

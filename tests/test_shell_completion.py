@@ -19,7 +19,7 @@ def texts(incomplete: str) -> list[str]:
 
 
 def keys_of(schema: dict[str, Any], section: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """Yield the keys that a schema has, each section's with a dot behind."""
+    """Yield the keys of a schema; those of sections end with a dot."""
     for name, field in section["properties"].items():
         inside = [schema["$defs"][name] for name in references(field)]
         inside = [item for item in inside if "properties" in item]
@@ -32,7 +32,7 @@ def keys_of(schema: dict[str, Any], section: dict[str, Any], prefix: str = "") -
 
 
 def parts(field: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return what a field may be."""
+    """Return the types that a field may have."""
     inside = [part for key in ("anyOf", "oneOf") for part in field.get(key, [])]
     return [field, *(deep for part in inside for deep in parts(part))]
 
@@ -42,7 +42,7 @@ def references(field: dict[str, Any]) -> list[str]:
 
 
 @pytest.mark.slow
-def test_the_keys_are_those_of_the_schema() -> None:
+def test_completion_offers_the_keys_of_the_schema() -> None:
     schema = recipe_schema()
     wanted = set(keys_of(schema, schema))
     found: set[str] = set()
@@ -70,20 +70,20 @@ def test_the_keys_are_those_of_the_schema() -> None:
         ("nonsense", []), ("train.nonsense.x", []), ("train.nonsense=", []), ("train.seed.x", []),
     ],
 )  # fmt: skip
-def test_what_is_offered(typed: str, offered: list[str]) -> None:
+def test_completions_of_keys_and_values(typed: str, offered: list[str]) -> None:
     assert [text for text in texts(typed) if text in offered or not offered] == offered
 
 
-def test_help_is_the_first_sentence_without_what_shells_read() -> None:
-    told = dict(completion.offer_overrides("adapter."))
-    assert told["adapter.rank="] == "Rank of the update: the inner dimension of B A".replace(
-        ":", ""
-    )
-    assert all(set(text).isdisjoint("`'\"[](){}$:*") for text in told.values())
+def test_descriptions_are_first_sentences_without_special_characters() -> None:
+    descriptions = dict(completion.offer_overrides("adapter."))
+    assert descriptions[
+        "adapter.rank="
+    ] == "Rank of the update: the inner dimension of B A".replace(":", "")
+    assert all(set(text).isdisjoint("`'\"[](){}$:*") for text in descriptions.values())
 
 
 def ask(environment: dict[str, str]) -> str:
-    """Return what the command completes, once it is known that it loaded nothing large."""
+    """Return the completions of the command, after checking that it imported no large package."""
     code = (
         "import sys\nfrom lora_cli.cli.app import main\n"
         "try:\n    main()\nexcept SystemExit:\n    pass\n"

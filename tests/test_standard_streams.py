@@ -28,7 +28,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str, **streams: str | None)
     return left.value.code
 
 
-def test_a_full_stdout_is_an_error_and_a_full_log_is_none(
+def test_a_full_disk_is_an_error_for_stdout_but_not_for_the_log(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     log = tmp_path / "log"
@@ -39,8 +39,8 @@ def test_a_full_stdout_is_an_error_and_a_full_log_is_none(
     assert run(monkeypatch, "--version", stderr="/dev/full") == 0
 
 
-def test_closed_streams_are_like_dev_null(tmp_path: Path) -> None:
-    """Else the next file that is opened gets the number of stdout, and what is printed with it."""
+def test_closed_streams_are_replaced_by_dev_null(tmp_path: Path) -> None:
+    """Otherwise the next file that is opened would get the number of stdout, and its output."""
     code = (
         "import os, sys\nfrom lora_cli.cli.standard_streams import prepare_streams\n"
         "prepare_streams()\n"

@@ -398,7 +398,9 @@ def test_rows_that_an_annotator_put_aside_are_left_out(base: Path, tmp_path: Pat
         ({"labels": ["O", "B-PER", "I-PER", "O"]}, "appears 2 times"),
     ],
 )
-def test_keys_that_do_not_go_together(task: Json, what: str, base: Path, tmp_path: Path) -> None:
+def test_keys_that_exclude_each_other_are_errors(
+    task: Json, what: str, base: Path, tmp_path: Path
+) -> None:
     with pytest.raises(LoraError, match=what):
         task_of(base, tmp_path, ROWS, **task)
 

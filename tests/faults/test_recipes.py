@@ -43,7 +43,7 @@ HEAVY = {
 @given(case=cases)
 @settings(max_examples=200, suppress_health_check=list(HealthCheck))
 @pytest.mark.slow
-def test_any_recipe_is_read_or_refused_well(
+def test_any_recipe_is_loaded_or_rejected_with_a_hint(
     case: Case, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     read_or_refused(case, tmp_path_factory.getbasetemp() / "recipe.yaml")
@@ -51,7 +51,9 @@ def test_any_recipe_is_read_or_refused_well(
 
 @pytest.mark.parametrize("name", HEAVY)
 @pytest.mark.slow_after(1)
-def test_a_recipe_that_is_heavy_is_refused_in_bounds(name: str, tmp_path: Path) -> None:
+def test_an_oversized_recipe_is_rejected_in_bounded_time_and_memory(
+    name: str, tmp_path: Path
+) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(HEAVY[name][:MAX_BYTES])
     with nothing_runs(), bounded(), pytest.raises(LoraError) as caught:
@@ -62,7 +64,7 @@ def test_a_recipe_that_is_heavy_is_refused_in_bounds(name: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("attack", ATTACKS)
 @pytest.mark.parametrize("where", ["file", "flag"])
-def test_no_tag_runs_anything(attack: str, where: str, tmp_path: Path) -> None:
+def test_no_yaml_tag_runs_code(attack: str, where: str, tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     inside = where == "file"
     file.write_text(GOOD.replace("rank: 8", f"rank: {attack}") if inside else GOOD)
@@ -73,7 +75,7 @@ def test_no_tag_runs_anything(attack: str, where: str, tmp_path: Path) -> None:
     assert problem.hint
 
 
-def test_what_runs_would_be_noticed() -> None:
+def test_the_check_detects_code_that_runs() -> None:
     with pytest.raises(AssertionError, match=r"os\.system"), nothing_runs():
         exec("import os; os.system('true')")
     with pytest.raises(MemoryError), bounded():
@@ -81,7 +83,7 @@ def test_what_runs_would_be_noticed() -> None:
 
 
 @pytest.mark.slow
-def test_the_script_counts_what_came_of_its_cases() -> None:
+def test_the_script_counts_the_results_of_its_cases() -> None:
     command = [sys.executable, str(ROOT / "tests" / "faults" / "fuzzing.py"), "20", "3"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
     assert "20  cases in" in result.stdout.splitlines()[-1]
