@@ -128,7 +128,7 @@ def _embedding_weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: module.weight for name, module in named if isinstance(module, nn.Embedding)}
 
 
-def _replaced(before: dict[str, Tensor], after: dict[str, nn.Parameter]) -> tuple[str, str] | None:
+def _replaced(before: dict[str, Tensor], after: dict[str, Tensor]) -> tuple[str, str] | None:
     """Return two embeddings that had weights of their own before and are one now, or None."""
     for name, weight in after.items():
         for other, other_weight in after.items():

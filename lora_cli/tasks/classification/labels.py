@@ -38,9 +38,8 @@ class Labels:
 
     def __init__(self, recipe: Recipe, spec: ClassificationSection) -> None:
         self.recipe, self.spec = recipe, spec
-        self.class_names: list[
-            str
-        ] = []  # of a ClassLabel column of the Hub, whose rows contain positions
+        # of a ClassLabel column of the Hub, whose rows contain positions
+        self.class_names: list[str] = []
         self.names = [_text(label) for label in spec.labels or spec.label_columns or []]
         self.class_weights = spec.class_weights
         self.weights: Tensor | None = None
