@@ -1,4 +1,4 @@
-"""Recipes that no one would write, and what must hold of each: it is read, or it is refused well.
+"""Generate invalid recipes, each of which must be loaded or rejected with a place and a hint.
 
 usage: scripts/fuzz [NUMBER OF CASES] [SEED]        (the suite runs 500 in test_recipes.py)
 """
@@ -29,8 +29,8 @@ from lora_cli.recipe import dump_recipe, load_recipe, recipe_schema
 ROOT = Path(__file__).parents[2]
 CONFIGS = {file.name: file.read_text("utf-8") for file in sorted((ROOT / "configs").glob("*.yaml"))}
 TREES = [yaml.safe_load(text) for text in CONFIGS.values()]
-MEGABYTES = 256  # more than a recipe's reading may add to the process
-SECONDS = 4.0  # of the processor
+MEGABYTES = 256  # that loading a recipe may add to the memory of the process
+SECONDS = 4.0  # of processor time
 FORBIDDEN = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "socket.",
              "shutil.", "os.remove", "os.rename", "os.mkdir", "ctypes.", "pickle.")  # fmt: skip
 
@@ -103,7 +103,7 @@ def encoded(text: str) -> bytes:
 
 
 def bomb(draw: st.DrawFn) -> str:
-    """Return aliases of aliases, or one that holds itself."""
+    """Return nested aliases, or one that contains itself."""
     width, depth = draw(st.integers(2, 12)), draw(st.integers(2, 14))
     if draw(st.booleans()):
         return f"model: &a [{', '.join(['*a'] * width)}]\n"
@@ -117,7 +117,7 @@ def bomb(draw: st.DrawFn) -> str:
 
 @st.composite
 def junk(draw: st.DrawFn) -> Case:
-    """Bytes, text, and pieces of YAML in any order."""
+    """Return bytes, text, and pieces of YAML in any order."""
     match draw(st.integers(0, 4)):
         case 0:
             return Case(draw(st.binary(max_size=200)))
@@ -242,7 +242,7 @@ sys.addaudithook(_audit)
 
 
 @contextmanager
-def nothing_runs() -> Iterator[None]:
+def no_code_runs() -> Iterator[None]:
     """Refuse that code in a recipe runs, or that its reading writes: by Python's audit events."""
     global _watched
     _watched = []
@@ -270,7 +270,7 @@ def bounded() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
-def read_or_refused(case: Case, file: Path) -> str:
+def load_or_reject(case: Case, file: Path) -> str:
     """Read a recipe and return what came of it, having checked that it came well.
 
     Raises:
@@ -279,7 +279,7 @@ def read_or_refused(case: Case, file: Path) -> str:
     """
     file.write_bytes(case.raw)
     try:
-        with nothing_runs(), bounded():
+        with no_code_runs(), bounded():
             recipe = load_recipe(file, case.flags)
         rejected = None
     except LoraError as error:
@@ -346,7 +346,7 @@ def main(count: int, number: int) -> int:
         def run(case: Case) -> None:
             nonlocal slowest
             began = time.process_time()
-            outcomes[read_or_refused(case, Path("recipe.yaml"))] += 1
+            outcomes[load_or_reject(case, Path("recipe.yaml"))] += 1
             slowest = max(slowest, time.process_time() - began)
             assert not Path("pwned").exists()
 

@@ -1,4 +1,4 @@
-"""Recipes of every wrong kind are read or refused: with a place, in bounds, and nothing runs.
+"""Invalid recipes of all kinds are rejected with a place, in bounded time, without running code.
 
 `scripts/fuzz` does the same with 10,000 cases.
 """
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from fuzzing import ATTACKS, CONFIGS, ROOT, Case, bounded, cases, nothing_runs, read_or_refused
+from fuzzing import ATTACKS, CONFIGS, ROOT, Case, bounded, cases, load_or_reject, no_code_runs
 from hypothesis import HealthCheck, given, settings
 
 from lora_cli.errors import LoraError
@@ -46,7 +46,7 @@ HEAVY = {
 def test_any_recipe_is_loaded_or_rejected_with_a_hint(
     case: Case, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    read_or_refused(case, tmp_path_factory.getbasetemp() / "recipe.yaml")
+    load_or_reject(case, tmp_path_factory.getbasetemp() / "recipe.yaml")
 
 
 @pytest.mark.parametrize("name", HEAVY)
@@ -56,7 +56,7 @@ def test_an_oversized_recipe_is_rejected_in_bounded_time_and_memory(
 ) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(HEAVY[name][:MAX_BYTES])
-    with nothing_runs(), bounded(), pytest.raises(LoraError) as caught:
+    with no_code_runs(), bounded(), pytest.raises(LoraError) as caught:
         load_recipe(file)
     assert str(file) in str(caught.value.problems[0].at)
     assert len(str(caught.value)) < 100_000
@@ -68,7 +68,7 @@ def test_no_yaml_tag_runs_code(attack: str, where: str, tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     inside = where == "file"
     file.write_text(GOOD.replace("rank: 8", f"rank: {attack}") if inside else GOOD)
-    with nothing_runs(), pytest.raises(LoraError) as caught:
+    with no_code_runs(), pytest.raises(LoraError) as caught:
         load_recipe(file, [] if inside else [f"adapter.rank={attack}"])
     problem = caught.value.problems[0]
     assert (f"{file}:14" if inside else f"--set adapter.rank={attack}") in str(problem.at)
@@ -76,7 +76,7 @@ def test_no_yaml_tag_runs_code(attack: str, where: str, tmp_path: Path) -> None:
 
 
 def test_the_check_detects_code_that_runs() -> None:
-    with pytest.raises(AssertionError, match=r"os\.system"), nothing_runs():
+    with pytest.raises(AssertionError, match=r"os\.system"), no_code_runs():
         exec("import os; os.system('true')")
     with pytest.raises(MemoryError), bounded():
         bytearray(2**30)
