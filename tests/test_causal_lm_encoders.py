@@ -82,7 +82,7 @@ def whole_of(kind: str, task: Task, prompt: str, answer: str) -> tuple[list[int]
 
 @pytest.mark.parametrize("kind", ["pair", "chat"])
 @pytest.mark.parametrize(("prompt", "answer"), [(LONG, SHORT), ("a\n", LONG + "x"), (LONG, LONG)])
-def test_the_beginning_is_cut_where_the_recipe_asks(
+def test_the_beginning_is_cut_if_the_recipe_says_so(
     tmp_path: Path, kind: str, prompt: str, answer: str
 ) -> None:
     spec = {**(PAIR if kind == "pair" else CHAT), "truncate": "left"}
@@ -113,7 +113,7 @@ def test_the_end_is_cut_and_rows_without_an_answer_are_counted(tmp_path: Path, k
 
 
 @pytest.mark.parametrize("kind", ["pair", "chat"])
-def test_long_rows_are_left_out_or_are_errors(
+def test_long_rows_are_dropped_or_errors(
     tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     spec = PAIR if kind == "pair" else CHAT
@@ -130,7 +130,7 @@ def test_long_rows_are_left_out_or_are_errors(
 
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("pairs", [False, True])
-def test_a_classified_text_is_cut_on_the_side_that_the_recipe_says(
+def test_a_classified_text_is_truncated_on_the_recipe_s_side(
     tmp_path: Path, side: str, pairs: bool
 ) -> None:
     row = {"text": "a long and boring plot " * 12, "other": "great fun " * 30, "label": "bad"}
@@ -146,7 +146,7 @@ def test_a_classified_text_is_cut_on_the_side_that_the_recipe_says(
     assert len(task.answer(model, [row])) == 1
 
 
-def test_long_texts_to_classify_may_be_left_out_or_errors(tmp_path: Path) -> None:
+def test_long_texts_to_classify_are_dropped_or_errors(tmp_path: Path) -> None:
     rows = [{"text": "great", "label": "good"}, {"text": LONG, "label": "bad"},
             {"text": "dull", "label": "bad"}]  # fmt: skip
     spec = {**LABELS, "max_length": SIZE}
@@ -189,9 +189,9 @@ def test_control_tokens_are_counted_and_read_as_the_recipe_says(
     assert "1 of 2 train rows have control tokens in their text, the first is `<s>` at" in err
     assert f"rows.jsonl:2; they are read {how}" in err
     inspect_data(task.recipe)
-    said = capsys.readouterr().err
+    printed = capsys.readouterr().err
     # `<s>` stands there, and the tokenizer writes one before it
-    assert ("two at the beginning of" in said) == (not splits), said
+    assert ("two at the beginning of" in printed) == (not splits), printed
     task.note_control_tokens(rows)
     (warning,) = task.take_warnings()
     assert warning.startswith("1 row with control tokens in the text")
@@ -218,7 +218,7 @@ def said(*turns: str) -> dict[str, Any]:
     return {"messages": [{"role": role, "content": content} for role, _, content in parts]}
 
 
-def test_what_is_asked_of_a_conversation_ends_before_the_last_answer(tmp_path: Path) -> None:
+def test_the_prompt_of_a_conversation_ends_before_the_last_answer(tmp_path: Path) -> None:
     row = said("user: a film?", "assistant: dull", "user: why?", "assistant: too long")
     task: Any = task_of(tmp_path, [row], CHAT)
     read = task.tokenizer
@@ -233,7 +233,7 @@ def test_what_is_asked_of_a_conversation_ends_before_the_last_answer(tmp_path: P
         task.prompt(said("assistant: hello"))
 
 
-def test_a_sample_is_what_is_asked_and_the_answer_that_is_wanted(tmp_path: Path) -> None:
+def test_a_sample_is_the_prompt_and_the_reference(tmp_path: Path) -> None:
     row = said("user: a film?", "assistant: dull", "user: why?", "assistant: too long")
     task: Any = task_of(tmp_path, [row], CHAT)
     turns = row["messages"]
@@ -267,7 +267,7 @@ def rows_of(tmp_path: Path, size: int, **task: Any) -> Any:
     return task_of(tmp_path, [{"text": "a"}], keys).rows  # type: ignore[attr-defined]
 
 
-def test_an_example_is_cut_where_it_is_longer_and_says_so(tmp_path: Path) -> None:
+def test_a_long_example_is_truncated_and_has_its_full_length(tmp_path: Path) -> None:
     ids, labels = [tiny.BOS, 11, 12, 13, 14], [IGNORED, IGNORED, 12, 13, 14]
     for size in (5, 6):  # it fits
         assert rows_of(tmp_path, size).fit_to_length(ids, labels) == [
@@ -290,14 +290,14 @@ def test_an_example_is_cut_where_it_is_longer_and_says_so(tmp_path: Path) -> Non
         rows_of(tmp_path, 4, truncate="error").fit_to_length(ids, labels)
 
 
-def test_an_example_trains_a_token_that_is_predicted(tmp_path: Path) -> None:
+def test_an_example_needs_a_trained_token_after_the_first(tmp_path: Path) -> None:
     rows = rows_of(tmp_path, 4)
     assert rows.fit_to_length([7, 8], [7, IGNORED]) == []  # the first is predicted from nothing
     assert rows.fit_to_length([7, 8, 9], [IGNORED, IGNORED, 9])
     assert rows.fit_to_length([7, 8, 9, 10, 11], [IGNORED] * 4 + [11]) == []  # it is cut off
 
 
-def test_the_last_tokens_of_a_prompt_follow_what_begins_every_text(tmp_path: Path) -> None:
+def test_a_shortened_prompt_keeps_its_bos_token(tmp_path: Path) -> None:
     rows = rows_of(tmp_path, 8)
     begun, other = [tiny.BOS, 11, 12, 13, 14], [10, 11, 12, 13, 14]
     assert rows.keep_last_tokens(begun, 3) == [tiny.BOS, 13, 14]
@@ -307,7 +307,7 @@ def test_the_last_tokens_of_a_prompt_follow_what_begins_every_text(tmp_path: Pat
     assert rows.keep_last_tokens(other, 3) == [12, 13, 14]
 
 
-def test_a_text_ends_once_and_one_that_goes_on_does_not(tmp_path: Path) -> None:
+def test_a_text_has_one_end_token_and_a_continued_one_none(tmp_path: Path) -> None:
     rows = rows_of(tmp_path, 8)
     assert rows.with_end_token([5, 6]) == [5, 6, tiny.EOS]
     assert rows.with_end_token([5, tiny.EOS]) == [5, tiny.EOS]
@@ -340,12 +340,12 @@ def test_a_bad_answer_and_what_no_task_reads_are_errors_beside_a_prompt(kind: st
     row = {**row_of("pair", "a", "b"), **row_of("chat", "a", "b"), "text": "a"}
     assert input_error(row, spec, []) == target_error(row, spec, []) == ""
     bad = target_error({**row, "chosen": "x", "rejected": "y"}, spec, [])
-    seen = input_error({**row, "images": ["x.png"]}, spec, [])
+    message = input_error({**row, "images": ["x.png"]}, spec, [])
     if kind == "text":  # whose rows have no answer
-        assert bad == seen == ""
+        assert bad == message == ""
     else:
         assert bad.startswith("it has a rejected answer in `rejected`")
-        assert seen.startswith("it has pictures, sound or films in `images`")
+        assert message.startswith("it has pictures, sound or films in `images`")
 
 
 def test_a_text_is_read_from_its_column(tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ def test_the_assistants_turns_are_trained(template: str) -> None:
     assert ids == made.apply_chat_template(CHAT, tokenize=True)["input_ids"]
 
 
-def test_what_a_template_opens_without_being_asked_is_no_part_of_the_answer() -> None:
+def test_a_trailing_generation_prompt_is_not_part_of_the_answer() -> None:
     made, plain = tokenizer(ALWAYS_OPENS), tokenizer(CHATML)
     assert made.apply_chat_template(CHAT, tokenize=False).endswith("<|im_start|>assistant\n")
     answers = ["2 🙂<|im_end|>", "Ja — 二 👩‍👩‍👧<|im_end|>"]
@@ -173,7 +173,7 @@ def test_a_system_prompt_inside_the_users_turn_is_not_trained() -> None:
 
 
 @pytest.mark.parametrize("name", ["im", "end", "_end", "im_en", "lookup"])
-def test_a_call_that_is_not_written_is_an_error_though_its_name_is_part_of_a_mark(
+def test_a_missing_call_is_an_error_even_if_its_name_is_part_of_a_token(
     name: str,
 ) -> None:
     template = CHATML.replace("<|im_end|>", "<end_of_im_turn>")
@@ -182,7 +182,7 @@ def test_a_call_that_is_not_written_is_an_error_though_its_name_is_part_of_a_mar
         encode_chat(tokenizer(template), [*turns(("user", "1 + 1?")), call], "all_turns")
 
 
-def test_tools_are_read_and_what_calls_them_is_trained() -> None:
+def test_tools_are_read_and_their_calls_are_trained() -> None:
     messages = turns(
         ("user", "weather?"), ("assistant", "call()"), ("tool", "sunny"), ("assistant", "Sunny.")
     )
@@ -199,7 +199,7 @@ def test_two_answers_in_a_row_are_both_trained_and_the_last_is_one() -> None:
 
 
 @pytest.mark.parametrize("messages", [CHAT, CHAT[1:], CHAT[2:], CHAT[:4]])
-def test_generation_markers_are_obeyed_as_transformers_does(messages: Any) -> None:
+def test_generation_markers_are_read_as_in_transformers(messages: Any) -> None:
     made = tokenizer(MARKED)
     theirs = made.apply_chat_template(
         messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
@@ -223,7 +223,7 @@ REASONED = turns(
 PLAIN = turns(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "<d>"))
 
 
-def test_turns_that_are_rewritten_later_are_examples_of_their_own() -> None:
+def test_turns_that_are_rewritten_later_are_separate_examples() -> None:
     made = tokenizer(THINKING)
     first, second = encode_chat(made, REASONED, "assistant")
     assert runs_of(made, *first) == ["<think>\nx\n</think>\n\nb<|im_end|>\n"]
@@ -258,7 +258,7 @@ def test_turns_that_are_rewritten_later_are_examples_of_their_own() -> None:
         (CHATML, PLAIN, "", ["b<|im_end|>\n", "<d><|im_end|>\n"]),
     ],
 )  # fmt: skip
-def test_the_assistant_says_what_the_template_writes_for_its_turn(
+def test_the_trained_text_is_what_the_template_adds_for_the_turn(
     template: str, messages: Any, opened: str, wanted: list[str]
 ) -> None:
     made = tokenizer(template)
@@ -283,7 +283,7 @@ def test_reasoning_that_the_template_leaves_out_is_not_lost_unnoticed() -> None:
     assert trained_text(tokenizer(QWEN), apart, "last") == ["<think>\nx\n</think>\n\nb<|im_end|>\n"]
 
 
-def test_a_turn_that_is_written_in_another_way_than_asked_for_is_refused() -> None:
+def test_a_turn_that_differs_from_its_prompt_is_rejected() -> None:
     other = CHATML.replace("<|im_start|>assistant\n", "{{ messages|length }}: ")
     messages = turns(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
     made = tokenizer(other)
@@ -332,8 +332,8 @@ def test_the_end_is_added_only_where_the_template_lacks_it(base: Path, tmp_path:
     assert labels_of(task_of(base, tmp_path, [more], NO_END)) == ["Because.\n</s>", "Yes.\n</s>"]
     # an end after the first answer alone does not teach to end the second
     first_only = NO_END.replace("\n{% endfor", "{{ '</s>' if loop.index == 2 }}\n{% endfor")
-    said = labels_of(task_of(base, tmp_path, [more], first_only))
-    assert said == ["Because.</s>\nYes.\n</s>"]
+    labels = labels_of(task_of(base, tmp_path, [more], first_only))
+    assert labels == ["Because.</s>\nYes.\n</s>"]
 
 
 def test_each_answer_has_an_end_to_learn_if_the_template_writes_none(
@@ -357,7 +357,7 @@ def test_each_answer_has_an_end_to_learn_if_the_template_writes_none(
     ]
 
 
-def test_a_refused_conversation_is_named(base: Path, tmp_path: Path) -> None:
+def test_a_rejected_conversation_is_named(base: Path, tmp_path: Path) -> None:
     bad = turns(("user", "a"), ("tool", "b"), ("assistant", "c"))
     task = task_of(base, tmp_path, [QUESTION, QUESTION, bad], LLAMA2)
     for check in (load_data, lambda task: check_recipe(task.recipe)):
@@ -382,7 +382,7 @@ def test_a_conversation_may_be_several_examples(base: Path, tmp_path: Path) -> N
         assert trained.index(True) == len(asked)
 
 
-def test_what_the_template_opens_in_vain_is_told(base: Path, tmp_path: Path) -> None:
+def test_a_prompt_suffix_that_answers_lack_is_noted(base: Path, tmp_path: Path) -> None:
     task = task_of(base, tmp_path, [PLAIN], DEEPSEEK)
     (note,) = task.notes
     assert note.startswith("the chat template asks for an answer with `<think>`")
@@ -393,7 +393,7 @@ def test_what_the_template_opens_in_vain_is_told(base: Path, tmp_path: Path) -> 
     assert example["labels"][len(asked)] != IGNORED
 
 
-def test_a_refused_conversation_may_be_skipped(base: Path, tmp_path: Path) -> None:
+def test_a_rejected_conversation_may_be_skipped(base: Path, tmp_path: Path) -> None:
     bad = turns(("user", "a"), ("tool", "b"), ("assistant", "c"))
     data = {"on_bad_row": "skip"}
     split = load_data(task_of(base, tmp_path, [bad, QUESTION], LLAMA2, data=data))["train"]
@@ -447,7 +447,7 @@ def test_long_conversations_lose_their_end_and_are_counted(base: Path, tmp_path:
         ("sharegpt", [{"from": "human", "value": "a"}], "no turn is the assistant's"),
     ],
 )
-def test_a_bad_turn_is_a_error(
+def test_a_bad_turn_is_an_error(
     base: Path, tmp_path: Path, form: str, value: Any, error: str
 ) -> None:
     good = QUESTION
@@ -461,7 +461,7 @@ def test_a_bad_turn_is_a_error(
     assert problem.at == "train.jsonl:2"
 
 
-def test_sharegpt_and_openai_say_the_same(base: Path, tmp_path: Path) -> None:
+def test_sharegpt_and_openai_give_the_same_examples(base: Path, tmp_path: Path) -> None:
     names = {"system": "system", "user": "human", "assistant": "gpt"}
     for key in ("role", "from"):
         row = {"conversations": [{key: names[m["role"]], "value": m["content"]} for m in CHAT]}
@@ -558,7 +558,7 @@ def prompt(task: CausalLM, row: dict[str, Any]) -> str:
     return task.tokenizer.decode(task.prompt(row))
 
 
-def test_what_is_asked_ends_where_the_assistant_begins(base: Path, tmp_path: Path) -> None:
+def test_a_prompt_ends_where_the_assistant_begins(base: Path, tmp_path: Path) -> None:
     task = task_of(base, tmp_path, [CHAT])
     whole = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in CHAT)
     wanted = whole.removesuffix("Ja — 二 👩‍👩‍👧<|im_end|>\n")
@@ -590,7 +590,7 @@ LOOPS = "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% en
 
 
 @pytest.mark.parametrize("template", [LOOPS, LOOPS + "{% generation %}{% endgeneration %}"])
-def test_a_template_that_does_not_come_to_an_end(
+def test_a_template_that_does_not_finish_is_an_error(
     template: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(chat_template, "TIMEOUT_S", 0.05)
@@ -621,8 +621,10 @@ def test_an_answer_and_its_reference_end_with_the_turn(
 
     def generate(input_ids: torch.Tensor, generation_config: Any, **_: Any) -> torch.Tensor:
         asked[:] = generation_config.eos_token_id
-        said = task.tokenizer("Because.<|im_end|>\nNo.", add_special_tokens=False)["input_ids"]
-        return torch.cat([input_ids, torch.tensor([said])], dim=1)
+        answer_ids = task.tokenizer("Because.<|im_end|>\nNo.", add_special_tokens=False)[
+            "input_ids"
+        ]
+        return torch.cat([input_ids, torch.tensor([answer_ids])], dim=1)
 
     monkeypatch.setattr(model, "generate", generate)
     assert task.answer(model, [{"messages": QUESTION}]) == [["Because."]]
@@ -648,7 +650,7 @@ def test_a_text_becomes_a_row_of_the_form(base: Path, tmp_path: Path, form: str)
     assert prompt(task, rows[form]) == asked.replace("Why?", "a")
 
 
-def test_what_cannot_be_asked_is_a_error(base: Path, tmp_path: Path) -> None:
+def test_a_conversation_without_a_turn_to_answer_is_an_error(base: Path, tmp_path: Path) -> None:
     task = task_of(base, tmp_path, [QUESTION], LLAMA2)
     assert task.answer_error({"messages": turns(("user", "a"))}) == ""
     assert "only system" in task.answer_error({"messages": turns(("tool", "a"))})
@@ -657,7 +659,7 @@ def test_what_cannot_be_asked_is_a_error(base: Path, tmp_path: Path) -> None:
     assert "not a list" in task.answer_error({"messages": "a"})
 
 
-def test_metrics_of_text_are_refused_where_all_is_trained(base: Path, tmp_path: Path) -> None:
+def test_text_metrics_are_rejected_if_all_tokens_are_trained(base: Path, tmp_path: Path) -> None:
     evaluate = {"metrics": ["exact_match"]}
     task = task_of(base, tmp_path, [QUESTION], task={"train_on": "all"}, evaluate=evaluate)
     with pytest.raises(LoraError, match="reads the assistant's answer"):

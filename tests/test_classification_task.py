@@ -60,7 +60,7 @@ def batch_of(task: Any, values: list[Any]) -> Batch:
 # ------------------------------------------------------------------------- losses and items
 
 
-def test_a_batch_of_one_label_a_row(task_of: Any) -> None:
+def test_a_batch_with_one_label_per_row(task_of: Any) -> None:
     task = task_of(["a", "b", "c"], class_weights={"b": 0.5, "c": 3.0}, label_smoothing=0.1)
     batch = batch_of(task, ["c", "a", "b", "c"])
     labels, weights = torch.tensor([2, 0, 1, 2]), torch.tensor([1.0, 0.5, 3.0])
@@ -77,7 +77,7 @@ def test_a_batch_of_one_label_a_row(task_of: Any) -> None:
     torch.testing.assert_close(found, wanted)
 
 
-def test_a_batch_of_several_labels_a_row(task_of: Any) -> None:
+def test_a_batch_with_several_labels_per_row(task_of: Any) -> None:
     task = task_of(["a", "b", "c"], problem="multi_label", class_weights={"b": 0.5})
     batch = batch_of(task, [["c", "a"], [], ["b"]])
     labels = torch.tensor([[1.0, 0, 1], [0, 0, 0], [0, 1, 0]])
@@ -151,7 +151,7 @@ def test_scores_of_up_to_twenty_labels_are_all_kept(task_of: Any) -> None:
     assert sum(found.scores.values()) == pytest.approx(1)
 
 
-def test_of_more_labels_the_best_ten_and_the_right_ones_are_kept(task_of: Any) -> None:
+def test_of_more_labels_the_best_ten_and_the_true_ones_are_kept(task_of: Any) -> None:
     task = task_of(21)
     order = torch.randperm(21, generator=GENERATOR).tolist()  # the best first
     logits = torch.empty(1, 21)
@@ -199,7 +199,7 @@ def test_columns_of_the_other_problems(task_of: Any) -> None:
 # -------------------------------------------------------------------------------- labels
 
 
-def test_what_is_known_of_the_labels(task_of: Any) -> None:
+def test_facts_about_the_labels(task_of: Any) -> None:
     one, several = task_of(["a", "b"]), task_of(["a", "b"], problem="multi_label")
     number = task_of(problem="regression")
     assert [t.knows_labels for t in (one, several, number)] == [True] * 3
@@ -216,7 +216,7 @@ def test_what_is_known_of_the_labels(task_of: Any) -> None:
     ]  # fmt: skip
 
 
-def test_the_loss_says_what_it_is(task_of: Any) -> None:
+def test_the_definition_of_the_loss(task_of: Any) -> None:
     plain = "mean cross-entropy per row, in nats"
     assert task_of(["a", "b"]).loss_definition == plain
     smooth = task_of(["a", "b"], class_weights={"a": 2.0}, label_smoothing=0.25)
@@ -250,7 +250,7 @@ def head(rows: int) -> dict[str, torch.Tensor]:
     return {"classifier.out_proj.weight": torch.zeros(rows, 32), "other": torch.zeros(1, 32)}
 
 
-def test_the_head_of_another_tool_says_how_many_labels_there_are(
+def test_the_head_of_another_tool_s_adapter_gives_the_number_of_labels(
     task_of: Any, tmp_path: Path
 ) -> None:
     named = tiny.save_encoder(tmp_path / "named", labels=["no", "yes", "maybe"])
@@ -294,7 +294,7 @@ def test_texts_that_are_too_long_are_cut_dropped_or_rejected(task_of: Any) -> No
 
 
 @pytest.mark.parametrize("longest", [50, 9999])
-def test_the_full_length_of_a_pair_counts_what_stands_around_it(
+def test_the_full_length_of_a_pair_counts_special_tokens(
     longest: int, task_of: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # longer ones are not tokenized as a whole
@@ -327,7 +327,7 @@ def test_a_model_with_one_kind_of_segments_gets_none(
     assert ("token_type_ids" in task.collate([{**example, "row": 0}]).inputs) == (types > 1)
 
 
-def test_the_trial_is_a_short_text_and_one_as_long_as_asked(task_of: Any) -> None:
+def test_the_trial_is_a_short_text_and_one_of_the_requested_length(task_of: Any) -> None:
     for pair in (None, "more"):
         task = task_of(["a", "b"], text_pair_column=pair)
         short, long = task.trial_examples(50)
@@ -337,7 +337,7 @@ def test_the_trial_is_a_short_text_and_one_as_long_as_asked(task_of: Any) -> Non
         assert short["row"] == long["row"] == 0
 
 
-def test_what_fills_rows_is_the_recipe_s_the_tokenizer_s_or_the_end_of_a_text(
+def test_padding_is_the_recipe_s_the_tokenizer_s_or_the_end_of_text(
     task_of: Any, tmp_path: Path
 ) -> None:
     assert task_of(["a", "b"])._pad_id() == tiny.PAD

@@ -18,7 +18,7 @@ def ids_of(text: str) -> list[int]:
 
 
 @pytest.mark.parametrize("language", TEXTS)
-def test_wherever_an_answer_is_cut_its_end_is_whole(language: str) -> None:
+def test_a_cut_answer_ends_with_a_whole_character(language: str) -> None:
     text = TEXTS[language][0]
     ids = ids_of(text)
     pieces = [decode(TOKENIZER, ids[:i], is_cut=True) for i in range(len(ids) + 1)]
@@ -38,7 +38,7 @@ def test_an_emoji_of_several_does_not_end_in_what_joins_them() -> None:
         assert decode(TOKENIZER, ids, is_cut=True) == f"ok {text}"
 
 
-def test_what_the_model_said_itself_stays() -> None:
+def test_a_generated_replacement_character_is_kept() -> None:
     ids = ids_of("日本")
     assert decode(TOKENIZER, ids[:4], is_cut=False) == "日\ufffd"  # it ended its answer there
     assert decode(TOKENIZER, ids_of("a\ufffd"), is_cut=True) == "a\ufffd"
@@ -53,7 +53,7 @@ def test_a_text_is_divided_between_characters() -> None:
 
 
 @pytest.mark.parametrize(("ends", "said"), [(True, "日\ufffd"), (False, "日")])
-def test_what_is_streamed_ends_as_the_answer_does(ends: bool, said: str) -> None:
+def test_streamed_text_equals_the_answer(ends: bool, said: str) -> None:
     pieces: list[str] = []
     streamer = Streamer(TOKENIZER, pieces.append, [tiny.EOS])
     streamer.put(torch.tensor([[5]]))  # the prompt

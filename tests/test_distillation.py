@@ -102,7 +102,7 @@ def drawn(*shape: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
-def test_divergences_are_the_sums_that_they_stand_for(temperature: float) -> None:
+def test_divergences_equal_their_definition(temperature: float) -> None:
     student, teacher = drawn(5, 7).requires_grad_(), drawn(7, 5).T
     p, q = (torch.softmax(z / temperature, -1) for z in (teacher, student))
     wanted = temperature**2 * (p * (p / q).log()).sum(-1)
@@ -119,11 +119,11 @@ def test_divergences_are_the_sums_that_they_stand_for(temperature: float) -> Non
 
 
 @pytest.mark.parametrize("size", [10, 64, 65, 400])
-def test_tokens_are_compared_by_the_likeliest_and_the_mass_of_the_others(size: int) -> None:
+def test_tokens_are_compared_by_the_top_tokens_and_the_rest(size: int) -> None:
     student, teacher, temperature = drawn(6, size).float(), drawn(size, 6).T.float(), 2.0
-    said = top_tokens(teacher, temperature)
-    assert said.ids.shape == (6, min(size, 64))
-    assert said.log_p.shape == (6, size if size <= 64 else 65)
+    teacher_tokens = top_tokens(teacher, temperature)
+    assert teacher_tokens.ids.shape == (6, min(size, 64))
+    assert teacher_tokens.log_p.shape == (6, size if size <= 64 else 65)
     p, q = (torch.softmax(z.double() / temperature, -1) for z in (teacher, student))
     order = teacher.argsort(-1, descending=True)[:, :64]
     groups = [x.gather(-1, order) for x in (p, q)]
@@ -134,7 +134,7 @@ def test_tokens_are_compared_by_the_likeliest_and_the_mass_of_the_others(size: i
         ]
     p_top, q_top = groups
     wanted = 4 * (p_top * (p_top / q_top).log()).sum(-1)
-    found = token_divergence(student, said, temperature)
+    found = token_divergence(student, teacher_tokens, temperature)
     torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)
     whole = 4 * (p * (p / q).log()).sum(-1)
     assert (found <= whole * (1 + 1e-5)).all()
@@ -142,7 +142,7 @@ def test_tokens_are_compared_by_the_likeliest_and_the_mass_of_the_others(size: i
         torch.testing.assert_close(found.double(), whole, rtol=1e-4, atol=1e-5)
 
 
-def test_what_is_impossible_adds_nothing_and_no_nan() -> None:
+def test_impossible_outcomes_add_zero_and_no_nan() -> None:
     teacher = torch.tensor([[2.0, -torch.inf, 0.0]])
     student = torch.tensor([[0.0, 1.0, -1.0]], requires_grad=True)
     loss = label_divergence(student, teacher, 1.0)
@@ -153,9 +153,9 @@ def test_what_is_impossible_adds_nothing_and_no_nan() -> None:
     # nearly all of the mass on one token: the rest is not lost to rounding
     sharp = torch.zeros(1, 200)
     sharp[0, 3] = 40.0
-    said = top_tokens(sharp, 1.0)
-    assert token_divergence(torch.zeros(1, 200), said, 1.0).isfinite().all()
-    assert_close(said.log_p[0, -1].exp() / 136, said.log_p[0, 1].exp())
+    teacher_tokens = top_tokens(sharp, 1.0)
+    assert token_divergence(torch.zeros(1, 200), teacher_tokens, 1.0).isfinite().all()
+    assert_close(teacher_tokens.log_p[0, -1].exp() / 136, teacher_tokens.log_p[0, 1].exp())
 
 
 # -------------------------------------------------------------------------------- classifiers
@@ -169,7 +169,7 @@ def batch_and_loss(task: Any, model: Any, examples: Any) -> tuple[Any, Any]:
     return batch, sum(weights[k] * found[k].sum() / batch.items[k].sum() for k in weights)
 
 
-def test_a_step_of_a_classifier_is_that_of_plain_torch(tmp_path: Path) -> None:
+def test_a_step_of_a_classifier_equals_plain_torch(tmp_path: Path) -> None:
     recipe = classifier(tmp_path)
     task, model, examples = opened(recipe)
     batch, loss = batch_and_loss(task, model, examples)
@@ -212,19 +212,21 @@ def test_several_labels_are_compared_one_by_one(tmp_path: Path) -> None:
     teacher = AutoModelForSequenceClassification.from_pretrained(tmp_path / "teacher").eval()
     read = AutoTokenizer.from_pretrained(tmp_path / "teacher")
     with torch.no_grad():
-        said = teacher(**read(rows[0]["text"], return_tensors="pt")).logits[:, [1, 0]]
-    assert_close(found["teacher"][:1], multi_label_divergence(logits[:1], said, 3.0))
+        teacher_logits = teacher(**read(rows[0]["text"], return_tensors="pt")).logits[:, [1, 0]]
+    assert_close(found["teacher"][:1], multi_label_divergence(logits[:1], teacher_logits, 3.0))
 
 
 @pytest.mark.slow
-def test_answers_are_computed_once_and_the_run_is_the_same_as_with_computing_them_in_every_step(
+def test_cached_answers_give_the_same_run_as_computed_ones(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = classifier(tmp_path)
     report = train(recipe)
-    said = capsys.readouterr().err
-    assert "computing once what the frozen `teacher` makes of 10 examples of train: about " in said
-    assert "6 train rows with a label, 4 without: those learn from the teacher alone" in said
+    printed = capsys.readouterr().err
+    assert (
+        "computing once what the frozen `teacher` makes of 10 examples of train: about " in printed
+    )
+    assert "6 train rows with a label, 4 without: those learn from the teacher alone" in printed
     assert report["teacher"]["name"].endswith("teacher")
     assert (report["teacher"]["temperature"], report["teacher"]["weight"]) == (3.0, 0.75)
     steps = [r for r in lines(tmp_path / "out" / "metrics.jsonl") if "loss" in r]
@@ -319,8 +321,8 @@ def test_an_adapter_is_a_teacher(tmp_path: Path) -> None:
     folder = tmp_path / "first" / "out"
     other, taught, _ = open_adapter(folder, load_adapter_recipe(folder))
     wanted = other.answer(taught, lines(tmp_path / "train.jsonl"))
-    said = task.frozen_outputs(model, batch)["teacher_logits"]
-    for row, (_, *scores) in zip(said.softmax(-1).tolist(), wanted, strict=True):
+    teacher_logits = task.frozen_outputs(model, batch)["teacher_logits"]
+    for row, (_, *scores) in zip(teacher_logits.softmax(-1).tolist(), wanted, strict=True):
         assert row == pytest.approx(scores, abs=1e-5)
     assert set(task.train_loss_weights) == {"loss", "teacher"}
 
@@ -345,9 +347,11 @@ def test_a_teacher_cuts_texts_as_it_was_trained_to(tmp_path: Path) -> None:
     from lora_cli.recipe import load_adapter_recipe
 
     other, taught, _ = open_adapter(folder, load_adapter_recipe(folder))
-    said = task.frozen_outputs(model, task.collate(examples))["teacher_logits"].softmax(-1)
+    teacher_logits = task.frozen_outputs(model, task.collate(examples))["teacher_logits"].softmax(
+        -1
+    )
     wanted = torch.tensor([scores for _, *scores in other.answer(taught, rows)])
-    assert_close(said, wanted)
+    assert_close(teacher_logits, wanted)
     pairs = [{**row, "other": "a bore"} for row in rows]
     write(tmp_path / "train.jsonl", pairs)
     write(tmp_path / "validation.jsonl", pairs)
@@ -372,7 +376,7 @@ def test_rows_to_measure_by_are_drawn_from_those_with_a_label(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_a_step_of_a_language_model_is_that_of_plain_torch(tmp_path: Path, packing: bool) -> None:
+def test_a_step_of_a_language_model_equals_plain_torch(tmp_path: Path, packing: bool) -> None:
     recipe = writer(tmp_path)
     task, model, examples = opened(recipe)
     if packing:
@@ -432,7 +436,7 @@ def test_neither_student_nor_teacher_may_let_packed_texts_see_each_other(tmp_pat
 
 @pytest.mark.parametrize("packing", ["false", "true"])
 @pytest.mark.slow
-def test_kept_tokens_give_the_same_run(tmp_path: Path, packing: str) -> None:
+def test_cached_tokens_give_the_same_run(tmp_path: Path, packing: str) -> None:
     recipe = writer(tmp_path, (f"train.packing={packing}",))
     kept = train(recipe)
     sets = [f"train.packing={packing}", "data.cache_limit=0B", f"output_dir={tmp_path / 'online'}"]
@@ -523,7 +527,7 @@ def test_a_model_for_several_labels_does_not_teach_one(tmp_path: Path) -> None:
         ({"type": "sequence_classification", "problem": "regression"}, "has no probabilities"),
     ],
 )
-def test_what_cannot_learn_from_a_teacher_says_so(
+def test_tasks_without_distillation_reject_a_teacher(
     task: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
     base = tiny.save_encoder(tmp_path / "base")
@@ -535,7 +539,7 @@ def test_what_cannot_learn_from_a_teacher_says_so(
 
 
 @pytest.mark.slow
-def test_without_labels_the_teacher_has_to_be_all(tmp_path: Path) -> None:
+def test_without_labels_the_teacher_s_weight_must_be_one(tmp_path: Path) -> None:
     recipe = classifier(tmp_path)
     write(tmp_path / "train.jsonl", [{"text": t} for t in TEXTS])
     rejected(recipe, "no train row has a label")
@@ -552,7 +556,7 @@ def test_a_row_without_a_label_stays_an_error_where_no_teacher_answers_it(tmp_pa
     rejected(recipe, "`label` is blank")
 
 
-def test_a_row_that_marks_a_missing_label_by_a_number_is_told_how_to_leave_it_out(
+def test_a_number_for_a_missing_label_is_an_error_with_a_hint(
     tmp_path: Path,
 ) -> None:
     recipe = classifier(tmp_path)
@@ -560,7 +564,7 @@ def test_a_row_that_marks_a_missing_label_by_a_number_is_told_how_to_leave_it_ou
     rejected(recipe, "-1 often stands for a row without a label: leave its cell empty")
 
 
-def test_a_damaged_adapter_as_teacher_is_said_to_be_the_teacher(tmp_path: Path) -> None:
+def test_the_error_of_a_damaged_adapter_names_the_teacher(tmp_path: Path) -> None:
     (tmp_path / "first").mkdir()
     first = classifier(tmp_path / "first", ("train.distill.weight=1", "data.validation=null"))
     train(first)
@@ -570,8 +574,8 @@ def test_a_damaged_adapter_as_teacher_is_said_to_be_the_teacher(tmp_path: Path) 
         train(classifier(tmp_path, teacher=str(tmp_path / "first" / "out")))
 
 
-def test_kept_answers_know_temperature_and_places() -> None:
-    said = top_tokens(drawn(3, 100).float(), 2.0)
-    assert isinstance(said, TopTokens)
-    assert (said.ids.dtype, said.log_p.dtype) == (torch.int32, torch.float32)
-    assert_close(said.log_p.exp().sum(-1), torch.ones(3))
+def test_probabilities_of_top_tokens_and_the_rest_sum_to_one() -> None:
+    kept = top_tokens(drawn(3, 100).float(), 2.0)
+    assert isinstance(kept, TopTokens)
+    assert (kept.ids.dtype, kept.log_p.dtype) == (torch.int32, torch.float32)
+    assert_close(kept.log_p.exp().sum(-1), torch.ones(3))

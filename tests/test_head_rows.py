@@ -93,12 +93,12 @@ def test_each_label_has_the_row_of_its_name(kind: str, labels: list[str], tmp_pa
     wanted = {label: theirs[label.lower()] for label in known}
     assert {label: ours[label] for label in known} == near(wanted)
     unknown = [label for label in labels if label not in known]
-    said = [f"the rows of `{label}` start at random" for label in unknown]
-    assert any(text in note for text in said for note in notes
+    expected = [f"the rows of `{label}` start at random" for label in unknown]
+    assert any(text in note for text in expected for note in notes
                ) == bool(unknown)  # fmt: skip
 
 
-def test_several_labels_a_row_likewise(tmp_path: Path) -> None:
+def test_several_labels_per_row_also_have_the_rows_of_their_names(tmp_path: Path) -> None:
     folder = tiny.save_encoder(tmp_path / "base", OWN)
     file = folder / "config.json"
     config = json.loads(file.read_text()) | {"problem_type": "single_label_classification"}
@@ -116,7 +116,7 @@ def test_several_labels_a_row_likewise(tmp_path: Path) -> None:
         (["neg", "pos"], ["0", "1"], "0 is `neg`, 1 is `pos`"),
     ],
 )
-def test_rows_without_a_name_go_by_position_and_that_is_said(
+def test_rows_without_names_go_by_position_with_a_warning(
     own: list[str], labels: list[str], said: str | None, tmp_path: Path
 ) -> None:
     folder = tiny.save_encoder(tmp_path / "base", own)
@@ -204,7 +204,7 @@ def arranged(monkeypatch: pytest.MonkeyPatch) -> Any:
     return arrange
 
 
-def test_outputs_behind_the_labels_stay_behind_them(arranged: Any) -> None:
+def test_extra_outputs_stay_after_the_labels(arranged: Any) -> None:
     """A detector has one for no object: here of a checkpoint with more labels."""
     stored = {
         "head.last.weight": torch.arange(16.0).view(4, 4),

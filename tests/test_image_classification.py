@@ -650,7 +650,7 @@ def test_init_rejects_what_cannot_be_learned(tmp_path: Path) -> None:
         draft_recipe(tmp_path / "texts.csv", str(seeing), target)
 
 
-def test_animations_and_transparent_parts_are_said(
+def test_animations_and_transparent_parts_are_warned_about(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from lora_cli.preprocessing.data_gate import pass_gate
@@ -664,9 +664,9 @@ def test_animations_and_transparent_parts_are_said(
     task = build_task(load_recipe(write_recipe_of(tmp_path, base)))
     task.load_processor()
     pass_gate(task, load_data(task))
-    said = capsys.readouterr().err
-    assert "1 train row has several pictures in one file, of which the first is read" in said
-    assert "1 train row has transparent parts, which are read as white" in said
+    printed = capsys.readouterr().err
+    assert "1 train row has several pictures in one file, of which the first is read" in printed
+    assert "1 train row has transparent parts, which are read as white" in printed
 
 
 def test_a_picture_that_breaks_in_the_middle_of_a_run_is_named(tmp_path: Path) -> None:
@@ -815,7 +815,7 @@ def test_how_many_channels_a_model_reads(
         (["1", "10", "2"], ["1", "10", "2"], ""),
     ],
 )
-def test_labels_that_are_numbers_in_the_order_of_text_are_said(
+def test_numbered_labels_in_text_order_are_warned_about(
     given: list[str] | None, names: list[str], shown: str, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -823,8 +823,8 @@ def test_labels_that_are_numbers_in_the_order_of_text_are_said(
     task: Any = build_task(load_recipe(write_recipe_of(tmp_path, base, task={"labels": given})))
     monkeypatch.setattr(task.reader, "learn", lambda _: setattr(task.reader, "names", names))
     task.learn_from({})
-    said = " ".join(capsys.readouterr().err.split())
-    assert (shown in said and "the labels are numbers" in said) if shown else not said
+    printed = " ".join(capsys.readouterr().err.split())
+    assert (shown in printed and "the labels are numbers" in printed) if shown else not printed
 
 
 def test_what_is_said_of_animations_names_the_first_row(tmp_path: Path) -> None:

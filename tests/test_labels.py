@@ -93,7 +93,7 @@ def test_one_label_is_enough_where_a_row_may_have_none() -> None:
     assert "there is one label only, `a`" in problem_of(["a", "a"])
 
 
-def test_names_that_are_only_written_otherwise_are_found() -> None:
+def test_labels_that_differ_only_in_notation_are_found() -> None:
     names = ["yes", "Yes ", "no", "1", "true", "0", "2.0", "2", "false"]
     assert look_alikes(names) == [["yes", "Yes "], ["1", "true"], ["0", "false"], ["2.0", "2"]]
     assert look_alikes(["a", "b", "1", "2"]) == []
@@ -162,7 +162,7 @@ def test_a_class_is_skipped_by_its_name_or_its_number(skipped: Any) -> None:
     assert [bool(found.skipped_label(row)) for row in rows] == [False, True, False]
 
 
-def test_a_class_that_is_skipped_is_no_label() -> None:
+def test_a_skipped_class_is_not_a_label() -> None:
     found = reader(skip_labels=["c"])
     found.learn({"train": Table([0, 1], {"label": ["a", "b", "c"]})})  # type: ignore[dict-item]
     assert found.names == ["a", "b"]
@@ -177,14 +177,14 @@ def test_a_class_that_is_skipped_is_no_label() -> None:
         ("0,1,1", True), ("0, 1", False), ("1,2,1", False), ("a,a", False),
     ],
 )  # fmt: skip
-def test_a_0_or_1_for_each_label_is_no_list_of_labels(value: Any, is_one: bool) -> None:
+def test_a_0_or_1_for_each_label_is_not_a_list_of_labels(value: Any, is_one: bool) -> None:
     assert is_multi_hot(value, ",") == is_one
     texts = reader(label_separator=",", **MANY).texts_of({"label": value})
     assert (texts is None) == is_one
 
 
 @pytest.mark.parametrize("value", [[0.1, 0.9], "[0.1, 0.9]", [0.0, 0.5, 0.5]])
-def test_a_score_for_each_label_is_no_list_of_labels(value: Any) -> None:
+def test_a_score_for_each_label_is_not_a_list_of_labels(value: Any) -> None:
     assert has_scores(value)
     assert reader(**MANY).texts_of({"label": value}) is None
     assert not has_scores([1.0, 2.0])
@@ -255,8 +255,8 @@ def test_the_first_currency_is_that_of_all_numbers() -> None:
     labels = reader(problem="regression")
     for value in ("5", "5 €", 7, "€ 6", "8"):
         assert labels.number_error({"label": value}) == ""
-    said = labels.number_error({"label": "$5"})
-    assert said == "column `label` holds `$5`, where rows before it have `€`"
+    message = labels.number_error({"label": "$5"})
+    assert message == "column `label` holds `$5`, where rows before it have `€`"
     assert labels.number_error({"label": "5 €"}) == ""
 
 
@@ -271,14 +271,14 @@ def test_a_decimal_comma_is_read_where_the_recipe_says_so() -> None:
     ("value", "said"),
     [(None, "is blank"), (" ", "is blank"), (math.nan, "holds `NaN`"), ({"a": 1}, 'holds `{"a"')],
 )
-def test_what_is_no_number_is_shown(value: Any, said: str) -> None:
+def test_a_value_that_is_not_a_number_is_shown(value: Any, said: str) -> None:
     assert said in reader(problem="regression").number_error({"label": value})
 
 
 # ---------------------------------------------------------------------------------------- weights
 
 
-def test_balanced_weights_are_those_of_scikit_learn() -> None:
+def test_balanced_weights_equal_those_of_scikit_learn() -> None:
     values = ["b", "a", "b", "c", "b", "b", "a"]
     labels = learned(values, class_weights="balanced")
     wanted = compute_class_weight("balanced", classes=np.array(labels.names), y=values)
@@ -310,5 +310,5 @@ def test_weights_that_are_not_named_are_one() -> None:
         ({"a": 0.0, "b": 0.0}, "every label weighs nothing"),
     ],
 )
-def test_weights_that_teach_nothing_are_rejected(weights: dict[str, float], said: str) -> None:
+def test_weights_that_are_all_zero_are_rejected(weights: dict[str, float], said: str) -> None:
     assert said in problem_of(["a", "b"], class_weights=weights)

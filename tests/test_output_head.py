@@ -54,7 +54,7 @@ def scores_of(model: PreTrainedModel, **more: Tensor) -> Any:
     return lambda: model(input_ids=IDS, use_cache=False, **more).logits
 
 
-def test_small_scores_are_compared_as_closely_as_large_ones() -> None:
+def test_small_logits_are_compared_as_closely_as_large_ones() -> None:
     model = decoder("granite", DECODERS["granite"][0])
     with torch.no_grad():
         model.lm_head.weight.mul_(1e-7)
@@ -64,7 +64,7 @@ def test_small_scores_are_compared_as_closely_as_large_ones() -> None:
 
 
 @pytest.mark.parametrize("name", DECODERS)
-def test_what_a_model_does_to_its_scores_is_found(name: str) -> None:
+def test_the_logit_transform_of_a_model_is_found(name: str) -> None:
     settings, wanted = DECODERS[name]
     model = decoder(name, settings)
     transform = find_logit_transform(model, scores_of(model))
@@ -72,7 +72,7 @@ def test_what_a_model_does_to_its_scores_is_found(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TRANSLATORS)
-def test_what_a_translator_does_to_its_scores_is_found(name: str) -> None:
+def test_the_logit_transform_of_an_encoder_decoder_is_found(name: str) -> None:
     torch.manual_seed(0)
     model = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(name, **TRANSLATORS[name]))
     if name == "bart":
@@ -87,7 +87,7 @@ def test_what_a_translator_does_to_its_scores_is_found(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, (_, transform) in DECODERS.items() if transform])
-def test_losses_and_gradients_are_those_of_all_scores(
+def test_losses_and_gradients_equal_those_of_all_logits(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(output_head, "MAX_LOGITS", 0)
@@ -133,7 +133,7 @@ def test_any_number_of_tokens_has_a_loss(rows: int, monkeypatch: pytest.MonkeyPa
     torch.testing.assert_close(gradient, reference)
 
 
-def test_a_head_that_is_trained_or_of_float16_computes_all_scores() -> None:
+def test_a_trained_or_float16_head_computes_all_logits() -> None:
     model = decoder("llama", SMALL)
     transform = find_logit_transform(model, scores_of(model))
     assert isinstance(hidden_states(model, transform, scores_of(model)), Tensor)
@@ -144,7 +144,7 @@ def test_a_head_that_is_trained_or_of_float16_computes_all_scores() -> None:
     assert isinstance(hidden_states(model, None, scores_of(model)), Tensor)
 
 
-def test_a_small_bias_is_not_lost_beside_stretched_scores() -> None:
+def test_a_small_bias_is_found_next_to_scaled_logits() -> None:
     torch.manual_seed(0)
     model = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("bart", **TRANSLATORS["bart"]))
     model.final_logits_bias.fill_(0.0)[0, 3] = 3e-4
@@ -161,7 +161,7 @@ def test_too_few_tokens_for_a_trial_give_no_transform() -> None:
     )
 
 
-def test_the_model_is_afterwards_as_it_was() -> None:
+def test_the_model_is_restored_afterwards() -> None:
     model = decoder("gemma2", DECODERS["gemma2"][0]).requires_grad_(False)
     compute = scores_of(model)
     before = compute()
@@ -173,7 +173,7 @@ def test_the_model_is_afterwards_as_it_was() -> None:
 @pytest.mark.parametrize(
     ("at_once", "parts"), [(300 * 8, [256, 300, 300, 44]), (8 * 8, [256, 256, 256, 132])]
 )
-def test_so_many_scores_are_computed_at_once(
+def test_logits_in_memory_are_limited(
     at_once: int, parts: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(output_head, "MAX_LOGITS", at_once)
@@ -210,7 +210,7 @@ class Decoder(nn.Module):
         return scores
 
 
-def test_a_cap_far_above_the_usual_scores_is_found() -> None:
+def test_a_cap_far_above_the_usual_logits_is_found() -> None:
     """Recurrent Gemma's key, where scores as small as these do not show the cap."""
     model = Decoder(0.002, logits_soft_cap=30.0)
     compute = lambda: torch.tanh(model() / 30.0) * 30.0  # noqa: E731
@@ -219,21 +219,21 @@ def test_a_cap_far_above_the_usual_scores_is_found() -> None:
     assert transform.__name__ == "_capped"
 
 
-def test_a_bias_is_seen_beside_scores_of_any_size() -> None:
+def test_a_bias_is_found_next_to_logits_of_any_size() -> None:
     model = Decoder(1e-3, bias=5e-6)
     transform = find_logit_transform(model, model.forward)
     assert transform is not None
     assert transform.__name__ == "_with_bias"
 
 
-def test_a_head_that_says_nothing_is_computed_as_it_is() -> None:
+def test_a_head_with_zero_outputs_is_unchanged() -> None:
     model = Decoder(0.0)
     transform = find_logit_transform(model, model.forward)
     assert transform is not None
     assert transform.__name__ == "_unchanged"
 
 
-def test_three_tokens_are_enough_to_try_it_on() -> None:
+def test_three_tokens_are_enough_for_a_trial() -> None:
     model = Decoder()
     model.inputs = model.inputs[:, :3]
     assert find_logit_transform(model, model.forward) is not None
@@ -241,7 +241,7 @@ def test_three_tokens_are_enough_to_try_it_on() -> None:
     assert find_logit_transform(model, model.forward) is None
 
 
-def test_a_last_layer_that_is_used_in_another_way_gives_no_parts() -> None:
+def test_a_head_that_is_used_in_another_way_gives_no_transform() -> None:
     model = Decoder()
     head = model.head
     for compute in (
@@ -255,7 +255,7 @@ def test_a_last_layer_that_is_used_in_another_way_gives_no_parts() -> None:
     assert find_logit_transform(nn.Linear(1, 1), model.forward) is None
 
 
-def test_without_a_last_layer_or_what_is_done_to_its_scores_all_are_computed() -> None:
+def test_without_a_head_or_a_transform_all_logits_are_computed() -> None:
     model = Decoder().requires_grad_(False)
     transform = find_logit_transform(model, model.forward)
     assert isinstance(hidden_states(model, transform, model.forward), HiddenStates)

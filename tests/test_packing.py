@@ -60,7 +60,7 @@ def split(*lengths: int) -> Any:
     return SimpleNamespace(examples=examples, lengths=np.array(lengths))
 
 
-def test_a_row_of_several_texts_begins_anew_with_each() -> None:
+def test_positions_and_labels_restart_with_each_packed_text() -> None:
     row = one_row([example(10, 3, 4), example(20, 2, 9), example(30, 1, 2)])
     assert row["input_ids"].tolist() == [10, 11, 12, 20, 21, 30]
     assert row["labels"].tolist() == [IGNORED, 11, 12, IGNORED, 21, IGNORED]
@@ -68,7 +68,7 @@ def test_a_row_of_several_texts_begins_anew_with_each() -> None:
     assert row["row"] == 4
 
 
-def test_packed_examples_look_like_examples() -> None:
+def test_packed_examples_have_the_interface_of_examples() -> None:
     lengths = (5, 3, 8, 2, 6, 4, 1)
     recipe = tiny.recipe_of().with_values({"train.seed": 3})
     packed = Packed(SimpleNamespace(max_length=8, recipe=recipe), split(*lengths))  # type: ignore[arg-type]
@@ -139,7 +139,7 @@ def check(model: Model, task: Task | None = None, *lengths: int) -> Task:
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 8])
 @pytest.mark.parametrize("training", [True, False])
-def test_the_first_text_and_the_last_are_tried(micro_batch: int, training: bool) -> None:
+def test_packing_is_tried_on_the_first_and_the_last_text(micro_batch: int, training: bool) -> None:
     model = Model().train(training)
     task = check(model, Task(micro_batch))
     assert model.training is training
@@ -150,7 +150,7 @@ def test_the_first_text_and_the_last_are_tried(micro_batch: int, training: bool)
     assert all(a != b and 0 <= b < SIZE for a, b in zip(one[:3], other[:3], strict=True))
 
 
-def test_of_long_texts_the_beginning_is_tried() -> None:
+def test_packing_is_tried_on_the_beginning_of_long_texts() -> None:
     task = check(Model(), None, 60, 40, 50)
     assert [len(rows[0]["input_ids"]) for rows in task.seen] == [2 * packing.TRIAL_TOKENS] * 2
 
@@ -167,7 +167,7 @@ def test_of_long_texts_the_beginning_is_tried() -> None:
         (0.0, 1.0, True),
     ],
 )
-def test_a_leak_is_told_from_rounding(leak: float, shift: float, found: bool) -> None:
+def test_a_leak_is_distinguished_from_rounding(leak: float, shift: float, found: bool) -> None:
     model = Model(leak, shift)
     if not found:
         check(model)

@@ -111,8 +111,8 @@ def test_the_tokenizer_of_m2m100_reads_and_writes_as_in_transformers(tmp_path: P
     for row, example in zip(ROWS, split.examples, strict=True):
         assert example["input_ids"] == theirs(row["source"]).input_ids
         assert example["labels"] == theirs(text_target=row["target"]).input_ids
-    said = [text for (text,) in task.answer(model, ROWS)]
-    for row, text in zip(ROWS, said, strict=True):
+    answers = [text for (text,) in task.answer(model, ROWS)]
+    for row, text in zip(ROWS, answers, strict=True):
         with torch.no_grad():
             (ids,) = model.generate(
                 **theirs(row["source"], return_tensors="pt"), max_new_tokens=12,
@@ -120,8 +120,8 @@ def test_the_tokenizer_of_m2m100_reads_and_writes_as_in_transformers(tmp_path: P
             )  # fmt: skip
         assert ids[1] == theirs.get_lang_id("de")
         assert text == theirs.decode(ids[2:], skip_special_tokens=True).strip()
-    assert all(said)
-    assert not any(text.startswith("__de__") for text in said)
+    assert all(answers)
+    assert not any(text.startswith("__de__") for text in answers)
 
 
 @pytest.fixture(scope="module", params=translators.KINDS)
@@ -372,16 +372,16 @@ def test_each_of_several_references_is_trained_and_compared(tmp_path: Path) -> N
     lines = (out / "predictions" / "validation.jsonl").read_text(encoding="utf-8").splitlines()
     predictions = [json.loads(line) for line in lines]
     assert [line["reference"] for line in predictions] == [row["target"] for row in SEVERAL]
-    said = [line["prediction"] for line in predictions]
+    answers = [line["prediction"] for line in predictions]
     streams = [
         ["great fun and a great cast", "the film is a bore", SEVERAL[2]["target"]],
         ["what a great story", None, None],
     ]
     after = report["metrics"]["after"]["validation"]
     assert after["bleu"] == pytest.approx(
-        sacrebleu.corpus_bleu(said, streams, use_effective_order=True).score
+        sacrebleu.corpus_bleu(answers, streams, use_effective_order=True).score
     )
-    assert after["chrf"] == pytest.approx(sacrebleu.corpus_chrf(said, streams).score)
+    assert after["chrf"] == pytest.approx(sacrebleu.corpus_chrf(answers, streams).score)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
     targets = [t for row in SEVERAL for t in (row["target"] if isinstance(row["target"], list)
                                               else [row["target"]])]  # fmt: skip
@@ -462,7 +462,7 @@ def test_control_tokens_in_texts_are_read_as_asked(kind: str, split: bool, tmp_p
 # ------------------------------------------------------------------------------- the base model
 
 
-def test_the_bases_generation_config_changes_nothing_and_is_said_once(
+def test_the_base_s_generation_config_is_not_used_and_warned_about_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = write_recipe(tmp_path, "nllb")
@@ -476,9 +476,9 @@ def test_the_bases_generation_config_changes_nothing_and_is_said_once(
     capsys.readouterr()
     assert task.answer(model, ROWS) == plain
     assert task.answer(model, ROWS) == plain
-    said = capsys.readouterr().err
-    assert said.count("bad_words_ids [[5]], num_beams 4, repetition_penalty 3.0") == 1
-    assert "forced_bos" not in said
+    printed = capsys.readouterr().err
+    assert printed.count("bad_words_ids [[5]], num_beams 4, repetition_penalty 3.0") == 1
+    assert "forced_bos" not in printed
 
 
 def test_layers_are_not_skipped_at_random(tmp_path: Path) -> None:
@@ -610,5 +610,5 @@ def test_the_code_of_the_card_writes_what_predict_does(
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
     capsys.readouterr()
     exec(f"{usage.setup}\n{usage.code}", {"tokenizer": tokenizer, "model": model})
-    said = capsys.readouterr().out
-    assert said.strip().rstrip("\N{REPLACEMENT CHARACTER}") == wanted
+    printed = capsys.readouterr().out
+    assert printed.strip().rstrip("\N{REPLACEMENT CHARACTER}") == wanted

@@ -60,7 +60,7 @@ class Around:
         return {"input_ids": whole}
 
 
-def test_what_stands_around_a_text_is_found_wherever_it_is() -> None:
+def test_tokens_around_a_text_are_found() -> None:
     for before, inner, after in (
         ([1, 2], [7], [3]), ([], [7], [3]), ([1], [7], []), ([], [7, 8], []), ([1], [7, 8], [2, 3]),
     ):  # fmt: skip
@@ -96,7 +96,7 @@ def test_the_frames_of_models(kind: str, source: Any, target: Any, tmp_path: Pat
     assert task.texts.targets([LONG]) == [frame(target).around(inner)]
 
 
-def test_a_start_token_that_the_model_adds_is_no_part_of_the_frame(tmp_path: Path) -> None:
+def test_a_start_token_that_the_model_adds_is_not_in_the_frame(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, "bart")
     file = tmp_path / "base" / "config.json"
     config = json.loads(file.read_text())
@@ -107,7 +107,7 @@ def test_a_start_token_that_the_model_adds_is_no_part_of_the_frame(tmp_path: Pat
     assert task.texts.source_frame == Frame((tiny.BOS,), (tiny.EOS,))
 
 
-def test_only_the_start_token_is_taken_out_of_the_frame(
+def test_only_the_start_token_is_removed_from_the_frame(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The code of a language that stands behind it stays."""
@@ -122,7 +122,7 @@ def test_only_the_start_token_is_taken_out_of_the_frame(
     assert task.texts.target_frame == Frame((9,), (tiny.EOS,))
 
 
-def test_a_target_ends_where_the_tokenizer_ends_no_text(tmp_path: Path) -> None:
+def test_an_end_token_is_added_to_targets_if_the_tokenizer_adds_none(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, "bart")
     file = tmp_path / "base" / "tokenizer.json"
     content = json.loads(file.read_text())
@@ -139,7 +139,7 @@ def test_a_target_ends_where_the_tokenizer_ends_no_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("side", ["source", "target"])
-def test_the_cut_of_tokens(side: Any, tmp_path: Path) -> None:
+def test_truncation_of_sources_and_targets(side: Any, tmp_path: Path) -> None:
     task = task_of(tmp_path, "marian", prefix="ab", max_source_length=6, max_target_length=6)
     texts = task.texts
     texts.source_frame = texts.target_frame = Frame((1, 2), (3,))
@@ -375,7 +375,7 @@ def test_a_batch_and_the_joined_answer(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("length", "counts"), [(40, (40, 24)), (5, (5, 24)), (1, (2, 24)), (999, (96, 24))]
 )
-def test_the_trial_is_as_long_as_asked(
+def test_the_trial_examples_have_the_requested_length(
     length: int, counts: tuple[int, int], tmp_path: Path
 ) -> None:
     task = task_of(tmp_path, "marian", max_source_length=96)
@@ -494,7 +494,7 @@ def test_models_are_compared_on_the_same_random_sources_and_targets(
     assert set(task.probe()["decoder_input_ids"][:, 0].tolist()) == {task.pad}
 
 
-def test_sources_that_cannot_be_filled_are_computed_one_by_one(tmp_path: Path) -> None:
+def test_sources_that_cannot_be_padded_are_computed_one_by_one(tmp_path: Path) -> None:
     task = task_of(tmp_path, "t5")
     model, _ = task.load_model(torch.device("cpu"))
     model.eval()

@@ -141,13 +141,13 @@ def test_a_model_that_knows_no_end_of_text_reads_texts_as_its_tokenizer_does(
     assert examples_of(task)[0]["input_ids"] == task.tokenizer(tiny.CORPUS[0])["input_ids"]
 
 
-def test_a_blank_text_is_a_fault_with_its_place(bert: Path, tmp_path: Path) -> None:
+def test_a_blank_text_is_an_error_with_its_location(bert: Path, tmp_path: Path) -> None:
     rows = [{"text": "a", "label": 0}, {"text": " ", "label": 1}, {"text": ["b"], "label": 1}]
     with pytest.raises(LoraError) as caught:
         load_data(task_of(bert, tmp_path, rows))
-    said = [(p.what, p.at) for p in caught.value.problems]
-    assert said[0] == ("column `text` is blank", "train.jsonl:2")
-    assert said[1] == ("column `text` holds a list, not text", "train.jsonl:3")
+    problems = [(p.what, p.at) for p in caught.value.problems]
+    assert problems[0] == ("column `text` is blank", "train.jsonl:2")
+    assert problems[1] == ("column `text` holds a list, not text", "train.jsonl:3")
 
 
 # ------------------------------------------------------------------------------------ labels
@@ -544,7 +544,7 @@ def logits_of(task: Task, model: torch.nn.Module, examples: list[Example]) -> Te
     "alone", "predict", task="sequence_classification", rows="classification", model="{kind}"
 )
 @pytest.mark.parametrize("kind", BASES)
-def test_predictions_do_not_depend_on_padding_or_company(kind: str, tmp_path: Path) -> None:
+def test_predictions_do_not_depend_on_padding_or_other_rows(kind: str, tmp_path: Path) -> None:
     base = BASES[kind](tmp_path / kind)
     texts = ["a", "great fun and a great cast", "slow , dull", "the plot " * 9]
     rows = [{"text": text, "label": i % 2} for i, text in enumerate(texts)]
@@ -557,8 +557,8 @@ def test_predictions_do_not_depend_on_padding_or_company(kind: str, tmp_path: Pa
     assert_close(together, alone)
     assert (alone - alone.flip(0)).abs().max() > 1e-2  # they differ, so the test can fail
     answers = task.answer(model, [{"text": text} for text in texts])
-    said = [row[0] for row in answers]
-    assert said == [task.labels[i] for i in alone.argmax(-1).tolist()]  # type: ignore[attr-defined]
+    labels = [row[0] for row in answers]
+    assert labels == [task.labels[i] for i in alone.argmax(-1).tolist()]  # type: ignore[attr-defined]
     for (_, *probabilities), wanted in zip(answers, alone.softmax(-1).tolist(), strict=True):
         assert probabilities == pytest.approx(wanted, abs=1e-5)
 

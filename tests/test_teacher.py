@@ -58,7 +58,7 @@ def student(folder: Path, base: Path, teacher: str, *sets: str, **distill: Any) 
         ("hf:user/name", "v2", False, "hf:user/name@v2"),
     ],
 )  # fmt: skip
-def test_a_name_of_the_hub_is_an_adapter_if_it_says_so_or_has_its_file(
+def test_a_hub_name_is_an_adapter_if_marked_or_if_it_has_its_config(
     name: str, revision: str, on_hub: bool, asked: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def config_file(of: str, revision: str) -> str | None:
@@ -92,9 +92,7 @@ def test_a_folder_is_a_whole_model_if_it_has_no_file_of_an_adapter(
     assert module._adapter_folder(given, recipe) == (tmp_path if is_adapter else None)
 
 
-def test_of_a_folder_that_is_not_there_it_is_said_where_it_was_named(
-    base: Path, tmp_path: Path
-) -> None:
+def test_a_missing_folder_is_reported_with_its_location(base: Path, tmp_path: Path) -> None:
     with pytest.raises(LoraError) as caught:
         open_teacher(student(tmp_path, base, str(tmp_path / "nothing")))
     (problem,) = caught.value.problems
@@ -155,7 +153,7 @@ def test_a_model_that_was_trained_whole_answers_as_in_transformers(
         load_adapted(folder, task, start_accelerator(task.recipe))
 
 
-def test_what_was_learned_from_the_data_is_handed_on(base: Path, tmp_path: Path) -> None:
+def test_facts_learned_from_the_data_are_passed_on(base: Path, tmp_path: Path) -> None:
     folder = adapter(tmp_path / "first", base)
     learned = Learned(task={"labels": ["good", "bad"]})
     task = open_task(folder, load_adapter_recipe(folder), learned)
@@ -197,7 +195,7 @@ def test_a_base_that_was_changed_since_the_training_is_rejected(tmp_path: Path) 
         check_use(folder, task)
 
 
-def test_of_an_adapter_of_peft_the_base_has_the_labels(base: Path, tmp_path: Path) -> None:
+def test_the_labels_of_a_peft_adapter_are_those_of_its_base(base: Path, tmp_path: Path) -> None:
     folder = adapter(tmp_path / "first", base)
     for name in ("recipe.yaml", "manifest.json", "computation.json"):
         (folder / name).unlink(missing_ok=True)
@@ -240,7 +238,9 @@ def test_an_adapter_of_another_task_is_rejected(
         ("regression", "single_label", False),
     ],
 )  # fmt: skip
-def test_a_whole_model_may_answer_otherwise(kind: str | None, problem: str, is_right: bool) -> None:
+def test_a_whole_model_needs_the_student_s_problem_type(
+    kind: str | None, problem: str, is_right: bool
+) -> None:
     config: Any = SimpleNamespace(problem_type=kind)
     recipe: Any = SimpleNamespace(task=SimpleNamespace(problem=problem))
     if is_right:

@@ -73,24 +73,24 @@ def whole(texts: list[Any]) -> list[str]:
 
 def greedy(model: Any, ids: list[int], count: int, stops: set[int]) -> list[int]:
     """Return what plain forward passes over the whole text choose, token by token."""
-    said = list(ids)
+    ids_so_far = list(ids)
     with torch.no_grad():
         for _ in range(count):
             token = int(
-                model(input_ids=torch.tensor([said]), use_cache=False).logits[0, -1].argmax()
+                model(input_ids=torch.tensor([ids_so_far]), use_cache=False).logits[0, -1].argmax()
             )
             if token in stops:
                 break
-            said.append(token)
-    return said[len(ids) :]
+            ids_so_far.append(token)
+    return ids_so_far[len(ids) :]
 
 
 def test_the_base_does_not_change_a_greedy_answer(tmp_path: Path) -> None:
     task = task_of(tmp_path, evaluate={"generation": {"max_new_tokens": 8}})
     model, _ = task.load_model(CPU)
     prompts = [task.tokenizer(text)["input_ids"] for text in TEXTS]
-    said = [greedy(model, ids, 8, {tiny.EOS}) for ids in prompts]
-    wanted = whole([task.tokenizer.decode(ids, skip_special_tokens=True) for ids in said])
+    answers = [greedy(model, ids, 8, {tiny.EOS}) for ids in prompts]
+    wanted = whole([task.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers])
     assert whole(task.generate(model, prompts)) == wanted
     for wish in WISHES:
         own = GenerationConfig(eos_token_id=tiny.EOS)
@@ -110,7 +110,7 @@ def test_the_base_does_not_change_a_greedy_answer(tmp_path: Path) -> None:
         ({"max_new_tokens": 5, "pad_token_id": 3, "bos_token_id": 1}, ""),
     ],
 )
-def test_what_the_base_would_have_liked_is_said_once(
+def test_unused_generation_settings_of_the_base_are_warned_about_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], wish: dict[str, Any], said: str
 ) -> None:
     task = task_of(tmp_path, evaluate={"generation": {"max_new_tokens": 2}})
@@ -125,22 +125,22 @@ def test_what_the_base_would_have_liked_is_said_once(
     assert capsys.readouterr().err == ""
 
 
-def test_a_generation_config_of_the_checkpoint_is_not_followed(tmp_path: Path) -> None:
+def test_the_generation_config_of_the_checkpoint_is_not_used(tmp_path: Path) -> None:
     task = task_of(tmp_path, evaluate={"generation": {"max_new_tokens": 8}})
     plain, _ = task.load_model(CPU)
     ids = task.tokenizer(TEXTS[1])["input_ids"]
-    said = greedy(plain, ids, 8, set())
-    stop = said[4]
+    answer_ids = greedy(plain, ids, 8, set())
+    stop = answer_ids[4]
     own = {"repetition_penalty": 5.0, "eos_token_id": [tiny.EOS, stop], "stop_strings": ["a"]}
     GenerationConfig(**own).save_pretrained(tmp_path / "base")
     model, _ = task.load_model(CPU)
     assert model.generation_config.repetition_penalty == 5.0
-    wanted = said[: said.index(stop)]  # the tokens that end a text are the base's
+    wanted = answer_ids[: answer_ids.index(stop)]  # the tokens that end a text are the base's
     answer = task.tokenizer.decode(wanted, skip_special_tokens=True)
     assert task.generate(model, [ids]) == [answer]
 
 
-def test_no_attention_kernel_that_plans_for_each_length(
+def test_cudnn_attention_is_off_while_generating(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task = task_of(tmp_path)
@@ -168,7 +168,7 @@ def test_no_attention_kernel_that_plans_for_each_length(
     assert not any(seen)
 
 
-def test_sampling_is_as_the_recipe_says(tmp_path: Path) -> None:
+def test_sampling_follows_the_recipe(tmp_path: Path) -> None:
     def sampled(own: dict[str, Any], **generation: Any) -> list[str]:
         options = {"max_new_tokens": 6, **generation}
         task = task_of(tmp_path, evaluate={"generation": options})
@@ -213,9 +213,9 @@ def test_a_prompt_may_lose_its_beginning(tmp_path: Path) -> None:
     ids = task.tokenizer(text)["input_ids"]
     kept = [ids[0], *ids[-111:]]  # 128 - 16, the token that begins a text among them
     assert task.text_prompt(text) == kept
-    said = task.tokenizer.decode(greedy(model, kept, 16, {tiny.EOS}), skip_special_tokens=True)
+    answer = task.tokenizer.decode(greedy(model, kept, 16, {tiny.EOS}), skip_special_tokens=True)
     assert task.answer_error({"text": text}) == ""
-    assert whole(task.answer(model, [{"text": text}])[0]) == whole([said])
+    assert whole(task.answer(model, [{"text": text}])[0]) == whole([answer])
     assert task.take_warnings() == ["1 prompt lost the beginning, to leave room for the answer"]
 
 
@@ -225,9 +225,7 @@ def test_a_prompt_may_lose_its_beginning(tmp_path: Path) -> None:
 @pytest.mark.slow_after(4)
 @pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
 @pytest.mark.parametrize("ids", [99_999, -1, "2", True, 1.5, [2, 99_999], [[2]]], ids=str)
-def test_an_end_that_is_no_token_of_the_model_is_an_error(
-    tmp_path: Path, file: str, ids: Any
-) -> None:
+def test_an_end_token_that_the_model_lacks_is_an_error(tmp_path: Path, file: str, ids: Any) -> None:
     base = tiny.save_llama(tmp_path / "base")
     recipe = load_recipe(tiny.recipe(base, tmp_path))
     (base / "generation_config.json").unlink(missing_ok=True)
@@ -239,7 +237,7 @@ def test_an_end_that_is_no_token_of_the_model_is_an_error(
         train(recipe)
 
 
-def test_the_tokens_that_end_an_answer_are_said_where_they_surprise(
+def test_unusual_stop_tokens_are_warned_about(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for ids, words in ((tiny.EOS, ""), ([tiny.EOS, tiny.BOS], "`<s>` (0)"), (20, "ordinary word")):
@@ -247,10 +245,10 @@ def test_the_tokens_that_end_an_answer_are_said_where_they_surprise(
         model, _ = task.load_model(CPU)
         model.generation_config.eos_token_id = ids
         task.generate(model, [[tiny.BOS, 20]])
-        said = capsys.readouterr().err
-        assert ("answers end at" in said) == bool(words)
-        assert words in said
-        assert ("ordinary" in said) == (ids == 20)
+        printed = capsys.readouterr().err
+        assert ("answers end at" in printed) == bool(words)
+        assert words in printed
+        assert ("ordinary" in printed) == (ids == 20)
 
 
 SIZES = {

@@ -483,9 +483,9 @@ def test_long_rows_are_one_prediction_across_windows(base: Path, tmp_path: Path)
     # the same, from the model and the tokenizer alone
     tags, total = [], 0.0
     for row in rows:
-        said = tags_by_hand(model, task, row)
-        tags.append([tag for tag, _ in said])
-        total += sum(loss for _, loss in said)
+        tagged_words = tags_by_hand(model, task, row)
+        tags.append([tag for tag, _ in tagged_words])
+        total += sum(loss for _, loss in tagged_words)
     wanted = [row["tags"] for row in rows]
     assert [p.metric_inputs["tags"] for p in kept] == list(zip(tags, wanted, strict=True))
     assert found["loss"] == pytest.approx(total / 248, rel=1e-5)
@@ -536,7 +536,7 @@ def test_rows_are_joined_across_the_windows_of_the_evaluation(
         assert one.metric_inputs["nll"] == pytest.approx(other.metric_inputs["nll"])
 
 
-def test_answers_are_places_in_what_was_typed(base: Path, tmp_path: Path) -> None:
+def test_answers_are_positions_in_the_typed_text(base: Path, tmp_path: Path) -> None:
     task = task_of(base, tmp_path)
     check_data(task, ("train",))
     model = model_of(task, seed=3)
@@ -549,8 +549,8 @@ def test_answers_are_places_in_what_was_typed(base: Path, tmp_path: Path) -> Non
     assert all(0 < e["score"] <= 1 and e["label"] in ("PER", "ART") for e in first)
     joined = "a warm cast"
     assert all(joined[e["start"] : e["end"]] == e["text"] for e in second)
-    said = tags_by_hand(model, task, ROWS[0])
-    assert [e["label"] for e in third] == [e.label for e in entities_of([t for t, _ in said])]
+    tags = tags_by_hand(model, task, ROWS[0])
+    assert [e["label"] for e in third] == [e.label for e in entities_of([t for t, _ in tags])]
     assert json.loads(task.answer_line([first])) == first
 
 
@@ -945,8 +945,8 @@ def test_an_entity_has_its_place_and_the_mean_probability_of_its_words(
 ) -> None:
     task: Any = task_of(base, tmp_path, labels=["O", "B-A", "I-A"])
     text = task._text_of(ROWS[0])  # Ada met a warm cast
-    said = [(0, "B-A", 0.25), (1, "I-A", 0.7500014), (3, "O", 0.5), (4, "B-A", 1 / 3)]
-    tags, found = task._answer(text, said)
+    tagged_words = [(0, "B-A", 0.25), (1, "I-A", 0.7500014), (3, "O", 0.5), (4, "B-A", 1 / 3)]
+    tags, found = task._answer(text, tagged_words)
     assert tags == ["B-A", "I-A", "O", "O", "B-A"]
     assert found == [
         {"start": 0, "end": 7, "label": "A", "text": "Ada met", "score": 0.500001},

@@ -48,7 +48,7 @@ def order(theirs: list[str], ours: list[str]) -> list[int]:
         (["0", "1"], ["1", "0"], [1, 0]),
     ],
 )  # fmt: skip
-def test_labels_stand_where_the_teacher_has_them(
+def test_labels_are_found_among_the_teacher_s_outputs(
     theirs: list[str], ours: list[str], found: list[int]
 ) -> None:
     assert order(theirs, ours) == found
@@ -64,7 +64,9 @@ def test_labels_stand_where_the_teacher_has_them(
         (list("abcde"), ["x"], "`a`, `b`, `c`, `d`, `e`"),
     ],
 )  # fmt: skip
-def test_other_labels_are_named(theirs: list[str], ours: list[str], said: str) -> None:
+def test_a_label_that_only_one_model_has_is_named(
+    theirs: list[str], ours: list[str], said: str
+) -> None:
     with pytest.raises(LoraError) as caught:
         order(theirs, ours)
     (problem,) = caught.value.problems
@@ -82,7 +84,7 @@ def test_which_examples_have_no_label(labels: Any, ignored: bool) -> None:
 
 
 @pytest.mark.parametrize("several", [False, True])
-def test_rows_without_a_label_are_no_items_of_the_labels(
+def test_rows_without_a_label_are_not_items_of_the_labels_loss(
     several: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[Any] = []
@@ -213,9 +215,7 @@ def test_tokens_have_to_be_those_of_the_teacher(theirs: Reader, ours: Reader, sa
 
 
 @pytest.mark.parametrize(("known", "scored", "compared"), [(9, 12, 9), (12, 9, 9), (9, 9, 9)])
-def test_tokens_that_only_fill_up_an_embedding_are_not_compared(
-    known: int, scored: int, compared: int
-) -> None:
+def test_padding_of_an_embedding_is_not_compared(known: int, scored: int, compared: int) -> None:
     text = SimpleNamespace(vocab_size=known)
     config = SimpleNamespace(get_text_config=lambda: text)
     own: Any = SimpleNamespace(teacher_task=SimpleNamespace(config=config))
@@ -224,7 +224,7 @@ def test_tokens_that_only_fill_up_an_embedding_are_not_compared(
 
 @pytest.mark.parametrize("several", [False, True])
 @pytest.mark.parametrize("colour", [False, True])
-def test_what_is_shown_of_a_row_without_a_label_is_its_input(
+def test_a_row_without_a_label_is_shown_by_its_input(
     several: bool, colour: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def shown(self: Any, example: Any, colour: bool) -> tuple[list[str], str]:
@@ -292,7 +292,7 @@ def test_the_teacher_s_term_of_a_row_is_the_sum_over_its_trained_tokens(
     assert own.losses(None, output, given).keys() == {"loss"}
 
 
-def test_answers_are_kept_for_each_example(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_are_cached_for_each_example(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = said(3)
     monkeypatch.setattr(DistilledCausalLM, "answers", lambda *_: answers)
     found = taught().frozen_outputs(None, batch())
@@ -303,7 +303,7 @@ def test_answers_are_kept_for_each_example(monkeypatch: pytest.MonkeyPatch) -> N
     assert torch.equal(torch.cat(list(found["teacher_top_log_p"])), answers.log_p)
 
 
-def test_what_was_kept_is_used_where_both_parts_are_there() -> None:
+def test_cached_answers_are_used_if_complete() -> None:
     answers = said(4)
     kept = DistilledCausalLM._cached_answers(batch(teacher_top_ids=answers.ids,
                                       teacher_top_log_p=answers.log_p))  # fmt: skip
@@ -340,7 +340,7 @@ def test_a_batch_brings_the_teacher_s_items_and_answers(
 
 
 @pytest.mark.parametrize(("own_size", "scored"), [(6, 9), (9, 6), (6, 6)])
-def test_of_the_teacher_s_scores_those_of_the_student_s_tokens_count(
+def test_only_the_teacher_s_logits_of_the_student_s_tokens_are_used(
     own_size: int, scored: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(5)
@@ -357,7 +357,7 @@ def test_of_the_teacher_s_scores_those_of_the_student_s_tokens_count(
     assert asked == [("teacher", given.inputs)]
 
 
-def test_both_terms_have_their_weight_and_what_is_kept_depends_on_the_temperature(
+def test_terms_are_weighted_and_the_cache_depends_on_the_temperature(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert taught().train_loss_weights == {"loss": 0.75, "teacher": 0.25}

@@ -73,7 +73,7 @@ def tokens(text: str) -> list[int]:
         ("llama", "</s>", tiny.EOS, False),
     ],
 )
-def test_what_fills_rows_is_noted_where_it_is_the_end_of_text_unasked(
+def test_padding_with_the_end_of_text_token_is_noted(
     kind: str, named: str | None, pad: int, is_noted: bool, tmp_path: Path
 ) -> None:
     task = opened(tmp_path, kind, task={"pad_token": named})
@@ -82,12 +82,12 @@ def test_what_fills_rows_is_noted_where_it_is_the_end_of_text_unasked(
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_a_token_that_the_vocabulary_lacks_fills_no_rows(kind: str, tmp_path: Path) -> None:
+def test_a_padding_token_must_be_in_the_vocabulary(kind: str, tmp_path: Path) -> None:
     with pytest.raises(LoraError, match="the tokenizer has no token `nothing`"):
         opened(tmp_path, kind, task={"pad_token": "nothing"})
 
 
-def test_control_tokens_in_texts_are_read_unless_they_are_split_or_said_in_a_chat(
+def test_control_tokens_are_read_except_in_chats_or_if_split(
     tmp_path: Path,
 ) -> None:
     assert opened(tmp_path).reads_control_tokens
@@ -115,7 +115,7 @@ def field(columns: dict[str, str]) -> tuple[str, str]:
     return key.split()[0], column
 
 
-def test_columns_and_what_a_row_wants(tmp_path: Path) -> None:
+def test_columns_and_reference_texts(tmp_path: Path) -> None:
     text, pair, said = opened(tmp_path), opened(tmp_path, task=PAIR), chat(tmp_path)
     assert [field(task.input_columns()) for task in (text, pair, said)] == [
         ("task.text_column", "text"), ("task.prompt_column", "q"), ("task.messages_column", "m")
@@ -145,7 +145,7 @@ def test_the_share_of_tokens_that_are_predicted(tmp_path: Path) -> None:
         assert found == pytest.approx(sum(trained) / sum(map(len, labels[first:])))
 
 
-def test_a_text_is_filled_on_the_right_whatever_side_its_tokenizer_prefers(tmp_path: Path) -> None:
+def test_texts_are_padded_on_the_right_for_every_tokenizer(tmp_path: Path) -> None:
     task = opened(tmp_path)
     assert (task.can_fill_left, task.looks_back_only) == (False, True)
     assert task.forward_options == {"use_cache": False}
@@ -181,7 +181,7 @@ def test_a_model_that_sees_its_last_token_is_rejected(
 # ------------------------------------------------------------------------------------- answers
 
 
-def test_answers_and_what_is_wanted_belong_to_the_last_trained_span(tmp_path: Path) -> None:
+def test_answers_and_references_belong_to_the_last_trained_span(tmp_path: Path) -> None:
     task = opened(tmp_path, task=PAIR)
     half = tokens("é")[:1]  # the first of two tokens of one letter
     ids = [
@@ -239,7 +239,7 @@ def test_a_prompt_leaves_room_for_its_answer(truncate: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(("longest", "room"), [(28, 100), (63, 65), (64, 64), (90, 64)])
-def test_half_of_the_positions_are_for_the_prompt_at_least(
+def test_at_least_half_of_the_positions_are_for_the_prompt(
     longest: int, room: int, tmp_path: Path
 ) -> None:
     task = opened(tmp_path, evaluate={"generation": {"max_new_tokens": longest}})
@@ -266,7 +266,7 @@ def test_a_prompt_has_a_token_and_fewer_than_the_model_has_positions(tmp_path: P
     ("positions", "longest", "room"),
     [(None, 40, 40), (200, 150, 136), (200, 40, 40), (100, 99, 50)],
 )
-def test_a_sample_continues_the_last_tokens_that_leave_room(
+def test_a_sample_leaves_room_for_its_continuation(
     positions: int | None, longest: int, room: int, tmp_path: Path
 ) -> None:
     task = opened(tmp_path)
@@ -285,7 +285,7 @@ def test_a_sample_continues_the_last_tokens_that_leave_room(
         assert shown.startswith(REPLACEMENT) == (ids == letters[1 : room + 1])
 
 
-def test_special_tokens_of_a_sample_are_shown_in_a_chat_alone(tmp_path: Path) -> None:
+def test_special_tokens_of_samples_are_shown_only_in_chats(tmp_path: Path) -> None:
     for task, shown in ((opened(tmp_path), "dull"), (chat(tmp_path), "<s>dull")):
         task.rows = SimpleNamespace(sample=lambda row: ([tiny.BOS, *tokens("dull")], ""))
         assert task.sample_prompt({})[1] == shown
@@ -294,7 +294,7 @@ def test_special_tokens_of_a_sample_are_shown_in_a_chat_alone(tmp_path: Path) ->
 # ------------------------------------------------------------------------------- what is measured
 
 
-def test_as_many_rows_of_each_set_are_answered_as_the_recipe_says(tmp_path: Path) -> None:
+def test_the_recipe_limits_the_answered_rows_of_each_set(tmp_path: Path) -> None:
     task = opened(tmp_path, evaluate={"generation": {"max_rows": 4}})
     assert task.is_answered(9)
     task.choose_rows_to_answer([10, 3, 4])
@@ -357,7 +357,7 @@ def test_metrics_of_text_need_a_prompt_and_one_answer(tmp_path: Path) -> None:
         ("train", 200, False),
     ],
 )  # fmt: skip
-def test_a_pattern_is_looked_for_in_the_first_rows_that_are_measured(
+def test_a_pattern_is_tried_on_the_first_rows_of_evaluated_splits(
     split: str, first: int, error: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(TextTask, "learn_from", lambda *_: None)
@@ -384,7 +384,7 @@ def test_a_pattern_is_looked_for_in_the_first_rows_that_are_measured(
 # ---------------------------------------------------------------------------------- the model
 
 
-def test_layers_that_a_model_would_skip_are_named_and_kept() -> None:
+def test_layer_drop_is_named_and_turned_off() -> None:
     one = PretrainedConfig(decoder_layerdrop=0.1, encoder_layerdrop=0.0)
     two = PretrainedConfig(layerdrop=0.3, encoder_layerdrop=0.2)
     none = PretrainedConfig(hidden_size=3)
@@ -417,7 +417,7 @@ def test_losses_of_a_row_are_summed_over_its_trained_tokens(shift: int) -> None:
 
 
 @pytest.mark.parametrize("kernels", ["auto", "reference"])
-def test_scores_are_computed_for_some_tokens_where_that_is_the_same(
+def test_logits_are_computed_for_some_tokens_if_the_result_is_the_same(
     kernels: str, tmp_path: Path
 ) -> None:
     task = opened(tmp_path, train={"kernels": kernels})
@@ -441,7 +441,7 @@ def test_scores_are_computed_for_some_tokens_where_that_is_the_same(
 
 
 @pytest.mark.parametrize("rank", [None, "0", "1"])
-def test_what_the_base_asks_for_and_where_it_stops_is_said_once_by_one_process(
+def test_notes_on_the_base_are_printed_once_by_one_process(
     rank: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task = opened(tmp_path)
