@@ -13,7 +13,10 @@ from typing import Any
 import torch
 import torch._inductor.config as inductor_config
 from torch import Tensor, nn
+from torch._inductor import inductor_prims
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import CheckpointPolicy
 
 from lora_cli.models.offloaded_inputs import OffloadingCheckpoint
 from lora_cli.training.stacked_products import stacked_products, stacked_updates
@@ -23,9 +26,31 @@ MAX_SHAPES = 64  # torch compiles a layer again for each shape, and by default g
 # with few shapes consist of short texts, which need little memory, so there all are kept.
 MEMORY_BUDGET = 0.8
 GATED_BUDGET = 0.9  # with the kernel for gated MLPs: at 0.8, attention would be recomputed too
-CHECKPOINTING_BUDGET = 0.0  # with gradient checkpointing, a layer keeps only its inputs
+# With gradient checkpointing, a layer keeps only its inputs and seeds. (At 0, the compiler would
+# ignore what has to be kept.)
+CHECKPOINTING_BUDGET = 1e-9
 # fuse small kernels that do not depend on each other
 OPTIONS: dict[str, Any] = {"combo_kernels": True, "combo_kernels_autotune": 0}
+
+
+class KeptSeeds(CustomGraphPass):
+    """A pass of the compiler that keeps the seeds of random numbers for the backward pass.
+
+    The compiler may compute anything again instead of keeping it, and would also draw seeds again.
+    The backward pass would then use other masks of dropout than the forward pass.
+    """
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        """Mark the seeds, and any other random values, of a forward and backward pass."""
+        seeds = (inductor_prims.seed, inductor_prims.seeds)
+        for node in graph.nodes:
+            is_random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+            if node.op == "call_function" and (is_random or node.target in seeds):
+                node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+
+    def uuid(self) -> Any:
+        """Return what identifies this pass in the compiler's cache."""
+        return get_hash_for_files((__file__,))
 
 
 class CompiledLayers:
@@ -63,7 +88,8 @@ class CompiledLayers:
         dynamic = False if self.few_shapes else None
         known = {key: value for key, value in OPTIONS.items() if hasattr(inductor_config, key)}
         compiled: Callable[..., Any]
-        compiled = torch.compile(layer.forward, dynamic=dynamic, options=known)
+        options = known | {"joint_custom_post_pass": KeptSeeds()}
+        compiled = torch.compile(layer.forward, dynamic=dynamic, options=options)
         if not any_rows:
             return compiled
 
@@ -98,7 +124,8 @@ class CompiledLayers:
             self.products = [*stacked_updates(self.layers, compute, but=gated.layers), gated]
             if gated.replaced:
                 self.kind += f" ({len(gated.replaced)} gated MLPs by a kernel of our own)"
-                self.memory_budget = self.memory_budget and GATED_BUDGET
+                if not self.checkpointed:
+                    self.memory_budget = GATED_BUDGET
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
