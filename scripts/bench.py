@@ -15,6 +15,10 @@ usage:
       [--steps 300] [--seeds 3] [--jobs 1]
       The same runs with `train.kernels` `reference` and `fused`, on a GPU: the losses of the first
       steps, step by step, and a metric on the test rows (of the recipe: on the validation rows).
+  python scripts/bench.py demo [--set KEY=VALUE]
+      The whole of configs/demo.yaml with `lora train`, and the same training and evaluations with
+      PEFT and transformers' Trainer, with random batches and with batches of similar lengths:
+      seconds from start to end, and accuracy. In turn, each in a process of its own.
   python scripts/bench.py speed NAME … | all [--work DIR] [--table FILE] …
       Speed and memory of `lora train` beside PEFT + Trainer, with Liger's kernels, and Unsloth, on
       a GPU: see speed.py.
@@ -32,6 +36,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -374,6 +379,97 @@ def peft_accuracy(args: argparse.Namespace) -> None:
     print(right / len(texts))
 
 
+# ----------------------------------------------------------------------------------------- demo
+
+
+def demo(args: argparse.Namespace) -> None:
+    """Print how long the demo takes here, and with PEFT and the Trainer."""
+    recipe = Path(__file__).resolve().parents[1] / "configs" / "demo.yaml"
+    with tempfile.TemporaryDirectory(prefix="lora-bench-") as work:
+        out = Path(work) / "out"
+        start = time.monotonic()
+        lora("train", str(recipe), "-o", str(out), *(a for s in args.set for a in ("--set", s)))
+        seconds = time.monotonic() - start
+        accuracy = json.loads((out / "report.json").read_text())["metrics"]["after"]["test"]
+        print(f"lora train: {seconds:.0f} s, test accuracy {accuracy['accuracy']:.4f}", flush=True)
+        for sampling in ("random", "group_by_length"):
+            command = [sys.executable, __file__, "demo-peft", "--recipe", str(recipe)]
+            command += ["--sampling", sampling, "--work", work]
+            start = time.monotonic()
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            seconds, value = time.monotonic() - start, float(done.stdout.splitlines()[-1])
+            name = f"PEFT + Trainer, `{sampling}`"
+            print(f"{name}: {seconds:.0f} s, test accuracy {value:.4f}", flush=True)
+
+
+def demo_with_peft(args: argparse.Namespace) -> None:
+    """Train and evaluate the demo with PEFT and the Trainer; print the test accuracy."""
+    import yaml
+    from peft import LoraConfig, get_peft_model
+    from transformers import (
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+        DataCollatorWithPadding,
+        Trainer,
+        TrainingArguments,
+        set_seed,
+    )
+
+    from lora_cli.models.find_base import locate
+
+    recipe = yaml.safe_load(Path(args.recipe).read_text())
+    adapter, spec, task = recipe["adapter"], recipe["train"], recipe["task"]
+    base = locate(recipe["model"]["name"])
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    splits: dict[str, list[dict[str, Any]]] = {}
+    for name, file in recipe["data"].items():
+        with (Path(args.recipe).parent / file).open(newline="") as rows:
+            splits[name] = list(csv.DictReader(rows))
+    labels = sorted({row[task["label_column"]] for row in splits["train"]})
+    for name, rows in splits.items():
+        splits[name] = [
+            tokenizer(row[task["text_column"]], truncation=True, max_length=task["max_length"])
+            | {"labels": labels.index(row[task["label_column"]])}
+            for row in rows
+        ]
+    set_seed(spec["seed"])
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=len(labels))
+    config = LoraConfig(
+        r=adapter["rank"],
+        lora_alpha=adapter["alpha"],
+        lora_dropout=adapter["dropout"],
+        target_modules=adapter["target_modules"],
+        task_type="SEQ_CLS",
+    )
+    options = TrainingArguments(
+        output_dir=str(Path(args.work) / args.sampling),
+        num_train_epochs=spec["epochs"],
+        per_device_train_batch_size=spec["micro_batch_size"],
+        per_device_eval_batch_size=spec["micro_batch_size"],
+        train_sampling_strategy=args.sampling,
+        learning_rate=spec["optimizer"]["learning_rate"],
+        weight_decay=spec["optimizer"]["weight_decay"],
+        warmup_steps=spec["scheduler"]["warmup_ratio"],  # a share, if it is below 1
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        logging_steps=10,
+        report_to=[],
+        disable_tqdm=True,
+    )
+    run = Trainer(
+        model=get_peft_model(model, config),
+        args=options,
+        train_dataset=splits["train"],
+        eval_dataset=splits["validation"],
+        data_collator=DataCollatorWithPadding(tokenizer),
+        compute_metrics=lambda p: {"accuracy": (p.predictions.argmax(-1) == p.label_ids).mean()},
+    )
+    for name in ("validation", "test"):
+        run.evaluate(splits[name])
+    run.train()
+    print(float(run.evaluate(splits["test"])["eval_accuracy"]))
+
+
 def main() -> None:
     """Read the arguments and measure."""
     if sys.argv[1:2] == ["speed"]:
@@ -406,6 +502,13 @@ def main() -> None:
     command.add_argument("--recipe", required=True)
     command.add_argument("--seed", type=int, required=True)
     command.set_defaults(run=peft_accuracy)
+    command = commands.add_parser("demo")
+    command.add_argument("--set", action="append", default=[])
+    command.set_defaults(run=demo)
+    command = commands.add_parser("demo-peft")
+    for option in ("--recipe", "--sampling", "--work"):
+        command.add_argument(option, required=True)
+    command.set_defaults(run=demo_with_peft)
     args = parser.parse_args()
     args.run(args)
 

@@ -28,13 +28,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_cli.training.kernel_blocks import block_rank, matrix_block, store_block
 from lora_cli.training.lora_dropout_kernel import (
-    block_rank,
     dropped,
-    matrix_block,
     products_with_dropout,
     random_numbers,
-    store_block,
     threshold_of,
 )
 

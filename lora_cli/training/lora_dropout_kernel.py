@@ -23,6 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_cli.training.kernel_blocks import block_rank, matrix_block, store_block
+
 ROWS, COLUMNS = 64, 64  # of a block
 COLUMN_SEGMENT, ROW_SEGMENT = 1024, 1024  # over which a program sums, forward and backward
 WARPS, STAGES = 4, 3
@@ -74,23 +76,8 @@ def threshold_of(p: float) -> int:
 
 
 @triton.jit
-def matrix_block(x, rows, columns, n_rows, n_columns):  # type: ignore[no-untyped-def]
-    """Load the block of a matrix (n_rows, n_columns) at some rows and columns; 0 outside of it."""
-    rows, columns = rows[:, None], columns[None, :]
-    inside = (rows < n_rows) & (columns < n_columns)
-    return tl.load(x + rows.to(tl.int64) * n_columns + columns, inside, other=0.0)
-
-
-@triton.jit
-def store_block(x, block, rows, columns, n_rows, n_columns):  # type: ignore[no-untyped-def]
-    """Write a block of a matrix (n_rows, n_columns)."""
-    rows, columns = rows[:, None], columns[None, :]
-    place = x + rows.to(tl.int64) * n_columns + columns
-    tl.store(place, block.to(x.dtype.element_ty), (rows < n_rows) & (columns < n_columns))
-
-
-@triton.jit
 def _store_sum(h, total, layer, rows, ranks, n_rows, n_layers, rank):  # type: ignore[no-untyped-def]
+    """Write one layer's products of a block of rows, into a matrix (n_rows, n_layers, rank)."""
     place = h + rows[:, None].to(tl.int64) * n_layers * rank + layer * rank + ranks[None, :]
     tl.store(place, total, (rows[:, None] < n_rows) & (ranks[None, :] < rank))
 
@@ -191,11 +178,6 @@ def _backward(  # type: ignore[no-untyped-def]
         store_block(da + size, da_1 * scale, ranks, columns, rank, n_columns)
     if LAYERS > 2:
         store_block(da + 2 * size, da_2 * scale, ranks, columns, rank, n_columns)
-
-
-def block_rank(rank: int) -> int:
-    """Return the rank of a program's blocks: a power of two of at least 16, as `tl.dot` needs."""
-    return max(triton.next_power_of_2(rank), 16) if rank else 0
 
 
 @torch.library.custom_op("lora_cli::products_with_dropout", mutates_args=())
