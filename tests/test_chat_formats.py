@@ -19,7 +19,7 @@ TEMPLATE = (
     "{% if tools %}tools: {{ tools | tojson }}\n{% endif %}"
     "{% for m in messages %}{{ m.role }}:\n{{ m.content or '' }}"
     "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }} "
-    "{{ c.function.arguments | tojson }}</call>{% endfor %}|\n{% endfor %}"
+    "{{ c.function.arguments | tojson }}</call>{% endfor %}</s>\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:\n{% endif %}"
 )
 
@@ -67,7 +67,7 @@ def test_text_parts_are_joined(parts: list[Any], text: str) -> None:
         value = {"messages": write(row["messages"])}  # also as text in a table written by pandas
         ids, trained = ids_of(read(value))
         assert ids == theirs([user(text), said(text)])
-        assert trained == f"{text}|\n"
+        assert trained == f"{text}</s>\n"
 
 
 CALL = {"type": "function", "function": {"name": "look", "arguments": {"a": [1, None], "b": "é"}}}
@@ -92,7 +92,7 @@ def test_tool_calls_and_tools_are_passed_to_the_template() -> None:
         ids, trained = ids_of(read({"messages": messages, "tools": tools}))
         assert ids == theirs(expected, TOOLS)
         call = '<call>look {"a": [1, null], "b": "é"}</call>'
-        assert trained == f"{call}{call}|\nok|\n"
+        assert trained == f"{call}{call}</s>\nok</s>\n"
     ids, _ = ids_of(read({"messages": [user("q"), legacy], "functions": [TOOLS[0]["function"]]}))
     assert ids == theirs([user("q"), {"role": "assistant", "tool_calls": [CALL]}], TOOLS)
     turns = [
@@ -113,8 +113,8 @@ def test_turns_with_weight_0_are_read_but_not_trained(mark: Json) -> None:
     row = {"messages": [user("a"), said("bad", **mark), user("b"), said("good", weight=1)]}
     ids, trained = ids_of(read(row))
     assert ids == theirs([user("a"), said("bad"), user("b"), said("good")])
-    assert trained == "good|\n"
-    assert ids_of(read(row), "last")[1] == "good|\n"
+    assert trained == "good</s>\n"
+    assert ids_of(read(row), "last")[1] == "good</s>\n"
     made = tiny.tokenizer("llama")
     made.chat_template = (
         "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}|"

@@ -422,14 +422,15 @@ def test_the_completion_is_marked_with_its_end(write: Write) -> None:
 def test_the_assistants_turns_are_marked(write: Write) -> None:
     says = [("user", "hi"), ("assistant", "hello"), ("user", "and?"), ("assistant", "so")]
     rows = [{"m": [{"role": role, "content": text} for role, text in says]}]
-    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    end = "{{ '</s>' if m.role == 'assistant' }}"
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}" + end + "\n{% endfor %}"
     template += "{% if add_generation_prompt %}assistant: {% endif %}"
     task = {"text_column": None, "messages_column": "m", "chat_template": "t", "max_length": 120}
     path = write("llama", train=rows, task=task)
     (path.parent / "t").write_text(template)
     (text,) = shown(path)
     assert text.partition("\n")[2] == (
-        "user: hi\nassistant: ⟦hello\n⟧user: and?\nassistant: ⟦so\n</s>⟧\n"
+        "user: hi\nassistant: ⟦hello</s>\n⟧user: and?\nassistant: ⟦so</s>\n⟧\n"
     )
 
 

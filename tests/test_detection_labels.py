@@ -244,7 +244,7 @@ def png_image(width: int, height: int) -> dict[str, Any]:
 def proposal(rows: list[dict[str, Any]], label: str | None = None, **base: Any) -> Proposal | None:
     names = list(rows[0])
     table = Table([describe_column(name, rows) for name in names], rows, "rows.jsonl", label=label)
-    facts = {"name": "base", "model_type": "yolos", "draws": False, **base}
+    facts = {"name": "base", "model_type": "yolos", "generates_images": False, **base}
     return propose_objects(table, SimpleNamespace(**facts))
 
 
@@ -323,7 +323,7 @@ def test_unreadable_images_leave_format_and_size_open() -> None:
         ({}, None, True),
         ({}, "objects", True),
         ({}, "image", False),
-        ({"draws": True}, None, False),
+        ({"generates_images": True}, None, False),
     ],
 )
 def test_diffusion_bases_and_other_labels_are_not_for_detection(

@@ -23,7 +23,7 @@ from lora_cli.recipe import (
 from lora_cli.tasks import build_task, task_types
 from lora_cli.tasks.contract import Task
 
-DRAWING = next(kind for kind, spec in TASKS.items() if spec.draws)
+DRAWING = next(kind for kind, spec in TASKS.items() if spec.generates_images)
 PEFT_COPY = ".base_layer.weight"  # a copy of a base weight that PEFT also writes
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 

@@ -62,7 +62,7 @@ def _card(recipe: Recipe, sources: list[dict[str, Any]], head: str | None) -> st
     name, goal = recipe.model.name, goal_of(recipe.task.type)
     front = {
         "base_model": name if is_hub_id(name) else None,  # the Hub rejects paths
-        "library_name": "diffusers" if recipe.task.draws else "transformers",
+        "library_name": "diffusers" if recipe.task.generates_images else "transformers",
         "pipeline_tag": recipe.task.pipeline_tag,
         "tags": ["lora-cli"],
     }

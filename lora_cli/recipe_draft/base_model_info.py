@@ -35,14 +35,14 @@ class Base:
         hidden_size: Hidden size; None if unknown.
         shape: Sizes that determine memory use; None if unknown.
         size_from: Where the number of parameters is from.
-        sees: Whether its input is images instead of text; None if unknown.
+        reads_images: Whether its input is images instead of text; None if unknown.
         is_encoder_decoder: Whether it is an encoder-decoder of text.
-        hears: Whether it transcribes speech.
-        hears_languages: Whether it transcribes several languages, and must be told which.
+        reads_audio: Whether it transcribes speech.
+        recognises_languages: Whether it transcribes several languages, and must be told which.
         speaker_size: Size of its speaker embedding, if it synthesises speech.
         lacks_letters: Whether it was pretrained without transcripts, and needs a new vocabulary.
-        embeds: Whether it has the files of sentence-transformers.
-        draws: Whether it is a diffusion model that generates images.
+        is_embedding_model: Whether it has the files of sentence-transformers.
+        generates_images: Whether it is a diffusion model that generates images.
         picture_side: Side of its generated images in pixels.
         drawing: Values of `evaluate.drawing` that are usual for it; empty for the defaults.
         model_type: The `model_type` of transformers or the pipeline class of diffusers; None if
@@ -56,15 +56,15 @@ class Base:
     hidden_size: int | None = None
     shape: Shape | None = None
     size_from: str = "by its configuration"
-    sees: bool | None = None
+    reads_images: bool | None = None
     model_type: str | None = None
     is_encoder_decoder: bool = False
-    hears: bool = False
-    hears_languages: bool = False
+    reads_audio: bool = False
+    recognises_languages: bool = False
     speaker_size: int | None = None
     lacks_letters: bool = False
-    embeds: bool = False
-    draws: bool = False
+    is_embedding_model: bool = False
+    generates_images: bool = False
     picture_side: int | None = None
     drawing: Mapping[str, float] = field(default_factory=dict)
 
@@ -130,11 +130,11 @@ def describe_base(name: str) -> Base:
     is_causal = kind in known_models.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not is_encoder_decoder
     is_encoder = kind in known_models.MODEL_FOR_MASKED_LM_MAPPING_NAMES or "ernie" in kind
     if kind in known_models.MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES:
-        return Base(name, can_write=False, sees=True, model_type=kind)
-    sees = kind in known_models.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
-    if sees and not (is_causal or is_encoder):
+        return Base(name, can_write=False, reads_images=True, model_type=kind)
+    reads_images = kind in known_models.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+    if reads_images and not (is_causal or is_encoder):
         shape = _shape_of(config, False)
-        return Base(name, can_write=False, shape=shape, sees=True, model_type=kind)
+        return Base(name, can_write=False, shape=shape, reads_images=True, model_type=kind)
     if kind == "whisper" or kind == SPEECH_SYNTHESIS or kind in CTC_MODELS:
         return _describe_speech(name, config)
     text_config = config.get_text_config()
@@ -149,10 +149,10 @@ def describe_base(name: str) -> Base:
         None if limit == 1 << 30 else limit,
         getattr(text_config, "hidden_size", None),
         _shape_of(config, is_causal and not is_encoder),
-        sees=False,
+        reads_images=False,
         model_type=kind,
         is_encoder_decoder=is_encoder_decoder,
-        embeds=_has_modules(source),
+        is_embedding_model=_has_modules(source),
     )
 
 
@@ -162,14 +162,14 @@ def _describe_diffusion(name: str, folder: Path, pipeline: str) -> Base:
 
     if pipeline not in FAMILIES:
         return Base(name, can_write=False, model_type=pipeline)
-    kind = next(kind for kind, spec in TASKS.items() if spec.draws)
+    kind = next(kind for kind, spec in TASKS.items() if spec.generates_images)
     model = {"name": str(folder.absolute())}
     values = {"model": model, "task": {"type": kind}, "data": {"path": "none"}}
     recipe = Recipe.model_validate(values).with_origin(Origin({"model.name": f"--model {name}"}))
     base = DiffusionBase(recipe)
     parameters = sum(p.numel() for p in base.empty(()).parameters())
     return Base(
-        name, can_write=False, shape=Shape(parameters), model_type=pipeline, draws=True,
+        name, can_write=False, shape=Shape(parameters), model_type=pipeline, generates_images=True,
         picture_side=base.family.usual_side, drawing=base.family.sampling_defaults,
     )  # fmt: skip
 
@@ -185,11 +185,11 @@ def _describe_speech(name: str, config: Any) -> Base:
         name,
         can_write=False,
         shape=_shape_of(config, False),
-        sees=False,
+        reads_images=False,
         model_type=config.model_type,
-        hears=not speaks,
+        reads_audio=not speaks,
         speaker_size=int(config.speaker_embedding_dim) if speaks else None,
-        hears_languages=config.model_type == "whisper"
+        recognises_languages=config.model_type == "whisper"
         and is_multilingual(_recipe_of(name), int(config.vocab_size)),
         lacks_letters=config.model_type in CTC_MODELS and lacks_vocabulary(_recipe_of(name)),
     )

@@ -111,7 +111,12 @@ def _memory_finding(fit: Fit, base: Base, card: Card | None) -> str:
     size = f"{in_words(base.shape.parameters)} parameters, {base.size_from}"
     settings = fit.precision + (" on a base in 4 bits" if fit.four_bit else "")
     settings += ", gradient checkpointing" if fit.checkpointing else ""
-    if base.sees or base.hears or base.draws or base.speaker_size is not None:
+    if (
+        base.reads_images
+        or base.reads_audio
+        or base.generates_images
+        or base.speaker_size is not None
+    ):
         return f"{size}; {settings}"
     if not base.shape.is_known:
         return f"{size}; {settings}; what a step takes is not known without its configuration"

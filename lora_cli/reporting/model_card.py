@@ -106,7 +106,7 @@ def _library(recipe: Recipe) -> str | None:
         return "peft"
     if recipe.adapter.type != "full":
         return None
-    return "diffusers" if recipe.task.draws else "transformers"
+    return "diffusers" if recipe.task.generates_images else "transformers"
 
 
 def _opening(recipe: Recipe, report: dict[str, Any], library: str | None) -> list[str]:

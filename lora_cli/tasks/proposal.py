@@ -77,15 +77,15 @@ class BaseFacts(Protocol):
         """Its codes of the languages that it must be told; empty if it needs none."""
 
     @property
-    def embeds(self) -> bool:
+    def is_embedding_model(self) -> bool:
         """Whether it is an embedding model, such as those of sentence-transformers."""
 
     @property
-    def sees(self) -> bool | None:
+    def reads_images(self) -> bool | None:
         """Whether its input is images instead of texts; None if that is unknown."""
 
     @property
-    def draws(self) -> bool:
+    def generates_images(self) -> bool:
         """Whether it generates images, like the models of diffusers."""
 
     @property
@@ -93,7 +93,7 @@ class BaseFacts(Protocol):
         """The side of the images that it generates, in pixels, if known."""
 
     @property
-    def hears(self) -> bool:
+    def reads_audio(self) -> bool:
         """Whether it is a model for speech recognition."""
 
     @property
@@ -101,7 +101,7 @@ class BaseFacts(Protocol):
         """The size of its speaker embeddings, if it is a model for speech synthesis."""
 
     @property
-    def hears_languages(self) -> bool:
+    def recognises_languages(self) -> bool:
         """Whether it recognises several languages, and must be told which one is spoken."""
 
     @property

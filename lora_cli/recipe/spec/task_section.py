@@ -96,7 +96,7 @@ class TaskSection(Section):
     """The input in the `lora predict` command of a model card."""
     suitable_models: ClassVar[str]
     """A hint for users whose model cannot be used for the task."""
-    draws: ClassVar[bool] = False
+    generates_images: ClassVar[bool] = False
     """Whether the model generates images."""
     can_pack: ClassVar[bool] = False
     """Whether several examples can share a row (`train.packing`)."""

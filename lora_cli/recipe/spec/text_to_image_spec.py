@@ -100,7 +100,7 @@ class TextToImageSpec(TaskSection):
     )
     example_input = "a red bicycle"
     length_keys = ()
-    draws = True
+    generates_images = True
     frozen_hint = (
         "remove it; `task.train_text_encoder: true` lets text encoders be adapted too, but not T5"
     )

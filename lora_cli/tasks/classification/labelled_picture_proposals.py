@@ -19,7 +19,7 @@ def propose_pictures(table: Table, base: BaseFacts) -> Proposal | None:
     rows = table.rows[:SAMPLE]
     if any(are_objects([row.get(column.name) for row in rows]) for column in table.columns):
         return None
-    if table.media == "audio" or base.draws or not (table.media or base.sees):
+    if table.media == "audio" or base.generates_images or not (table.media or base.reads_images):
         return None
     return proposed(lambda: _of_pictures(table, base), Certainty.ONLY)
 
@@ -36,7 +36,7 @@ def _of_pictures(table: Table, base: BaseFacts) -> Proposal:
         what = f"the pictures of {place} have no labels: no folder in it names a class"
         hint = "move those of each class into a folder of its name, or list them in metadata.csv: "
         raise LoraError(what, place, f"{hint}file_name,label")
-    if base.sees is False:
+    if base.reads_images is False:
         what = f"`{base.name}` reads texts, and {place} holds pictures"
         raise LoraError(what, "--model", "use a model that reads pictures, such as ViT or ResNet")
     if base.model_type in DETECTORS:

@@ -24,7 +24,7 @@ def propose_objects(table: Table, base: BaseFacts) -> Proposal | None:
     column = next(
         (c.name for c in table.columns if are_objects([row.get(c.name) for row in rows])), None
     )
-    if column is None or base.draws or table.label not in (None, column):
+    if column is None or base.generates_images or table.label not in (None, column):
         return None
     return proposed(lambda: _propose_task(table, base, column), Certainty.ONLY)
 

@@ -17,7 +17,7 @@ DEFAULT_COLUMNS = {"image_column": "image", "caption_column": "text"}
 
 def propose_captions(table: Table, base: BaseFacts) -> Proposal | None:
     """Propose text-to-image training if the base is a diffusion model; see `Task.propose`."""
-    if not base.draws:
+    if not base.generates_images:
         return None
     return proposed(lambda: _propose_task(table, base), Certainty.ONLY)
 

@@ -49,9 +49,9 @@ def propose_embedding(table: Table, base: BaseFacts) -> Proposal | None:
         return Proposal({}, {}, [], certainty=Certainty.NAMED, error=error)
     first_, second_ = (lower.get(name) for name in SIMCSE_NAMES)
     has_negatives = any(map(NEGATIVE_NAME.fullmatch, lower))
-    if first_ is not None and second_ is not None and (has_negatives or base.embeds):
+    if first_ is not None and second_ is not None and (has_negatives or base.is_embedding_model):
         return proposed(lambda: _pair_proposal(first_, second_, table), Certainty.NAMED)
-    if not base.embeds:
+    if not base.is_embedding_model:
         return None
     for first, second in SENTENCE_PAIRS:
         first_column, second_column = lower.get(first), lower.get(second)

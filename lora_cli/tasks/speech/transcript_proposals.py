@@ -28,7 +28,7 @@ def propose_recordings(table: Table, base: BaseFacts) -> Proposal | None:
     """Propose speech recognition if a table or the base is about audio; see `Task.propose`."""
     if base.speaker_size is not None:
         return None  # a speech synthesis model
-    if table.media == "image" or not (table.media == "audio" or base.hears):
+    if table.media == "image" or not (table.media == "audio" or base.reads_audio):
         return None
     return proposed(lambda: _propose_task(table, base), Certainty.ONLY)
 
@@ -42,7 +42,7 @@ def _propose_task(table: Table, base: BaseFacts) -> Proposal:
     """
     place, names = table.place, [column.name for column in table.columns]
     is_folder = table.media == "audio"
-    if not base.hears:
+    if not base.reads_audio:
         what = f"`{base.name}` does not hear, and {place} holds recordings"
         raise LoraError(what, "--model", "use a Whisper model, such as openai/whisper-small")
     listed = f"the columns are {', '.join(names)}"
@@ -74,7 +74,7 @@ def _propose_task(table: Table, base: BaseFacts) -> Proposal:
     for key, default in (("audio_column", AUDIO), ("text_column", TEXT)):
         if keys[key] == default:
             del keys[key]
-    if base.hears_languages:
+    if base.recognises_languages:
         keys["language"], reasons["language"] = _language(table)
     if base.lacks_letters:
         reasons[""] = "the model was only pretrained: its letters will be those of the transcripts"
