@@ -359,7 +359,7 @@ def test_a_batch_and_the_joined_answer(tmp_path: Path) -> None:
     assert batch.inputs["input_ids"].tolist() == [[5, 6, 2], [5, 2, task.pad], [4, 2, task.pad]]
     task.writes_answers = True
     asked: list[Any] = []
-    task.generate_texts = lambda model, sources, options: asked.extend(sources) or ["one", "two"]
+    task.generate_texts = lambda _, sources, options: asked.extend(sources) or ["one", "two"]
     found = task.predictions(None, torch.zeros(()), batch)
     assert asked == [[5, 6, 2], [4, 2]]
     assert [(p.row, p.prediction) for p in found] == [(3, "one"), (3, None), (8, "two")]
@@ -393,9 +393,7 @@ def test_the_trial_examples_have_the_requested_length(
 def test_sources_that_are_too_long_to_be_answered(tmp_path: Path) -> None:
     task = task_of(tmp_path, "marian", max_source_length=8)
     seen: list[Any] = []
-    task.generate_texts = lambda model, sources, options: (
-        seen.append((sources, options)) or ["y"] * 3
-    )
+    task.generate_texts = lambda _, sources, options: seen.append((sources, options)) or ["y"] * 3
     rows = [{"source": text, "target": "t"} for text in ("a", LONG, LONG)]
     assert task.answer(None, rows) == [["y"], ["y"], ["y"]]
     assert task.n_cut_prompts == 2
@@ -416,9 +414,7 @@ def test_sources_that_are_too_long_to_be_answered(tmp_path: Path) -> None:
         assert problem is None or f"it has {len(whole)} tokens, more than" in problem.what
         assert task.answer_error(rows[0]) == ""
         task.texts.limits["source"] = 8
-        task.generate_texts = lambda model, sources, options: (
-            seen.append((sources, options)) or ["y"]
-        )
+        task.generate_texts = lambda _, sources, options: seen.append((sources, options)) or ["y"]
         task.sample(None, rows[1:2])  # is cut, also where the recipe leaves such rows out
         wanted = whole[-8:] if how == "left" else [*whole[:7], tiny.EOS]
         assert seen[-1][0] == [wanted]
@@ -455,7 +451,7 @@ def test_only_rows_that_are_measured_are_answered(tmp_path: Path) -> None:
     examples = [{"row": i, "input_ids": [i, 2], "labels": [2], "first": f} for i, f in rows]
     batch = task.collate(examples)
     asked: list[Any] = []
-    task.generate_texts = lambda model, sources, options: asked.extend(sources) or ["one", "two"]
+    task.generate_texts = lambda _, sources, options: asked.extend(sources) or ["one", "two"]
     assert [p.prediction for p in task.predictions(None, torch.zeros(()), batch)] == [None] * 4
     task.check_metrics({"nll", "text"})
     task.rows_to_answer = frozenset({3, 9})
@@ -478,7 +474,7 @@ def test_a_source_of_exactly_the_longest_length_is_answered(tmp_path: Path) -> N
         keys = {"truncate_source": "error", "max_source_length": limit}
         task = task_of(tmp_path, "marian", **keys)
         assert (task.answer_problem(row) is None) == (limit == length)
-    task.generate_texts = lambda model, sources, options: ["y"]
+    task.generate_texts = lambda _, sources, options: ["y"]
     assert task.sample(None, [row]) == [(LONG, "", "y")]  # a row that says nothing is none
 
 
