@@ -88,7 +88,7 @@ def test_another_order_or_other_tokens_are_a_failure(folder: Path) -> None:
         (["Traceback", "ValueError: a | b"], "failed: ValueError: a / b"),
     ],
 )
-def test_a_failure_is_told_in_a_line(lines: list[str], failure: str) -> None:
+def test_a_failure_is_reported_in_one_line(lines: list[str], failure: str) -> None:
     assert speed.failure_in(lines) == failure
     measured = speed.Measured(failure=failure)
     line = speed.table_line("name", ROW, "peft", [measured], steps=8)
@@ -116,7 +116,7 @@ def test_the_table_has_every_row_of_the_comparison() -> None:
 
 
 @pytest.mark.slow
-def test_a_side_that_fails_is_told_with_its_last_error(tmp_path: Path) -> None:
+def test_a_side_that_fails_is_reported_with_its_last_error(tmp_path: Path) -> None:
     (tmp_path / "order.json").write_text("{}")
     args = Namespace(warm=True, cap=0.0, limit=100.0)
     found = speed.measure("ours", ROW, tmp_path, args, cold=True)
