@@ -104,18 +104,23 @@ def _unreadable_tokenizer(world: World) -> Printed:
 CASES.append(Case("Adapters", "a tokenizer of its own that is damaged", _unreadable_tokenizer))
 
 
-def _two_vocabularies(world: World) -> Printed:
-    from transformers import MarianConfig, MarianMTModel
-
-    base = tiny_translators.save(world.folder / "base", "marian")
-    own = {"share_encoder_decoder_embeddings": False, "decoder_vocab_size": 90}
-    MarianMTModel(MarianConfig.from_pretrained(base, **own)).save_pretrained(base)
+def _new_token_of_a_translator(world: World) -> Printed:
+    """Add a token to the encoder-decoder in `base`."""
     world.write("rows.jsonl", '{"source": "a warm film", "target": "fun"}\n' * 4)
     recipe = world.recipe(
         model={"name": "./base", "add_tokens": ["<a>"]}, data={"path": "rows.jsonl"},
         task={"type": "seq2seq_lm"}, evaluate={"baseline": False},
     )  # fmt: skip
     return world.lora("validate", recipe)
+
+
+def _two_vocabularies(world: World) -> Printed:
+    from transformers import MarianConfig, MarianMTModel
+
+    base = tiny_translators.save(world.folder / "base", "marian")
+    own = {"share_encoder_decoder_embeddings": False, "decoder_vocab_size": 90}
+    MarianMTModel(MarianConfig.from_pretrained(base, **own)).save_pretrained(base)
+    return _new_token_of_a_translator(world)
 
 
 CASES.append(
@@ -129,12 +134,7 @@ def _two_embeddings(world: World) -> Printed:
     base = tiny_translators.save(world.folder / "base", "bart")
     config = BartConfig.from_pretrained(base, tie_word_embeddings=False)
     BartForConditionalGeneration(config).save_pretrained(base)
-    world.write("rows.jsonl", '{"source": "a warm film", "target": "fun"}\n' * 4)
-    recipe = world.recipe(
-        model={"name": "./base", "add_tokens": ["<a>"]}, data={"path": "rows.jsonl"},
-        task={"type": "seq2seq_lm"}, evaluate={"baseline": False},
-    )  # fmt: skip
-    return world.lora("validate", recipe)
+    return _new_token_of_a_translator(world)
 
 
 CASES.append(
