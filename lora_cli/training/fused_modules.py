@@ -123,7 +123,9 @@ class FusedModules:
         return [module for group in self.groups for module, _ in group.replaced]
 
     def choose_products(self, compute: Callable[[], Any]) -> None:
-        """From now on, let low-rank updates with the same input share the product A x.
+        """From now on, let low-rank updates share the product A x, or compute it by a kernel.
+
+        Those with the same input share it; those with dropout use the kernel for dropout.
 
         Args:
             compute: Runs a forward pass.
